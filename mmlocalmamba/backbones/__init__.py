@@ -1,0 +1,4 @@
+from mmlocalmamba.backbones.local_vim import LocalVim
+from mmlocalmamba.backbones.local_vmamba import LocalVMamba
+
+__all__ = ['LocalVMamba', 'LocalVim']

@@ -1,0 +1,196 @@
+"""What both backbones share: variants, direction lists, taps, freezing, loading of pre-trained weights."""
+import copy
+import json
+import logging
+import os
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmlocalmamba.compat import load_checkpoint
+from mmlocalmamba.convert import backbone_state_dict
+from mmlocalmamba.scans import check_scan
+from mmlocalmamba.search.mixed_scan import CANDIDATES
+
+Directions = Union[None, str, Sequence[str], Sequence[Sequence[str]]]
+SEARCH = 'search'
+
+
+def resolve_arch(arch: Union[str, dict], variants: Dict[str, dict], required: Sequence[str]) -> dict:
+    """A variant's name or a dict of the same keys -> a dict of our own."""
+    if isinstance(arch, str):
+        if arch not in variants:
+            raise ValueError(f'unknown arch {arch!r}: known are {", ".join(variants)}, or a dict with '
+                             f'{", ".join(required)}')
+        return copy.deepcopy(variants[arch])
+    missing = [key for key in required if key not in arch]
+    if missing:
+        raise ValueError(f'arch {dict(arch)} lacks {", ".join(missing)}')
+    return copy.deepcopy(dict(arch))
+
+
+def load_directions(path: str) -> list:
+    """Read a directions file: a list per block, or a dict that holds it under ``directions``."""
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except OSError as error:
+        raise ValueError(f'directions={path!r} is neither {SEARCH!r} nor a file that can be read: {error}') from error
+    except ValueError as error:
+        raise ValueError(f'{path} is not JSON: {error}') from error
+    if isinstance(content, dict):
+        if 'directions' not in content:
+            raise ValueError(f"{path} has no entry 'directions'; it has {', '.join(content) or 'nothing'}")
+        content = content['directions']
+    return content
+
+
+def resolve_directions(directions: Directions, default: Directions, depth: int) -> List[Tuple[str, ...]]:
+    """Scan names of every block.
+
+    Args:
+        directions: None (``default``), one list for all blocks, a list per block, a path to a JSON file, 'search'.
+        default: the variant's own.
+        depth: number of blocks.
+
+    Raises:
+        ValueError: an unknown scan, an empty list, or a list per block whose length is not ``depth``.
+    """
+    if directions is None:
+        directions = default
+    if directions is None:
+        raise ValueError('this arch has no scan directions of its own: give directions=[...]')
+    source = ''
+    if isinstance(directions, str):
+        if directions == SEARCH:
+            directions = CANDIDATES
+        else:
+            source = f' (from {os.path.abspath(directions)})'
+            directions = load_directions(directions)
+    if not isinstance(directions, (list, tuple)) or not directions:
+        raise ValueError(f'directions must be a list of scan names, or such a list per block, got {directions!r}{source}')
+    if all(isinstance(name, str) for name in directions):
+        directions = [directions] * depth
+    if len(directions) != depth:
+        raise ValueError(f'directions{source} has {len(directions)} entries, but the backbone has {depth} blocks')
+    for index, block in enumerate(directions):
+        if not isinstance(block, (list, tuple)) or not block:
+            raise ValueError(f'directions{source} of block {index} must be a list of scan names, got {block!r}')
+        for name in block:
+            check_scan(name)
+    return [tuple(block) for block in directions]
+
+
+def resolve_out_indices(out_indices: Union[int, Sequence[int]], count: int) -> Tuple[int, ...]:
+    """Sorted, non-negative indices of the stages or blocks that give outputs."""
+    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    for index in indices:
+        if not -count <= index < count:
+            raise ValueError(f'out_indices {out_indices} is out of range: there are {count} stages or blocks')
+    resolved = tuple(sorted(index % count for index in indices))
+    if not resolved or len(set(resolved)) != len(resolved):
+        raise ValueError(f'out_indices {out_indices} must name at least one stage or block, each once')
+    return resolved
+
+
+class LocalMambaBackbone(BaseModule):
+    """Freezing, norm_eval and the loading of pre-trained weights.
+
+    ``init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)`` takes checkpoints of this package (of a backbone, or
+    of a classifier, detector or segmentor that holds one) and those of the authors, which are converted on the fly.
+    What does not match is reported, and a backbone that is not completely filled is an error unless the dict says
+    ``strict=False``; output norms of more stages than the checkpoint's model had may stay at their initial values.
+    ``checkpoint=None`` trains from scratch and says so.
+    """
+
+    def __init__(self, frozen_stages: int, norm_eval: bool, init_cfg: Optional[dict]) -> None:
+        super().__init__(init_cfg)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+    def init_weights(self) -> None:
+        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
+        pretrained = [cfg for cfg in cfgs if cfg and cfg['type'] == 'Pretrained']
+        if not pretrained:
+            super().init_weights()
+            return
+        # MMEngine's own Pretrained would load what happens to match and skip the rest.
+        own, self.init_cfg = self.init_cfg, [cfg for cfg in cfgs if cfg and cfg['type'] != 'Pretrained'] or None
+        super().init_weights()
+        self.init_cfg = own
+        for cfg in pretrained:
+            self.load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
+
+    def load_pretrained(self, checkpoint: Optional[str], strict: bool = True, prefix: Optional[str] = None,
+                        map_location: str = 'cpu') -> None:
+        """Load the backbone's weights from a file or URL; see the class docstring.
+
+        Raises:
+            RuntimeError: with ``strict``, weights that are missing or do not fit.
+        """
+        if checkpoint is None:
+            print_log(f'{type(self).__name__}: no pre-trained weights were given (init_cfg.checkpoint=None), '
+                      'the backbone starts from scratch', logger='current', level=logging.WARNING)
+            return
+        loaded = load_checkpoint(checkpoint, map_location)
+        weights = self.adapt_state_dict(backbone_state_dict(loaded, prefix=prefix))
+        own = self.state_dict()
+        unfit = {name: f'{tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} here'
+                 for name in weights if name in own and weights[name].shape != own[name].shape}
+        missing = [name for name in own if name not in weights and not self.is_new_for_task(name)]
+        unexpected = [name for name in weights if name not in own and not self.is_new_for_task(name)]
+        self.load_state_dict({name: w for name, w in weights.items() if name in own and name not in unfit},
+                             strict=False)
+        report = [f'{len(own) - len(missing) - len(unfit)} of {len(own)} weights of {type(self).__name__} come from '
+                  f'{checkpoint}']
+        fresh = [name for name in own if name not in weights and self.is_new_for_task(name)]
+        for title, names in (('new for this task, left as initialised', fresh), ('missing in the file', missing),
+                             ('of another shape', [f'{name} ({why})' for name, why in unfit.items()]),
+                             ('in the file only', unexpected)):
+            if names:
+                report.append(f'{title}: {", ".join(names)}')
+        report = '\n  '.join(report)
+        if (missing or unfit or unexpected) and strict:
+            raise RuntimeError(f'{report}\nThis checkpoint is not of this backbone. If a partial match is what you '
+                               "want, add strict=False to init_cfg.")
+        print_log(report, logger='current', level=logging.WARNING if missing or unfit or unexpected else logging.INFO)
+
+    def adapt_state_dict(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Fit weights to this model where that is exact by meaning (e.g. positions of another grid)."""
+        return weights
+
+    def is_new_for_task(self, name: str) -> bool:
+        """Parameters that a downstream task adds to the pre-trained model, or has no use for."""
+        raise NotImplementedError
+
+    def stages_to_freeze(self) -> List[nn.Module]:
+        """Modules in their order: the patch embedding, then every stage or block."""
+        raise NotImplementedError
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for module in self.stages_to_freeze()[:self.frozen_stages + 1]:
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def train(self, mode: bool = True) -> 'LocalMambaBackbone':
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def check_frozen_stages(frozen_stages: int, count: int) -> int:
+    if not -1 <= frozen_stages <= count:
+        raise ValueError(f'frozen_stages must be -1 (nothing), 0 (patch embedding) up to {count}, got {frozen_stages}')
+    return frozen_stages
+
+

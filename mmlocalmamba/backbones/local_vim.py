@@ -1,0 +1,212 @@
+"""LocalVim: Vim's plain hierarchy with local scans and SCAttn (paper section 4.3, Fig. 3a)."""
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmcv.cnn.bricks.transformer import PatchEmbed
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmlocalmamba.backbones.archs import LOCAL_VIM
+from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages, resolve_arch,
+                                         resolve_directions, resolve_out_indices)
+from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, rotary_tables, rotate
+from mmlocalmamba.registry import MODELS
+from mmlocalmamba.search import MixedScan
+
+_EPS = 1e-5
+# Positions are scaled to the token grid of ImageNet pre-training, whatever the image size, as in Vim.
+_ROPE_SIZE = 14
+CLS_TOKENS = ('none', 'middle')
+OUT_TYPES = ('avg_featmap', 'cls_token', 'featmap')
+OUT_FEATURES = ('mixer', 'residual')
+
+
+class LocalVimBlock(BaseModule):
+    """Add -> RMSNorm -> mixer; returns the mixer's output and the residual stream, kept in float32 under autocast."""
+
+    def __init__(self, channels: int, drop_path: float, with_cp: bool, **mixer) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm = nn.RMSNorm(channels, eps=_EPS)
+        self.mixer = LocalVimMixer(channels, **mixer)
+        self.drop_path = DropPath(drop_path)
+
+    def _forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+        return self.mixer(self.norm(x), size)
+
+    def forward(self, x: Tensor, residual: Optional[Tensor], size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+        residual = x if residual is None else residual + self.drop_path(x)
+        if self.with_cp and residual.requires_grad:
+            return checkpoint(self._forward, residual, size, use_reentrant=False), residual
+        return self._forward(residual, size), residual
+
+
+@MODELS.register_module()
+class LocalVim(LocalMambaBackbone):
+    """LocalVim backbone for classification, detection and segmentation.
+
+    With ``directions=['h', 'h_flip'], scattn=False`` it is Vim.
+
+    Args:
+        arch: 'nano', 'tiny', 'small', or a dict with ``embed_dims`` and ``num_layers`` and optionally ``d_state``
+            (16), ``expand`` (2), ``dt_rank`` ('auto'), ``d_conv`` (4), ``directions``.
+        img_size: image side at pre-training; sets the grid of the learned positions, which are resized to the actual
+            grid in forward.
+        in_channels: channels of the image.
+        patch_size: stride of all features; images are padded to multiples of it at the right and bottom.
+        directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
+            block, a path to a JSON file that holds one of these, or 'search' for the supernet of the direction search.
+        scattn: True, False, or a dict of SCAttn's arguments.
+        window_pad: 'zero' scans the pads of incomplete windows (the authors' behaviour), 'none' real tokens only.
+        cls_token: 'none', or 'middle' for a class token in the middle of every sequence.
+        rope: rotate features by their 2-D positions before every block (not with a class token).
+        out_indices: blocks that give outputs with ``out_type='featmap'``; negative ones count from the end.
+        out_type: 'avg_featmap' (mean over tokens) or 'cls_token': one (B, C) tensor of the last block, after the
+            residual sum and the final norm; 'featmap': a (B, C, H, W) map per out_index, each after its own LayerNorm.
+        out_feature: what 'featmap' taps: 'mixer', a block's output alone (what the authors' detection and segmentation
+            results rest on), or 'residual', the sum with the residual stream.
+        frozen_stages: -1 none, 0 patch embedding and positions, i the first i blocks, too.
+        norm_eval: keep norm layers in eval mode while training.
+        with_cp: recompute blocks in the backward pass to save memory.
+        drop_path_rate: stochastic depth. Rates are 0, then linspace(0, rate, depth) shifted by one block, then the
+            rate itself before the final norm, as in the authors' schedule.
+        init_cfg: see LocalMambaBackbone.
+
+    Raises:
+        ValueError: an unknown arch, scan or option, directions that do not fit the depth, indices out of range.
+
+    Example:
+        >>> backbone = LocalVim(arch='tiny', out_type='featmap', out_indices=(4, 9, 14, 19))
+        >>> [tuple(x.shape) for x in backbone(torch.rand(1, 3, 224, 320))]
+        [(1, 192, 14, 20), (1, 192, 14, 20), (1, 192, 14, 20), (1, 192, 14, 20)]
+    """
+
+    def __init__(self,
+                 arch: Union[str, dict] = 'tiny',
+                 img_size: Union[int, Tuple[int, int]] = 224,
+                 in_channels: int = 3,
+                 patch_size: int = 16,
+                 directions: Directions = None,
+                 scattn: Union[bool, dict] = True,
+                 window_pad: str = 'zero',
+                 cls_token: str = 'none',
+                 rope: bool = True,
+                 out_indices: Union[int, Sequence[int]] = (-1, ),
+                 out_type: str = 'avg_featmap',
+                 out_feature: str = 'mixer',
+                 frozen_stages: int = -1,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 drop_path_rate: float = 0.1,
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(frozen_stages, norm_eval, init_cfg)
+        arch = resolve_arch(arch, LOCAL_VIM, ('embed_dims', 'num_layers'))
+        self.embed_dims, depth = arch.pop('embed_dims'), arch.pop('num_layers')
+        self.directions = resolve_directions(directions, arch.pop('directions', None), depth)
+        self.out_indices = resolve_out_indices(out_indices, depth)
+        check_frozen_stages(frozen_stages, depth)
+        for name, value, known in (('cls_token', cls_token, CLS_TOKENS), ('out_type', out_type, OUT_TYPES),
+                                   ('out_feature', out_feature, OUT_FEATURES)):
+            if value not in known:
+                raise ValueError(f'{name} must be one of {known}, got {value!r}')
+        if cls_token == 'middle' and rope:
+            raise ValueError("rope=True does not go with cls_token='middle': a class token has no position to rotate "
+                             'by; the authors train that model with rope=False')
+        if out_type == 'cls_token' and cls_token == 'none':
+            raise ValueError("out_type='cls_token' needs cls_token='middle'")
+        if out_type != 'featmap' and self.out_indices != (depth - 1, ):
+            raise ValueError(f"out_type={out_type!r} pools the last block only; out_indices {out_indices} needs "
+                             "out_type='featmap'")
+        if rope and self.embed_dims % 4:
+            raise ValueError(f'rope needs embed_dims divisible by 4, got {self.embed_dims}')
+
+        self.out_type, self.out_feature, self.rope = out_type, out_feature, rope
+        self.tokens = int(cls_token == 'middle')
+        self.patch_size = patch_size
+        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, kernel_size=patch_size, stride=patch_size,
+                                      padding='corner', input_size=img_size)
+        self.grid = tuple(self.patch_embed.init_out_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + self.tokens, self.embed_dims))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims)) if self.tokens else None
+
+        drop_paths = [0., *torch.linspace(0, drop_path_rate, depth).tolist()]
+        self.layers = nn.ModuleList([
+            LocalVimBlock(self.embed_dims, drop_paths[index], with_cp, directions=self.directions[index],
+                          scattn=scattn, window_pad=window_pad, middle_token=bool(self.tokens),
+                          mixed_scan=MixedScan(len(self.directions[index])) if directions == SEARCH else None, **arch)
+            for index in range(depth)
+        ])
+        for layer in self.layers:  # GPT-2's rescaling of the residual branches, as in Mamba
+            nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=5 ** 0.5)
+            layer.mixer.out_proj.weight.data /= depth ** 0.5
+        if out_type == 'featmap':
+            self.out_norms = nn.ModuleList([nn.LayerNorm(self.embed_dims) for _ in self.out_indices])
+        else:
+            self.drop_path = DropPath(drop_path_rate)
+            self.norm = nn.RMSNorm(self.embed_dims, eps=_EPS)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Image (B, in_channels, H, W), H and W >= patch_size -> see ``out_type``."""
+        if min(x.shape[-2:]) < self.patch_size:
+            raise ValueError(f'LocalVim: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
+                             f'{self.patch_size}')
+        x, size = self.patch_embed(x)
+        middle = x.shape[1] // 2
+        if self.tokens:
+            x = torch.cat([x[:, :middle], self.cls_token.expand(len(x), -1, -1).to(x.dtype), x[:, middle:]], dim=1)
+        x = x + resize_pos_embed(self.pos_embed, self.grid, size, self.tokens)
+        tables = rotary_tables(*size, self.embed_dims, _ROPE_SIZE, x.device) if self.rope else None
+
+        residual, outs = None, []
+        for index, layer in enumerate(self.layers):
+            if tables is not None:
+                x = rotate(x, *tables)
+                residual = None if residual is None else rotate(residual, *tables)
+            x, residual = layer(x, residual, size)
+            if self.out_type == 'featmap' and index in self.out_indices:
+                out = x if self.out_feature == 'mixer' else residual + x
+                if self.tokens:
+                    out = torch.cat([out[:, :middle], out[:, middle + 1:]], dim=1)
+                out = self.out_norms[len(outs)](out)
+                outs.append(out.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+        if self.out_type == 'featmap':
+            return tuple(outs)
+        x = self.norm(residual + self.drop_path(x))
+        return (x[:, middle] if self.out_type == 'cls_token' else x.mean(1), )
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+        """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding and the
+        positions, each block one more, final and output norms the last."""
+        count = len(self.layers) + 2
+        name = param_name[len(prefix):] if param_name.startswith(prefix) else param_name
+        if name.startswith(('patch_embed', 'pos_embed', 'cls_token')):
+            return 0, count
+        if name.startswith('layers.'):
+            return int(name.split('.')[1]) + 1, count
+        return count - 1, count
+
+    def adapt_state_dict(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        loaded = weights.get('pos_embed')
+        if loaded is not None and loaded.shape != self.pos_embed.shape and loaded.shape[-1] == self.embed_dims:
+            side = round((loaded.shape[1] - self.tokens) ** 0.5)
+            if side * side + self.tokens == loaded.shape[1]:
+                weights = {**weights, 'pos_embed': resize_pos_embed(loaded, (side, side), self.grid, self.tokens)}
+        return weights
+
+    def is_new_for_task(self, name: str) -> bool:
+        return name.startswith(('out_norms.', 'norm.'))
+
+    def stages_to_freeze(self) -> List[nn.Module]:
+        return [self.patch_embed, *self.layers]
+
+    def _freeze(self) -> None:
+        super()._freeze()
+        if self.frozen_stages >= 0:
+            self.pos_embed.requires_grad = False
+            if self.cls_token is not None:
+                self.cls_token.requires_grad = False

@@ -1,0 +1,155 @@
+"""LocalVMamba: VMamba's hierarchy with local scans and SCAttn (paper section 4.3)."""
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmcv.cnn.bricks.transformer import PatchEmbed, PatchMerging
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmlocalmamba.backbones.archs import LOCAL_VMAMBA
+from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages, resolve_arch,
+                                         resolve_directions, resolve_out_indices)
+from mmlocalmamba.layers import LocalVMambaMixer
+from mmlocalmamba.registry import MODELS
+from mmlocalmamba.search import MixedScan
+
+
+class LocalVMambaBlock(BaseModule):
+    """x + drop_path(mixer(norm(x))) on tokens (B, H*W, C)."""
+
+    def __init__(self, channels: int, drop_path: float, with_cp: bool, **mixer) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm = nn.LayerNorm(channels)
+        self.mixer = LocalVMambaMixer(channels, **mixer)
+        self.drop_path = DropPath(drop_path)
+
+    def _forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x), size))
+
+    def forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return checkpoint(self._forward, x, size, use_reentrant=False)
+        return self._forward(x, size)
+
+
+@MODELS.register_module()
+class LocalVMamba(LocalMambaBackbone):
+    """LocalVMamba backbone for classification, detection and segmentation.
+
+    With ``directions=['h', 'h_flip', 'v', 'v_flip'], scattn=False`` it is VMamba.
+
+    Args:
+        arch: 'nano', 'tiny', 'small', 'base', or a dict with ``embed_dims`` and ``depths`` (one entry a stage) and
+            optionally ``d_state`` (16), ``expand`` (2), ``dt_rank`` ('auto'), ``d_conv`` (3), ``directions``.
+        in_channels: channels of the image.
+        patch_size: stride of the first stage; each further stage halves the resolution.
+        directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
+            block, a path to a JSON file that holds one of these, or 'search' for the supernet of the direction search.
+        scattn: True, False, or a dict of SCAttn's arguments, e.g. ``dict(spatial=True)``.
+        window_pad: what happens to windows that do not fill the grid: 'zero' scans their pads (the authors'
+            behaviour), 'none' scans real tokens only.
+        out_indices: stages that give outputs; negative ones count from the end.
+        frozen_stages: -1 none, 0 the patch embedding, i the stages up to the i-th, too.
+        norm_eval: keep norm layers in eval mode while training.
+        with_cp: recompute blocks in the backward pass to save memory.
+        drop_path_rate: stochastic depth, growing linearly from 0 over the blocks.
+        init_cfg: see LocalMambaBackbone.
+
+    Raises:
+        ValueError: an unknown arch or scan, directions that do not fit the depth, indices out of range.
+
+    Example:
+        >>> backbone = LocalVMamba(arch='tiny', out_indices=(0, 1, 2, 3))
+        >>> [tuple(x.shape) for x in backbone(torch.rand(1, 3, 224, 224))]
+        [(1, 96, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14), (1, 768, 7, 7)]
+    """
+
+    def __init__(self,
+                 arch: Union[str, dict] = 'tiny',
+                 in_channels: int = 3,
+                 patch_size: int = 4,
+                 directions: Directions = None,
+                 scattn: Union[bool, dict] = True,
+                 window_pad: str = 'zero',
+                 out_indices: Union[int, Sequence[int]] = (-1, ),
+                 frozen_stages: int = -1,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 drop_path_rate: float = 0.1,
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(frozen_stages, norm_eval, init_cfg)
+        arch = resolve_arch(arch, LOCAL_VMAMBA, ('embed_dims', 'depths'))
+        self.embed_dims, self.depths = list(arch.pop('embed_dims')), list(arch.pop('depths'))
+        if len(self.embed_dims) != len(self.depths):
+            raise ValueError(f'arch has {len(self.embed_dims)} embed_dims for {len(self.depths)} depths')
+        depth = sum(self.depths)
+        self.directions = resolve_directions(directions, arch.pop('directions', None), depth)
+        self.out_indices = resolve_out_indices(out_indices, len(self.depths))
+        check_frozen_stages(frozen_stages, len(self.depths))
+
+        self.patch_size = patch_size
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims[0], kernel_size=patch_size, stride=patch_size,
+                                      padding=0, norm_cfg=dict(type='LN'))
+        drop_paths = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.stages = nn.ModuleList()
+        block = 0
+        for index, (channels, stage_depth) in enumerate(zip(self.embed_dims, self.depths)):
+            blocks = nn.ModuleList()
+            for block in range(block, block + stage_depth):
+                blocks.append(LocalVMambaBlock(
+                    channels, drop_paths[block], with_cp, directions=self.directions[block], scattn=scattn,
+                    window_pad=window_pad, mixed_scan=MixedScan(len(self.directions[block])) if directions == SEARCH
+                    else None, **arch))
+            block += 1
+            last = index == len(self.depths) - 1
+            stage = nn.Module()
+            stage.blocks = blocks
+            stage.downsample = None if last else PatchMerging(channels, self.embed_dims[index + 1])
+            self.stages.append(stage)
+            if not last:
+                nn.init.trunc_normal_(stage.downsample.reduction.weight, std=0.02)
+        for index in self.out_indices:
+            self.add_module(f'norm{index}', nn.LayerNorm(self.embed_dims[index]))
+        self._freeze()
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Image (B, in_channels, H, W), H and W >= patch_size -> one (B, C_i, H_i, W_i) per out_index."""
+        if min(x.shape[-2:]) < self.patch_size:
+            raise ValueError(f'LocalVMamba: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
+                             f'{self.patch_size}')
+        x, size = self.patch_embed(x)
+        outs = []
+        for index, stage in enumerate(self.stages):
+            for block in stage.blocks:
+                x = block(x, size)
+            if index in self.out_indices:
+                out = getattr(self, f'norm{index}')(x)
+                outs.append(out.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+            if stage.downsample is not None:
+                x, size = stage.downsample(x, size)
+        return tuple(outs)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+        """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding, each
+        block one more, output norms the last."""
+        count = sum(self.depths) + 2
+        name = param_name[len(prefix):] if param_name.startswith(prefix) else param_name
+        parts = name.split('.')
+        if parts[0] == 'patch_embed':
+            return 0, count
+        if parts[0] != 'stages':
+            return count - 1, count
+        stage = int(parts[1])
+        before = sum(self.depths[:stage])
+        if parts[2] == 'blocks':
+            return before + int(parts[3]) + 1, count
+        return before + self.depths[stage], count
+
+    def is_new_for_task(self, name: str) -> bool:
+        return name.startswith('norm')
+
+    def stages_to_freeze(self) -> List[nn.Module]:
+        return [self.patch_embed, *self.stages]

@@ -1,0 +1,52 @@
+"""The only file that knows versions: OpenMMLab and OneDL packages, MMEngine, torch."""
+from typing import Any
+
+import torch
+
+
+def _restricted_getattr(owner: Any, name: str) -> Any:
+    """Stands in for getattr in pickles: MMEngine's HistoryBuffer stores its statistics methods through it."""
+    from mmengine.logging import HistoryBuffer
+    if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
+        return getattr(HistoryBuffer, name)
+    raise RuntimeError(f'a checkpoint asks for attribute {name!r} of {owner!r}: refused')
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let torch.load(weights_only=True), the default since torch 2.6, read what MMEngine writes: its message hub holds
+    HistoryBuffers of numpy scalars. Only these are allowed, and a getattr that serves HistoryBuffer alone."""
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+    core = np._core if hasattr(np, '_core') else np.core
+    allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype,
+               (_restricted_getattr, 'builtins.getattr')]
+    # numpy pickles a scalar with the class of its dtype; the module was renamed in numpy 2.
+    allowed += [(core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+                (core.multiarray.scalar, 'numpy.core.multiarray.scalar')]
+    allowed += [type(np.dtype(kind)) for kind in ('float64', 'float32', 'float16', 'int64', 'int32', 'bool')]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def register_scope() -> None:
+    """Tell MMEngine's config system where ``mmlocalmamba::...`` lives; it knows a fixed list of scopes."""
+    from mmengine.config import utils
+    utils.MODULE2PACKAGE.setdefault('mmlocalmamba', 'mmlocalmamba')
+
+
+def load_checkpoint(path: str, map_location: str = 'cpu') -> Any:
+    """Load a checkpoint from a file or URL with weights_only=True.
+
+    Raises:
+        RuntimeError: the file needs code to be executed, which is refused, or is no checkpoint.
+        FileNotFoundError: there is no such file.
+    """
+    import pickle
+    try:
+        if '://' in str(path):
+            return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(f'{path} was not loaded: it is not a plain checkpoint of tensors and numbers, or is '
+                           f'damaged. Files that execute code are refused. ({error})') from error
+
+

@@ -1,0 +1,253 @@
+"""State dicts of the authors' implementation (hunto/LocalMamba) <-> ours: two pure functions over names and tensors.
+
+Ours are those of an mmpretrain classifier: ``backbone.*`` and ``head.fc.*``. What differs besides names: K directions
+are stacked in one tensor; mmcv's PatchMerging unfolds a 2x2 patch channel by channel, the authors' code position by
+position; rotary tables are computed, not stored.
+"""
+import re
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from mmlocalmamba.layers.rope import rotary_tables
+
+StateDict = Dict[str, Tensor]
+# Where checkpoints keep their weights, in the order of search.
+STATE_DICT_KEYS = ('state_dict', 'model', 'state_dict_ema')
+
+# (authors' name, ours), as regular expressions whose groups are copied.
+_SAME = r'(weight|bias)'
+_RENAMES = {
+    'LocalVim': [
+        (rf'patch_embed\.proj\.{_SAME}', r'backbone.patch_embed.projection.\1'),
+        (r'(pos_embed|cls_token)', r'backbone.\1'),
+        (r'layers\.(\d+)\.norm\.weight', r'backbone.layers.\1.norm.weight'),
+        (r'layers\.(\d+)\.mixer\.(in_proj|out_proj)\.weight', r'backbone.layers.\1.mixer.\2.weight'),
+        (rf'layers\.(\d+)\.mixer\.attn\.(\w+)\.{_SAME}', r'backbone.layers.\1.mixer.scattn.\2.\3'),
+        (r'norm_f\.weight', r'backbone.norm.weight'),
+        (rf'outnorm_(\d+)\.{_SAME}', r'backbone.out_norms.\1.\2'),
+        (rf'head\.{_SAME}', r'head.fc.\1'),
+    ],
+    'LocalVMamba': [
+        (rf'patch_embed\.0\.{_SAME}', r'backbone.patch_embed.projection.\1'),
+        (rf'patch_embed\.2\.{_SAME}', r'backbone.patch_embed.norm.\1'),
+        (rf'layers\.(\d+)\.blocks\.(\d+)\.norm\.{_SAME}', r'backbone.stages.\1.blocks.\2.norm.\3'),
+        (r'layers\.(\d+)\.blocks\.(\d+)\.op\.(in_proj|out_proj)\.weight',
+         r'backbone.stages.\1.blocks.\2.mixer.\3.weight'),
+        (rf'layers\.(\d+)\.blocks\.(\d+)\.op\.(conv2d|out_norm)\.{_SAME}',
+         r'backbone.stages.\1.blocks.\2.mixer.\3.\4'),
+        (rf'layers\.(\d+)\.blocks\.(\d+)\.op\.multi_scan\.attn\.(\w+)\.{_SAME}',
+         r'backbone.stages.\1.blocks.\2.mixer.scattn.\3.\4'),
+        (rf'outnorm(\d+)\.{_SAME}', r'backbone.norm\1.\2'),
+        (rf'classifier\.head\.{_SAME}', r'head.fc.\1'),
+    ],
+}
+_MERGING = r'(layers|backbone\.stages)\.(\d+)\.downsample\.(reduction\.weight|norm\.weight|norm\.bias)'
+# LocalVim keeps one tensor a direction: (authors', ours, how one becomes the other).
+_PER_DIRECTION = {
+    'A_log_{}': 'ssm.A_log',
+    'D_{}': 'ssm.D',
+    'conv1d_{}.weight': 'conv_weight',
+    'conv1d_{}.bias': 'conv_bias',
+    'x_proj_{}.weight': 'ssm.x_proj_weight',
+    'dt_proj_{}.weight': 'ssm.dt_proj_weight',
+    'dt_proj_{}.bias': 'ssm.dt_proj_bias',
+}
+# LocalVMamba stacks them already.
+_STACKED = {
+    'x_proj_weight': 'ssm.x_proj_weight',
+    'dt_projs_weight': 'ssm.dt_proj_weight',
+    'dt_projs_bias': 'ssm.dt_proj_bias',
+    'A_logs': 'ssm.A_log',
+    'Ds': 'ssm.D',
+    'multi_scan.weights': 'mixed_scan.alphas',
+}
+
+
+def is_official(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of the authors' LocalVim or LocalVMamba."""
+    return 'layers.0.mixer.A_log_0' in state_dict or 'layers.0.blocks.0.op.A_logs' in state_dict
+
+
+def _merging_order(channels: int, to_ours: bool) -> Tensor:
+    """Permutation of PatchMerging's 4C inputs. The authors': C channels of each of (0,0), (1,0), (0,1), (1,1), as
+    (row, column); ours: (0,0), (0,1), (1,0), (1,1) of each of C channels."""
+    official = torch.arange(4 * channels).view(2, 2, channels)  # column, row, channel
+    order = official.permute(2, 1, 0).flatten()
+    return order if to_ours else order.argsort()
+
+
+def _permute_merging(name: str, tensor: Tensor, to_ours: bool) -> Tensor:
+    order = _merging_order(tensor.shape[-1] // 4, to_ours)
+    return tensor[..., order.to(tensor.device)]
+
+
+def _rename(name: str, rules: List[Tuple[str, str]]) -> Optional[str]:
+    for pattern, template in rules:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(template)
+    return None
+
+
+def _reversed_rules(rules: List[Tuple[str, str]]) -> List[Tuple[str, str]]:
+    """Swap pattern and template: the n-th group of a pattern becomes the n-th reference of a template."""
+    swapped = []
+    for pattern, template in rules:
+        groups = re.findall(r'\([^()]*\)', pattern)
+        numbers = iter(range(1, len(groups) + 1))
+        new_template = re.sub(r'\([^()]*\)', lambda _: f'\\{next(numbers)}', pattern).replace(r'\.', '.')
+        new_pattern = re.sub(r'\\(\d)', lambda m: groups[int(m.group(1)) - 1], template.replace('.', r'\.'))
+        swapped.append((new_pattern, new_template))
+    return swapped
+
+
+def from_official(state_dict: Mapping[str, Tensor]) -> Tuple[StateDict, List[str]]:
+    """The authors' state dict -> ours.
+
+    Args:
+        state_dict: of a classifier, a backbone with output norms, or a supernet of the direction search.
+
+    Returns:
+        (weights under our names, names that were not understood). Rotary tables are dropped: they are computed.
+
+    Raises:
+        ValueError: these are not the authors' names, or the tensors of some direction are missing.
+    """
+    if not is_official(state_dict):
+        raise ValueError("this is not a state dict of the authors' LocalVim or LocalVMamba: it has neither "
+                         "'layers.0.mixer.A_log_0' nor 'layers.0.blocks.0.op.A_logs', but e.g. "
+                         f'{", ".join(list(state_dict)[:3]) or "nothing"}')
+    arch = 'LocalVim' if 'layers.0.mixer.A_log_0' in state_dict else 'LocalVMamba'
+    ours, unmatched, directions = {}, [], {}
+    last = max((int(name.split('.')[1]) for name in state_dict if name.startswith('layers.')))
+    for name, tensor in state_dict.items():
+        renamed = _rename(name, _RENAMES[arch])
+        if renamed is not None:
+            ours[renamed] = tensor
+        elif arch == 'LocalVim' and name in ('rope.freqs_cos', 'rope.freqs_sin'):
+            continue
+        elif arch == 'LocalVim' and (match := re.fullmatch(r'layers\.(\d+)\.mixer\.multi_scan\.weights', name)):
+            ours[f'backbone.layers.{match.group(1)}.mixer.mixed_scan.alphas'] = tensor.flatten()
+        elif arch == 'LocalVim' and (match := re.fullmatch(r'layers\.(\d+)\.mixer\.(\w+?)_(\d+)(\.\w+)?', name)) \
+                and (key := f'{match.group(2)}_{{}}{match.group(4) or ""}') in _PER_DIRECTION:
+            target = f'backbone.layers.{match.group(1)}.mixer.{_PER_DIRECTION[key]}'
+            directions.setdefault(target, {})[int(match.group(3))] = tensor
+        elif arch == 'LocalVMamba' and re.fullmatch(_MERGING, name):
+            ours[name.replace('layers.', 'backbone.stages.', 1)] = _permute_merging(name, tensor, to_ours=True)
+        elif arch == 'LocalVMamba' and re.fullmatch(r'classifier\.norm\.(weight|bias)', name):
+            ours.setdefault(f'backbone.norm{last}.{name.split(".")[-1]}', tensor)
+        elif arch == 'LocalVMamba' and (match := re.fullmatch(r'layers\.(\d+)\.blocks\.(\d+)\.op\.(.+)', name)) \
+                and match.group(3) in _STACKED:
+            if match.group(3) in ('A_logs', 'Ds'):
+                K = state_dict[name[:-len(match.group(3))] + 'dt_projs_bias'].shape[0]
+                tensor = tensor.reshape(K, -1, *tensor.shape[1:])
+            elif match.group(3) == 'multi_scan.weights':
+                tensor = tensor.flatten()
+            ours[f'backbone.stages.{match.group(1)}.blocks.{match.group(2)}.mixer.{_STACKED[match.group(3)]}'] = tensor
+        else:
+            unmatched.append(name)
+    for target, tensors in directions.items():
+        block = target.split('.mixer.')[0]
+        K = len(directions[f'{block}.mixer.ssm.A_log'])
+        if sorted(tensors) != list(range(K)):
+            raise ValueError(f'{target}: the checkpoint has directions {sorted(tensors)}, expected 0 to {K - 1}')
+        stacked = torch.stack([tensors[k] for k in range(K)])
+        ours[target] = stacked[:, :, 0] if target.endswith('conv_weight') else stacked
+    return ours, unmatched
+
+
+def to_official(state_dict: Mapping[str, Tensor]) -> Tuple[StateDict, List[str]]:
+    """Our state dict -> the authors'; the inverse of :func:`from_official`.
+
+    Args:
+        state_dict: of a classifier (``backbone.*``, ``head.fc.*``) or of a backbone alone.
+
+    Returns:
+        (weights under the authors' names, names that they have no counterpart for).
+
+    Raises:
+        ValueError: these are not our names.
+    """
+    if not any(name.startswith('backbone.') for name in state_dict):
+        state_dict = {f'backbone.{name}': tensor for name, tensor in state_dict.items()}
+    if 'backbone.layers.0.mixer.ssm.A_log' in state_dict:
+        arch = 'LocalVim'
+    elif 'backbone.stages.0.blocks.0.mixer.ssm.A_log' in state_dict:
+        arch = 'LocalVMamba'
+    else:
+        raise ValueError('this is not a state dict of LocalVim or LocalVMamba: it has, e.g., '
+                         f'{", ".join(list(state_dict)[:3]) or "nothing"}')
+    rules = _reversed_rules(_RENAMES[arch])
+    per_direction = {ours: official for official, ours in _PER_DIRECTION.items()}
+    stacked = {ours: official for official, ours in _STACKED.items()}
+    last = max((int(name.split('.')[2]) for name in state_dict if name.startswith('backbone.stages.')), default=0)
+    taps = [name for name in state_dict if re.fullmatch(r'backbone\.norm\d+\.weight', name)]
+    official, unmatched = {}, []
+    for name, tensor in state_dict.items():
+        block, _, leaf = name.rpartition('.mixer.')
+        if arch == 'LocalVMamba' and len(taps) == 1 and name.startswith(f'backbone.norm{last}.'):
+            official[name.replace(f'backbone.norm{last}', 'classifier.norm')] = tensor
+        elif (renamed := _rename(name, rules)) is not None:
+            official[renamed] = tensor
+        elif arch == 'LocalVim' and leaf in per_direction:
+            prefix = f'{block[len("backbone."):]}.mixer.'
+            for k, own in enumerate(tensor):
+                official[prefix + per_direction[leaf].format(k)] = own[:, None] if leaf == 'conv_weight' else own
+        elif arch == 'LocalVim' and leaf == 'mixed_scan.alphas':
+            official[f'{block[len("backbone."):]}.mixer.multi_scan.weights'] = tensor.view(-1, 1, 1, 1)
+        elif arch == 'LocalVMamba' and re.fullmatch(_MERGING, name):
+            official[name.replace('backbone.stages.', 'layers.', 1)] = _permute_merging(name, tensor, to_ours=False)
+        elif arch == 'LocalVMamba' and leaf in stacked:
+            if leaf in ('ssm.A_log', 'ssm.D'):
+                tensor = tensor.flatten(0, 1)
+            elif leaf == 'mixed_scan.alphas':
+                tensor = tensor.view(-1, 1, 1, 1)
+            official[f'{block.replace("backbone.stages.", "layers.", 1)}.op.{stacked[leaf]}'] = tensor
+        else:
+            unmatched.append(name)
+    if arch == 'LocalVim' and 'cls_token' not in official:
+        tokens, channels = official['pos_embed'].shape[1:]
+        side = round(tokens ** 0.5)
+        tables = rotary_tables(side, side, channels, 14, official['pos_embed'].device)
+        official['rope.freqs_cos'], official['rope.freqs_sin'] = (table.clone() for table in tables)
+    return official, unmatched
+
+
+def find_state_dict(checkpoint: Any, key: Optional[str] = None) -> StateDict:
+    """The state dict inside a loaded checkpoint: under ``key``, or under one of STATE_DICT_KEYS, or at the top.
+
+    Raises:
+        ValueError: there is none.
+    """
+    keys = STATE_DICT_KEYS if key is None else (key, )
+    for name in keys:
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
+            checkpoint = checkpoint[name]
+            break
+    else:
+        if key is not None:
+            raise ValueError(f'the checkpoint has no entry {key!r}')
+    if not isinstance(checkpoint, Mapping) or not checkpoint or \
+            not all(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise ValueError(f'no state dict at the top of the checkpoint nor under {", ".join(STATE_DICT_KEYS)}')
+    return {name[len('module.'):] if name.startswith('module.') else name: value
+            for name, value in checkpoint.items()}
+
+
+def backbone_state_dict(checkpoint: Any, prefix: Optional[str] = None) -> StateDict:
+    """Weights of the backbone alone, under our names, from a loaded checkpoint of ours or of the authors.
+
+    Args:
+        checkpoint: what a checkpoint file holds.
+        prefix: where the backbone is in it; None finds it at the top or under ``backbone.``.
+    """
+    weights = find_state_dict(checkpoint)
+    if prefix is None and is_official(weights):
+        weights, unmatched = from_official(weights)
+        weights.update((f'backbone.{name}', find_state_dict(checkpoint)[name]) for name in unmatched)
+    if prefix is None:
+        prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''
+    prefix = prefix if not prefix or prefix.endswith('.') else f'{prefix}.'
+    return {name[len(prefix):]: value for name, value in weights.items() if name.startswith(prefix)}

@@ -1,0 +1,63 @@
+"""Positions of LocalVim: rotary embedding of 2-D tokens, resizing of the learned embedding."""
+from functools import lru_cache
+from typing import Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_THETA = 10000.
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+    half = channels // 2
+    frequencies = _THETA ** (-torch.arange(0, half, 2)[:half // 2].float() / half)
+
+    def angles(n: int) -> Tensor:
+        positions = torch.arange(n) / n * size
+        return torch.outer(positions, frequencies).repeat_interleave(2, dim=-1)
+
+    rows, cols = angles(H), angles(W)
+    angle = torch.cat([rows[:, None].expand(H, W, -1), cols[None].expand(H, W, -1)], dim=-1).flatten(0, 1).to(device)
+    return angle.cos(), angle.sin()
+
+
+def rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """Cosines and sines for a token grid, as EVA-02's rotary embedding, which Vim and LocalVim use.
+
+    Angles are recomputed for the actual grid, with positions scaled to the ``size`` x ``size`` grid of pre-training.
+    (The authors resize the cosines and sines of the training grid bicubically, which is no rotation any more; at the
+    training size both are equal.)
+
+    Args:
+        H, W: token grid.
+        channels: rotated channels, divisible by 4: the first half turns with the row, the second with the column.
+        size: side of the grid at pre-training.
+        device: where the (cached) tables live.
+
+    Returns:
+        cos, sin: float32 (H*W, channels). Do not write to them.
+    """
+    return _rotary_tables(H, W, channels, size, torch.device(device))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of x (B, L, C) by the angles of cos, sin (L, C); keeps x's dtype."""
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+def resize_pos_embed(pos_embed: Tensor, old: Tuple[int, int], new: Tuple[int, int], tokens: int = 0) -> Tensor:
+    """Learned positions (1, h*w + tokens, C) for another grid, bicubic; ``tokens`` extra ones stay in the middle."""
+    if old == new:
+        return pos_embed
+    middle = old[0] * old[1] // 2
+    extra = pos_embed[:, middle:middle + tokens]
+    grid = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + tokens:]], dim=1)
+    grid = grid.view(1, *old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=new, mode='bicubic', align_corners=False).to(pos_embed.dtype)
+    grid = grid.flatten(2).transpose(1, 2)
+    middle = new[0] * new[1] // 2
+    return torch.cat([grid[:, :middle], extra, grid[:, middle:]], dim=1)

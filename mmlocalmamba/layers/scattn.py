@@ -1,0 +1,52 @@
+"""Spatial and channel attention over the outputs of a scan (paper section 4.1, Fig. 3b)."""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmlocalmamba.registry import MODELS
+
+
+@MODELS.register_module()
+class SCAttn(nn.Module):
+    """Weights tokens and channels of one direction's features before the directions are summed.
+
+    Channel branch: LayerNorm -> mean over tokens -> Linear(C, C/r) -> GELU -> Linear(C/r, C) -> sigmoid.
+    Spatial branch: each token, reduced to C/r, beside the reduced global mean -> Linear(2C/r, 1) -> sigmoid.
+
+    The authors' code has the spatial branch commented out, and their checkpoints and published parameter counts are
+    those of the channel branch alone, hence the default.
+
+    Args:
+        channels: C.
+        reduction: r.
+        spatial: add the spatial branch, as in the paper's figure.
+
+    Raises:
+        ValueError: the reduction leaves no channel.
+    """
+
+    def __init__(self, channels: int, reduction: int = 8, spatial: bool = False) -> None:
+        super().__init__()
+        reduced = channels // reduction
+        if reduced < 1:
+            raise ValueError(f'SCAttn: reduction={reduction} leaves no channel of {channels}; use at most {channels}')
+        self.norm = nn.LayerNorm(channels)
+        self.global_reduce = nn.Linear(channels, reduced)
+        self.channel_select = nn.Linear(reduced, channels)
+        self.local_reduce = nn.Linear(channels, reduced) if spatial else None
+        self.spatial_select = nn.Linear(2 * reduced, 1) if spatial else None
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Weights in (0, 1) for x (..., L, C): (..., 1, C), with the spatial branch (..., L, C)."""
+        x = self.norm(x)
+        x_global = F.gelu(self.global_reduce(x.mean(-2, keepdim=True)))
+        gate = self.channel_select(x_global).sigmoid()
+        if self.spatial_select is not None:
+            x_local = F.gelu(self.local_reduce(x))
+            x_both = torch.cat([x_local, x_global.expand_as(x_local)], dim=-1)
+            gate = gate * self.spatial_select(x_both).sigmoid()
+        return gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., L, C) -> same shape."""
+        return x * self.gate(x)

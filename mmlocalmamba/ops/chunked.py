@@ -1,0 +1,180 @@
+"""The selective scan in chunks, in plain PyTorch: runs and trains on any device, needs no compiler.
+
+A step-by-step loop over L tokens is bound by L tiny kernels. Here the sequence is cut into chunks that advance
+together: one loop over the steps of a chunk finds what each chunk adds to the state (start state zero), one short loop
+over the chunks carries the states along, and a second loop over the steps gives the outputs. The backward pass
+recomputes the states block by block, so memory stays far below the (B, K, L, D, N) of a parallel scan.
+
+Layout inside: step-major (steps, G, chunks, N, D) with G = B * K sequences; D innermost, so that every operation is
+one contiguous sweep.
+"""
+from typing import Iterator, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmlocalmamba.ops.common import from_scan_order, step_size, to_scan_order
+
+# State elements one step works on: enough to hide the cost of launching an operation, few enough to stay in cache.
+_STEP_ELEMENTS = 1 << 17
+# State elements the backward pass may hold at a time (times three buffers of 4 bytes).
+_BLOCK_ELEMENTS = 1 << 22
+_MIN_STEPS = 8
+
+
+def _chunk_steps(G: int, T: int, D: int, N: int) -> int:
+    """Steps per chunk, so that all chunks together work on about _STEP_ELEMENTS state elements a step."""
+    chunks = max(1, min(_STEP_ELEMENTS // max(1, G * D * N), T // _MIN_STEPS, int(T ** 0.5)))
+    return -(-T // chunks)
+
+
+def _split(x: Tensor, steps: int) -> Tensor:
+    """(G, T, F) -> (steps, G, chunks, F), zeros behind T. dt = 0 leaves the state as it is, so the zeros do nothing."""
+    G, T, F = x.shape
+    chunks = -(-T // steps)
+    x = torch.nn.functional.pad(x, (0, 0, 0, chunks * steps - T))
+    return x.view(G, chunks, steps, F).permute(2, 0, 1, 3).contiguous()
+
+
+def _join(x: Tensor, T: int) -> Tensor:
+    """Inverse of :func:`_split`."""
+    steps, G, chunks, F = x.shape
+    return x.permute(1, 2, 0, 3).reshape(G, chunks * steps, F)[:, :T]
+
+
+def _decay(dt: Tensor, A: Tensor, out: Optional[Tensor] = None) -> Tensor:
+    """exp(dt A): dt (..., G, chunks, D), A (G, N, D) -> (..., G, chunks, N, D)."""
+    return torch.mul(dt[..., None, :], A[:, None], out=out).exp_()
+
+
+def _carry(local: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
+    """State that enters each chunk, from what each chunk adds and by how much it decays; all (G, chunks, N, D)."""
+    enter = torch.zeros_like(local)
+    order = range(local.shape[1] - 1)
+    for j in (reversed(order) if reverse else order):
+        if reverse:
+            torch.addcmul(local[:, j + 1], decay[:, j + 1], enter[:, j + 1], out=enter[:, j])
+        else:
+            torch.addcmul(local[:, j], decay[:, j], enter[:, j], out=enter[:, j + 1])
+    return enter
+
+
+def _enter_states(dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """State at the start of every chunk (G, chunks, N, D)."""
+    shape = (*dt.shape[1:3], A.shape[1], A.shape[2])
+    if shape[1] == 1:
+        return dt.new_zeros(shape)
+    h, a = dt.new_zeros(shape), dt.new_empty(shape)
+    for t in range(dt.shape[0]):
+        h.mul_(_decay(dt[t], A, out=a)).addcmul_(dtu[t][:, :, None], B[t][..., None])
+    return _carry(h, _decay(dt.sum(0), A))
+
+
+def _blocks(G: int, D: int, T: int, N: int) -> Iterator[Tuple[slice, slice]]:
+    """Blocks of sequences and channels whose states over all T steps fit in _BLOCK_ELEMENTS."""
+    channels = max(1, min(D, _BLOCK_ELEMENTS // (T * N)))
+    groups = max(1, _BLOCK_ELEMENTS // (T * N * channels))
+    for g in range(0, G, groups):
+        for d in range(0, D, channels):
+            yield slice(g, g + groups), slice(d, d + channels)
+
+
+class _Scan(torch.autograd.Function):
+    """u, dt (B, K, T, D), A (K, D, N), B, C (B, K, T, N) in scan order -> y (B, K, T, D), last state (B, K, D, N)."""
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C):
+        ctx.save_for_backward(u, dt, A, B, C)
+        batch, K, T, D = u.shape
+        N, G = A.shape[-1], batch * K
+        ctx.steps = steps = _chunk_steps(G, T, D, N)
+        # Sequences beyond what one step should work on go one block after the other.
+        groups = max(1, _STEP_ELEMENTS // max(1, -(-T // steps) * D * N))
+        u, dt, B, C = (x.flatten(0, 1) for x in (u, dt, B, C))
+        A = A.transpose(1, 2).repeat(batch, 1, 1)
+        y = u.new_empty(G, T, D)
+        last = u.new_empty(G, D, N)
+        for first in range(0, G, groups):
+            g = slice(first, first + groups)
+            dts, Bs, Cs = (_split(x[g], steps) for x in (dt, B, C))
+            dtu = _split(dt[g] * u[g], steps)
+            h = _enter_states(dts, dtu, A[g], Bs)
+            a, ys = torch.empty_like(h), torch.empty_like(dts)
+            for t in range(steps):
+                h.mul_(_decay(dts[t], A[g], out=a)).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
+                torch.sum(torch.mul(h, Cs[t][..., None], out=a), dim=2, out=ys[t])
+            y[g] = _join(ys, T)
+            last[g] = h[:, -1].transpose(1, 2)
+        return y.view(batch, K, T, D), last.view(batch, K, D, N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        # Whoever calls backward under autocast must not get 16-bit products.
+        with torch.autocast(dy.device.type, enabled=False):
+            return _Scan._backward(ctx, dy, dlast)
+
+    @staticmethod
+    def _backward(ctx, dy, dlast):
+        u, dt, A, B, C = ctx.saved_tensors
+        (batch, K, T, D), N, steps = u.shape, A.shape[-1], ctx.steps
+        G = batch * K
+        u, dt, B, C, dy = (x.flatten(0, 1) for x in (u, dt, B, C, dy))
+        A = A.transpose(1, 2).repeat(batch, 1, 1)
+        dlast = dlast.flatten(0, 1).transpose(1, 2)
+        du, ddt = torch.empty_like(u), torch.empty_like(u)
+        dA = torch.empty_like(A)
+        dB, dC = torch.zeros_like(B), torch.zeros_like(C)
+        for g, d in _blocks(G, D, -(-T // steps) * steps, N):
+            dts, us, dys = (_split(x[g, :, d], steps) for x in (dt, u, dy))
+            Bs, Cs = _split(B[g], steps), _split(C[g], steps)
+            Ad, dtu = A[g, :, d], dts * us
+            a = _decay(dts, Ad)
+            total = _decay(dts.sum(0), Ad)
+            # h[t] is the state before step t, h[t + 1] the one after it.
+            h = a.new_empty(steps + 1, *a.shape[1:])
+            h[0] = _enter_states(dts, dtu, Ad, Bs)
+            for t in range(steps):
+                torch.mul(h[t], a[t], out=h[t + 1]).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
+            dC[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', h[1:], dys), T)
+            # dh[t] is the gradient of the state after step t; what enters a chunk from behind comes from the later
+            # chunks, found like the states themselves: chunks alone first, then the carry, then once more.
+            dh = torch.empty_like(a)
+            enter = torch.zeros_like(total)
+            enter[:, -1] = dlast[g, :, d]
+            for final in ((True, ) if enter.shape[1] == 1 else (False, True)):
+                torch.mul(Cs[-1][..., None], dys[-1][:, :, None], out=dh[-1])
+                dh[-1] += enter
+                for t in range(steps - 2, -1, -1):
+                    torch.mul(dh[t + 1], a[t + 1], out=dh[t]).addcmul_(Cs[t][..., None], dys[t][:, :, None])
+                if not final:
+                    local = dh[0] * a[0]
+                    carried = _carry(local, total, reverse=True)
+                    carried[:, -1] = enter[:, -1]
+                    enter = carried
+            dB[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', dh, dtu), T)
+            ddtu = torch.einsum('sgcnd,sgcn->sgcd', dh, Bs)
+            da = dh.mul_(h[:-1]).mul_(a)
+            dA[g, :, d] = torch.einsum('sgcnd,sgcd->gnd', da, dts)
+            ddt[g, :, d] = _join(torch.einsum('sgcnd,gnd->sgcd', da, Ad).addcmul_(ddtu, us), T)
+            du[g, :, d] = _join(ddtu.mul_(dts), T)
+        dA = dA.view(batch, K, N, D).sum(0).transpose(1, 2)
+        shape = (batch, K, T)
+        return du.view(*shape, D), ddt.view(*shape, D), dA, dB.view(*shape, N), dC.view(*shape, N)
+
+
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], src: Optional[Tensor],
+         inv: Optional[Tensor], delta_bias: Optional[Tensor], delta_softplus: bool,
+         in_scan_order: bool) -> Tuple[Tensor, Tensor]:
+    """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
+    if not in_scan_order:
+        u, delta, B, C = (to_scan_order(x, src, inv) for x in (u, delta, B, C))
+    y, last = _Scan.apply(u, step_size(delta, delta_bias, delta_softplus), A, B, C)
+    if D is not None:
+        y = torch.addcmul(y, D[:, None], u)
+    return (y if inv is None else from_scan_order(y, src, inv)), last
+
+
+def unavailable(u: Tensor) -> Optional[str]:
+    return None

@@ -1,0 +1,70 @@
+"""What the PyTorch backends share: moving tokens through a table, the step size."""
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, L, F) or (B, K, L, F), index (K, T) -> (B, K, T, F); one index_select a direction is the fastest gather."""
+    shared = x.dim() == 3
+    return torch.stack([(x if shared else x[:, k]).index_select(1, row) for k, row in enumerate(index)], dim=1)
+
+
+def read(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
+    """Tokens (B, L, F) or (B, K, L, F) in the order of ``src`` (K, T), pads as zeros: (B, K, T, F)."""
+    y = _take(x, src.clamp(min=0))
+    return y.masked_fill((src < 0)[..., None], 0) if src.shape[1] > inv.shape[1] else y
+
+
+def write(x: Tensor, inv: Tensor) -> Tensor:
+    """Sequences (B, K, T, F) back at their tokens' positions (B, K, L, F); what pads put out is dropped."""
+    return _take(x, inv)
+
+
+class _Read(torch.autograd.Function):
+    """Every direction reads each token once, so the gradient is a gather as well; autograd's own is a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, src, inv):
+        ctx.save_for_backward(inv)
+        ctx.shared = x.dim() == 3
+        return read(x, src, inv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = write(grad, *ctx.saved_tensors)
+        return (grad.sum(1) if ctx.shared else grad), None, None
+
+
+class _Write(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, src, inv):
+        ctx.save_for_backward(src, inv)
+        return write(x, inv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return read(grad, *ctx.saved_tensors), None, None
+
+
+def to_scan_order(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
+    """:func:`read` with a fast gradient."""
+    return _Read.apply(x, src, inv)
+
+
+def from_scan_order(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
+    """:func:`write` with a fast gradient."""
+    return _Write.apply(x, src, inv)
+
+
+def step_size(delta: Tensor, bias: Optional[Tensor], softplus: bool) -> Tensor:
+    """dt (B, K, T, D) from delta and its bias (K, D)."""
+    if bias is not None:
+        delta = delta + bias[:, None]
+    return F.softplus(delta) if softplus else delta

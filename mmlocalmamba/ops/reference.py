@@ -1,0 +1,38 @@
+"""The selective scan, line by line: the oracle that every other backend is tested against.
+
+Source: Mamba's S6 (paper section 3.2) as computed by ``mamba_ssm``: with A diagonal and B discretised by Euler's rule,
+
+    dt_t = softplus(delta_t + delta_bias)
+    h_t  = exp(dt_t * A) * h_{t-1} + dt_t * u_t * B_t
+    y_t  = C_t . h_t + D * u_t
+
+Plain autograd, one step at a time: any float dtype, clear, slow.
+"""
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from mmlocalmamba.ops.common import read, step_size, write
+
+
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], src: Optional[Tensor],
+         inv: Optional[Tensor], delta_bias: Optional[Tensor], delta_softplus: bool,
+         in_scan_order: bool) -> Tuple[Tensor, Tensor]:
+    """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
+    if not in_scan_order:
+        u, delta, B, C = (read(x, src, inv) for x in (u, delta, B, C))
+    dt = step_size(delta, delta_bias, delta_softplus)
+    h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[-1])
+    ys = []
+    for t in range(u.shape[2]):
+        h = torch.exp(dt[:, :, t, :, None] * A) * h + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, :, t, None, :]
+        ys.append((h * C[:, :, t, None, :]).sum(-1))
+    y = torch.stack(ys, dim=2)
+    if D is not None:
+        y = y + D[:, None] * u
+    return (y if inv is None else write(y, inv)), h
+
+
+def unavailable(u: Tensor) -> Optional[str]:
+    return None

@@ -1,0 +1,198 @@
+"""Scan directions (paper section 4.1): a name becomes an index table, and a scan never moves an image.
+
+A table is an int32 tensor: entry ``t`` is the token (row-major position in the H x W grid) that step ``t`` reads, or
+-1 for a pad. Everything else follows from it: the inverse, drawing, fused kernels that load through it, new
+directions. Built-in names, each also with the suffix ``_flip`` (the same table from tail to head):
+
+- ``h``: rows, left to right, top to bottom;
+- ``v``: columns, top to bottom, left to right;
+- ``w<K>`` for any K >= 1: windows of K x K tokens in row-major order, row-major inside each window. Windows at the
+  right and bottom border that the grid does not fill are completed by pads.
+"""
+import re
+from functools import lru_cache
+from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+_SCANS: Dict[str, Callable] = {}
+_FLIP = '_flip'
+# Detection meets a new H x W with nearly every batch: enough entries to serve the stages of a few batches, few enough
+# that thousands of sizes do not pile up.
+_CACHE_SIZE = 128
+
+
+def register_scan(name: str) -> Callable:
+    """Decorator that adds a scan direction under ``name``; ``<name>_flip`` exists then, too.
+
+    The function maps (H, W) to a 1-D integer tensor that lists every token 0..H*W-1 exactly once, with -1 for pads
+    wherever it likes. A name that ends in ``<K>`` is a family: the function also gets the integer, as ``(H, W, K)``.
+
+    Raises:
+        ValueError: the name is taken, or ends in ``_flip``.
+    """
+    if name.endswith(_FLIP):
+        raise ValueError(f"scan name {name!r} must not end in '{_FLIP}': flipped scans are derived")
+    if name in _SCANS:
+        raise ValueError(f'scan {name!r} is registered already')
+
+    def add(function: Callable) -> Callable:
+        _SCANS[name] = function
+        return function
+
+    return add
+
+
+@register_scan('h')
+def _horizontal(H: int, W: int) -> Tensor:
+    return torch.arange(H * W)
+
+
+@register_scan('v')
+def _vertical(H: int, W: int) -> Tensor:
+    return torch.arange(H * W).view(H, W).t().flatten()
+
+
+@register_scan('w<K>')
+def _window(H: int, W: int, K: int) -> Tensor:
+    rows, cols = -(-H // K), -(-W // K)
+    grid = torch.full((rows * K, cols * K), -1)
+    grid[:H, :W] = torch.arange(H * W).view(H, W)
+    return grid.view(rows, K, cols, K).transpose(1, 2).flatten()
+
+
+def known_scans() -> Tuple[str, ...]:
+    """Registered names and families, without the ``_flip`` variants."""
+    return tuple(_SCANS)
+
+
+def _resolve(name: str) -> Callable[[int, int], Tensor]:
+    base = name[:-len(_FLIP)] if isinstance(name, str) and name.endswith(_FLIP) else name
+    if base in _SCANS and '<K>' not in base:
+        return _SCANS[base]
+    for pattern, function in _SCANS.items():
+        if not pattern.endswith('<K>') or not isinstance(base, str):
+            continue
+        match = re.fullmatch(re.escape(pattern[:-len('<K>')]) + r'(\d+)', base)
+        if match and int(match.group(1)) >= 1:
+            K = int(match.group(1))
+            return lambda H, W: function(H, W, K)
+    raise ValueError(f'unknown scan {name!r}: known are {", ".join(_SCANS)} (with an integer K >= 1), '
+                     f"each also with '{_FLIP}'; @mmlocalmamba.scans.register_scan adds others")
+
+
+def check_scan(name: str) -> None:
+    """Raise the ValueError of :func:`scan_index` if ``name`` is not a known scan."""
+    _resolve(name)
+
+
+def _check_size(H: int, W: int) -> None:
+    if H < 1 or W < 1:
+        raise ValueError(f'a token grid needs H >= 1 and W >= 1, got H={H}, W={W}')
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+# A table made under inference_mode would be refused by autograd later on.
+@torch.inference_mode(False)
+def _table(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor:
+    order = _resolve(name)(H, W)
+    real = order[order >= 0]
+    if real.numel() != H * W or not torch.equal(real.sort().values, torch.arange(H * W)):
+        raise ValueError(f'scan {name!r} does not read every token of a {H}x{W} grid exactly once')
+    order = order if pad else real
+    if name.endswith(_FLIP):
+        order = order.flip(0)
+    return order.to(device=device, dtype=torch.int32)
+
+
+def scan_index(name: str, H: int, W: int, pad: bool = True, device: Union[str, torch.device] = 'cpu') -> Tensor:
+    """Index table of one scan direction.
+
+    Args:
+        name: a scan name, e.g. ``'h'``, ``'v_flip'``, ``'w7'``.
+        H, W: token grid, both >= 1.
+        pad: True keeps the pads of incomplete windows (-1), as in the authors' code; False lists real tokens only.
+        device: where the (cached) table lives.
+
+    Returns:
+        int32 tensor (T,), values in [0, H*W) or -1. T = H*W without pads. Shared and cached: do not write to it.
+
+    Raises:
+        ValueError: unknown name, K < 1, H < 1 or W < 1.
+    """
+    _check_size(H, W)
+    return _table(name, H, W, pad, torch.device(device))
+
+
+def _invert(table: Tensor) -> Tensor:
+    """Step at which each token is read; ``table`` (T,) -> int32 (L,)."""
+    steps = (table >= 0).nonzero().flatten()
+    inv = torch.empty(steps.numel(), dtype=torch.int32, device=table.device)
+    inv[table[steps].long()] = steps.int()
+    return inv
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+@torch.inference_mode(False)
+def _inverse(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor:
+    return _invert(_table(name, H, W, pad, device))
+
+
+def inverse(name: str, H: int, W: int, pad: bool = True, device: Union[str, torch.device] = 'cpu') -> Tensor:
+    """The inverse of :func:`scan_index`: int32 tensor (H*W,), the step at which each token is read.
+
+    ``y_sequence[inverse(...)]`` puts the outputs of a scan back in row-major order and drops the pads.
+    """
+    _check_size(H, W)
+    return _inverse(name, H, W, pad, torch.device(device))
+
+
+class ScanTables(NamedTuple):
+    """Tables of K directions over the same L tokens, as the ops take them.
+
+    Attributes:
+        src: int32 (K, T), the token that step t of direction k reads, or -1. Shorter directions are filled with
+            -1 at their tail, which no earlier output sees.
+        inv: int32 (K, L), the step at which direction k reads token l.
+    """
+    src: Tensor
+    inv: Tensor
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+@torch.inference_mode(False)
+def _tables(names: Tuple[str, ...], H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> ScanTables:
+    rows = [_table(name, H, W, pad, torch.device('cpu')) for name in names]
+    if middle_token:
+        middle = H * W // 2
+        rows = [row + (row >= middle).int() for row in rows]
+        token = torch.tensor([middle], dtype=torch.int32)
+        rows = [torch.cat([row[:middle], token, row[middle:]]) for row in rows]
+    length = max(row.numel() for row in rows)
+    src = torch.stack([torch.nn.functional.pad(row, (0, length - row.numel()), value=-1) for row in rows])
+    inv = torch.stack([_invert(row) for row in rows])
+    return ScanTables(src.to(device), inv.to(device))
+
+
+def scan_tables(names: Sequence[str],
+                H: int,
+                W: int,
+                pad: bool = True,
+                middle_token: bool = False,
+                device: Optional[Union[str, torch.device]] = 'cpu') -> ScanTables:
+    """Stacked tables of several directions.
+
+    Args:
+        names: K scan names.
+        H, W: token grid.
+        pad: as in :func:`scan_index`.
+        middle_token: the sequence holds one more token (a class token) at position H*W // 2, which every direction
+            reads at step H*W // 2 of its own order (the authors' middle class token).
+        device: where the (cached) tables live.
+
+    Returns:
+        ScanTables with L = H*W (+ 1). Shared and cached: do not write to them.
+    """
+    _check_size(H, W)
+    return _tables(tuple(names), H, W, pad, middle_token, torch.device(device))
