@@ -1,0 +1,103 @@
+"""Training parts: layer-wise learning rates, checkpoints of the authors."""
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+
+from mmlocalmamba.backbones.base import LocalMambaBackbone
+from mmlocalmamba.convert import find_state_dict, from_official, is_official
+from mmlocalmamba.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """MMEngine's default constructor, and learning rates that shrink from the backbone's output to its input.
+
+    A backbone parameter of depth d of n gets ``lr * decay_rate ** (n - 1 - d)``; the backbone's ``get_layer_depth``
+    says d and n. Everything else keeps ``lr``. All other options of ``paramwise_cfg`` work as usual.
+
+    Args:
+        optim_wrapper_cfg: as for DefaultOptimWrapperConstructor.
+        paramwise_cfg: as there, with ``decay_rate`` in (0, 1].
+
+    Raises:
+        ValueError: decay_rate is missing or out of range.
+        TypeError: the model has no backbone with get_layer_depth.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: Optional[dict] = None) -> None:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        rate = self.paramwise_cfg.get('decay_rate')
+        if rate is None or not 0 < rate <= 1:
+            raise ValueError(f'paramwise_cfg needs decay_rate in (0, 1], got {rate}')
+        self.decay_rate = rate
+
+    def add_params(self, params: List[dict], module: nn.Module, prefix: str = '',
+                   is_dcn_module: Optional[Union[int, float]] = None) -> None:
+        super().add_params(params, module, prefix, is_dcn_module)
+        if prefix:
+            return
+        backbone = getattr(module, 'backbone', None)
+        if not hasattr(backbone, 'get_layer_depth'):
+            raise TypeError(f'layer decay needs model.backbone.get_layer_depth; {type(module).__name__} has the '
+                            f'backbone {type(backbone).__name__}')
+        names = {parameter: name for name, parameter in backbone.named_parameters()}
+        for group in params:
+            name = names.get(group['params'][0])
+            if name is not None:
+                depth, count = backbone.get_layer_depth(name)
+                group['lr_scale'] = self.decay_rate ** (count - 1 - depth)
+                group['lr'] = group.get('lr', self.base_lr) * group['lr_scale']
+
+
+def _find_backbone(model: nn.Module) -> Tuple[str, Optional[LocalMambaBackbone]]:
+    """Name of our backbone in a (wrapped) model, as checkpoints know it, and the backbone."""
+    while is_model_wrapper(model) or (hasattr(model, 'module') and not hasattr(model, 'backbone')):
+        model = model.module
+    for name, module in model.named_modules():
+        if isinstance(module, LocalMambaBackbone):
+            return name, module
+    return '', None
+
+
+@HOOKS.register_module()
+class OfficialCheckpointHook(Hook):
+    """Checkpoints given as ``load_from``, for resuming or testing: the authors' are converted on the fly, and one that
+    does not fill the backbone is refused, where MMEngine would go on with random weights.
+
+    Args:
+        strict: False reports what is missing and goes on.
+    """
+
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+        """Convert ``checkpoint`` in place.
+
+        Raises:
+            RuntimeError: with ``strict``, weights of the backbone are missing or have another shape.
+        """
+        prefix, backbone = _find_backbone(runner.model)
+        if backbone is None:
+            return
+        weights = find_state_dict(checkpoint)
+        if is_official(weights):
+            converted, unmatched = from_official(weights)
+            print_log(f"converted {len(converted)} weights of the authors' format"
+                      + (f'; not understood: {", ".join(unmatched)}' if unmatched else ''), logger='current')
+            weights = {**converted, **{name: weights[name] for name in unmatched}}
+        own = {f'{prefix}.{name}' if prefix else name: value for name, value in backbone.state_dict().items()
+               if not backbone.is_new_for_task(name)}
+        bad = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
+        if bad:
+            message = (f'{len(bad)} of {len(own)} weights of {type(backbone).__name__} are missing in the checkpoint '
+                       f'or have another shape: {", ".join(bad[:8])}{", ..." if len(bad) > 8 else ""}')
+            if self.strict:
+                raise RuntimeError(f'{message}\nThe checkpoint is of another model. If a partial match is what you '
+                                   "want, set strict=False on the OfficialCheckpointHook in custom_hooks.")
+            print_log(message, logger='current', level=30)
+        checkpoint['state_dict'] = weights

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmlocalmamba import scans
+
+NAMES = st.one_of(st.sampled_from(['h', 'v']), st.integers(1, 12).map(lambda K: f'w{K}'))
+SIZES = st.integers(1, 23)
+
+
+@settings(deadline=None, max_examples=150)
+@given(NAMES, SIZES, SIZES, st.booleans())
+def test_tables_are_permutations_with_an_inverse(name, H, W, pad):
+    table = scans.scan_index(name, H, W, pad=pad)
+    assert table.dtype == torch.int32
+    real = table[table >= 0]
+    assert sorted(real.tolist()) == list(range(H * W))
+    assert pad or len(table) == H * W
+    sequence = torch.where(table >= 0, torch.arange(100, 100 + H * W)[table.long()], -7)
+    assert sequence[scans.inverse(name, H, W, pad=pad).long()].tolist() == list(range(100, 100 + H * W))
+    assert scans.scan_index(f'{name}_flip', H, W, pad=pad).tolist() == table.tolist()[::-1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 9), SIZES, SIZES)
+def test_windows_are_scanned_one_after_the_other(K, H, W):
+    table = scans.scan_index(f'w{K}', H, W)
+    windows = table.view(-1, K * K)
+    columns = -(-W // K)
+    for index, window in enumerate(windows.tolist()):
+        inside = [token for token in window if token >= 0]
+        assert {(token // W // K, token % W // K) for token in inside} <= {divmod(index, columns)}
+        assert inside == sorted(inside)
+        for position, token in enumerate(window):
+            row, column = index // columns * K + position // K, index % columns * K + position % K
+            assert token == (row * W + column if row < H and column < W else -1)
+
+
+def test_known_tables():
+    assert scans.scan_index('h', 2, 3).tolist() == [0, 1, 2, 3, 4, 5]
+    assert scans.scan_index('v', 2, 3).tolist() == [0, 3, 1, 4, 2, 5]
+    assert scans.scan_index('v_flip', 2, 3).tolist() == [5, 2, 4, 1, 3, 0]
+    assert scans.scan_index('w2', 3, 3).tolist() == [0, 1, 3, 4, 2, -1, 5, -1, 6, 7, -1, -1, 8, -1, -1, -1]
+    assert scans.scan_index('w2', 3, 3, pad=False).tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize('name,H,W,message', [
+    ('diagonal', 2, 2, "unknown scan 'diagonal': known are h, v, w<K>"),
+    ('w0', 2, 2, "unknown scan 'w0'"),
+    ('w', 2, 2, "unknown scan 'w'"),
+    ('w-2', 2, 2, "unknown scan 'w-2'"),
+    (None, 2, 2, 'unknown scan None'),
+    ('h', 0, 2, 'H=0, W=2'),
+    ('h', 2, -1, 'H=2, W=-1'),
+])
+def test_bad_names_and_sizes(name, H, W, message):
+    with pytest.raises(ValueError, match=message):
+        scans.scan_index(name, H, W)
+    with pytest.raises(ValueError, match=message):
+        scans.inverse(name, H, W)
+
+
+def test_register_scan(monkeypatch):
+    monkeypatch.setattr(scans, '_SCANS', dict(scans._SCANS))
+
+    @scans.register_scan('snake')
+    def snake(H, W):
+        grid = torch.arange(H * W).view(H, W)
+        grid[1::2] = grid[1::2].flip(1)
+        return grid.flatten()
+
+    assert scans.scan_index('snake', 2, 3).tolist() == [0, 1, 2, 5, 4, 3]
+    assert scans.scan_index('snake_flip', 2, 3).tolist() == [3, 4, 5, 2, 1, 0]
+    with pytest.raises(ValueError, match="'snake' is registered already"):
+        scans.register_scan('snake')(snake)
+    with pytest.raises(ValueError, match="must not end in '_flip'"):
+        scans.register_scan('x_flip')
+
+    @scans.register_scan('twice')
+    def twice(H, W):
+        return torch.zeros(H * W, dtype=torch.long)
+
+    with pytest.raises(ValueError, match='does not read every token'):
+        scans.scan_index('twice', 2, 3)
+
+
+def test_middle_token_is_read_in_the_middle_of_every_direction():
+    for names, H, W in ((['h', 'v_flip', 'w2_flip'], 3, 5), (['w7', 'w2'], 4, 4)):
+        tables = scans.scan_tables(names, H, W, middle_token=True)
+        middle = H * W // 2
+        assert tables.inv.shape == (len(names), H * W + 1)
+        for name, src in zip(names, tables.src.tolist()):
+            assert src[middle] == middle
+            rest = src[:middle] + src[middle + 1:]
+            plain = [token - (token > middle) for token in rest]
+            expected = scans.scan_index(name, H, W).tolist()
+            assert plain[:len(expected)] == expected and set(plain[len(expected):]) <= {-1}
+
+
+def test_tables_are_cached_and_usable_in_training_after_inference():
+    with torch.inference_mode():
+        tables = scans.scan_tables(['h', 'v'], 6, 5)
+    assert scans.scan_tables(['h', 'v'], 6, 5) is tables
+    assert not tables.src.is_inference() and not scans.inverse('h', 6, 5).is_inference()
+    for size in range(1, 3 * scans._CACHE_SIZE):
+        scans.scan_tables(['h'], size, 1)
+    assert scans._tables.cache_info().currsize <= scans._CACHE_SIZE
