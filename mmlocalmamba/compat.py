@@ -40,12 +40,13 @@ def load_checkpoint(path: str, map_location: str = 'cpu') -> Any:
         RuntimeError: the file needs code to be executed, which is refused, or is no checkpoint.
         FileNotFoundError: there is no such file.
     """
-    import pickle
     try:
         if '://' in str(path):
             return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
         return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
         raise RuntimeError(f'{path} was not loaded: it is not a plain checkpoint of tensors and numbers, or is '
                            f'damaged. Files that execute code are refused. ({error})') from error
 

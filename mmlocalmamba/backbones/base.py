@@ -96,6 +96,11 @@ def resolve_out_indices(out_indices: Union[int, Sequence[int]], count: int) -> T
     return resolved
 
 
+def drop_path_rates(rate: float, depth: int) -> List[float]:
+    """Stochastic depth: from 0 at the first block linearly to ``rate`` at the last."""
+    return [rate * index / max(1, depth - 1) for index in range(depth)]
+
+
 class LocalMambaBackbone(BaseModule):
     """Freezing, norm_eval and the loading of pre-trained weights.
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba.backbones.archs import LOCAL_VIM
-from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages, resolve_arch,
-                                         resolve_directions, resolve_out_indices)
+from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages,
+                                         drop_path_rates, resolve_arch, resolve_directions, resolve_out_indices)
 from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, rotary_tables, rotate
 from mmlocalmamba.registry import MODELS
 from mmlocalmamba.search import MixedScan
@@ -133,7 +133,7 @@ class LocalVim(LocalMambaBackbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims)) if self.tokens else None
 
-        drop_paths = [0., *torch.linspace(0, drop_path_rate, depth).tolist()]
+        drop_paths = [0., *drop_path_rates(drop_path_rate, depth)]
         self.layers = nn.ModuleList([
             LocalVimBlock(self.embed_dims, drop_paths[index], with_cp, directions=self.directions[index],
                           scattn=scattn, window_pad=window_pad, middle_token=bool(self.tokens),

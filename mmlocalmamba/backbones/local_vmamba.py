@@ -1,7 +1,6 @@
 """LocalVMamba: VMamba's hierarchy with local scans and SCAttn (paper section 4.3)."""
 from typing import List, Optional, Sequence, Tuple, Union
 
-import torch
 from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import PatchEmbed, PatchMerging
 from mmengine.model import BaseModule
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba.backbones.archs import LOCAL_VMAMBA
-from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages, resolve_arch,
-                                         resolve_directions, resolve_out_indices)
+from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages,
+                                         drop_path_rates, resolve_arch, resolve_directions, resolve_out_indices)
 from mmlocalmamba.layers import LocalVMambaMixer
 from mmlocalmamba.registry import MODELS
 from mmlocalmamba.search import MixedScan
@@ -93,7 +92,7 @@ class LocalVMamba(LocalMambaBackbone):
         self.patch_size = patch_size
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims[0], kernel_size=patch_size, stride=patch_size,
                                       padding=0, norm_cfg=dict(type='LN'))
-        drop_paths = torch.linspace(0, drop_path_rate, depth).tolist()
+        drop_paths = drop_path_rates(drop_path_rate, depth)
         self.stages = nn.ModuleList()
         block = 0
         for index, (channels, stage_depth) in enumerate(zip(self.embed_dims, self.depths)):

@@ -1,0 +1,21 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "scan.h"
+// Only what follows may use the wider registers; the rest of the library must run anywhere.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+#define ISA kAvx512
+#define ISA_NAME "avx512"
+#define ISA_BYTES 64
+#define ISA_STATES 16
+#define ISA_AVX512
+#include "scan_kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,382 @@
+"""The shipped configurations: names, models, optimizers, schedules, data pipelines."""
+import copy
+import re
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import (
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    PARAM_SCHEDULERS,
+    DefaultScope,
+)
+from PIL import Image
+from torch import nn
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+SCOPES = {'in1k': 'mmpretrain', 'coco': 'mmdet', 'ade20k-512x512': 'mmseg'}
+
+# Parameters, in units or in millions as the paper rounds them; None: ours, the paper has no such
+# model.
+PARAMETERS = {
+    'localvim-t_8xb128_in1k': 7994152,
+    'localvim-t-midcls_8xb128_in1k': 7994536,
+    'localvim-t-nosearch_8xb128_in1k': 7994152,
+    'localvim-s_8xb128_in1k': 27783784,
+    'localvim-s-nosearch_8xb128_in1k': 27783784,
+    'localvmamba-t_8xb128_in1k': 25527160,
+    'localvmamba-s_8xb128_in1k': 49748536,
+    'mask-rcnn_localvmamba-t_1x_coco': '45M',
+    'mask-rcnn_localvmamba-s_1x_coco': '69M',
+    'mask-rcnn_localvmamba-t_ms-3x_coco': '45M',
+    'mask-rcnn_localvmamba-s_ms-3x_coco': '69M',
+    # 31M in the paper, with positions learned for 64x64 tokens instead of 14x14
+    'mask-rcnn_localvim-t-vitdet_lsj-100e_coco': '30M',
+    'mask-rcnn_localvim-s-vitdet_lsj-100e_coco': None,
+    'cascade-mask-rcnn_localvim-t-vitdet_lsj-100e_coco': None,
+    'cascade-mask-rcnn_localvim-s-vitdet_lsj-100e_coco': None,
+    'upernet_localvim-t_8xb2-160k_ade20k-512x512': '36M',
+    'upernet_localvim-s_8xb2-160k_ade20k-512x512': '58M',
+    'upernet_localvmamba-t_8xb2-160k_ade20k-512x512': '57M',
+    'upernet_localvmamba-s_8xb2-160k_ade20k-512x512': '81M',
+    'localvim-nano_digits': None,
+    'localvmamba-nano_digits': None,
+    'mask-rcnn_localvmamba-nano_digits': None,
+    'upernet_localvim-nano_digits': None,
+    'upernet_localvmamba-nano_digits': None,
+}
+NAMES = sorted(PARAMETERS)
+IMAGENET = [name for name in NAMES if name.endswith('in1k')]
+COCO = [name for name in NAMES if name.endswith('coco')]
+ADE20K = [name for name in NAMES if 'ade20k' in name]
+DIGITS = [name for name in NAMES if name.endswith('digits')]
+
+
+@lru_cache(maxsize=None)
+def load(name):
+    return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+def in_scope(cfg):
+    return DefaultScope.overwrite_default_scope(cfg.default_scope)
+
+
+@lru_cache(maxsize=1)  # tests of one model stand together
+def build(name):
+    cfg = load(name)
+    with in_scope(cfg):
+        return MODELS.build(cfg.model).eval()
+
+
+def test_names():
+    assert sorted(path.stem for path in CONFIGS.glob('*.py')) == NAMES
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loads(name):
+    cfg = load(name)
+    suffix = name.rsplit('_', 1)[-1]
+    assert suffix == 'digits' or cfg.default_scope == SCOPES[suffix]
+    assert cfg.custom_hooks[0].type == 'mmlocalmamba.OfficialCheckpointHook'
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator',
+                'test_evaluator', 'train_cfg', 'val_cfg', 'test_cfg', 'param_scheduler'):
+        assert key in cfg
+    if cfg.default_scope == 'mmseg':
+        assert cfg.tta_model.type == 'SegTTAModel' and cfg.tta_pipeline
+
+
+def test_pretrained_is_one_variable(tmp_path):
+    """Setting `pretrained` at the top of any file is enough to change the weights it uses."""
+    shutil.copytree(CONFIGS, tmp_path / 'configs')
+    for name in NAMES:
+        path = tmp_path / 'configs' / f'{name}.py'
+        text, count = re.subn('^pretrained = None', "pretrained = 'mine.pth'", path.read_text(),
+                              flags=re.M)
+        assert count == 1, name
+        changed = tmp_path / 'configs' / 'changed.py'
+        changed.write_text(text)
+        init_cfg = Config.fromfile(changed).model.backbone.init_cfg
+        assert init_cfg == dict(type='Pretrained', checkpoint='mine.pth'), name
+        assert load(name).model.backbone.init_cfg.checkpoint is None, name
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_builds(name):
+    model = build(name)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    expected = PARAMETERS[name]
+    if isinstance(expected, str):
+        assert f'{count / 1e6:.0f}M' == expected
+    elif expected is not None:
+        assert count == expected
+
+
+def predict(model, size):
+    """Predictions for one black image."""
+    from mmdet.structures import DetDataSample
+    sample = DetDataSample(metainfo=dict(
+        ori_shape=(size, size), img_shape=(size, size), scale_factor=(1.0, 1.0)))
+    with torch.no_grad():
+        return model(torch.zeros(1, 3, size, size), [sample], mode='predict')[0].pred_instances
+
+
+@pytest.mark.parametrize('name', [
+    'mask-rcnn_localvmamba-nano_digits',
+    'mask-rcnn_localvim-t-vitdet_lsj-100e_coco',
+    'cascade-mask-rcnn_localvim-t-vitdet_lsj-100e_coco',
+])
+def test_detectors_predict(name):
+    model = build(name)
+    with torch.no_grad():
+        maps = model.extract_feat(torch.zeros(1, 3, 64, 64))
+    strides = [stride[0] for stride in model.rpn_head.prior_generator.strides]
+    assert [64 // x.shape[-1] for x in maps] == strides
+    instances = predict(model, 64)
+    assert instances.bboxes.shape[-1] == 4 and instances.masks.shape[-2:] == (64, 64)
+
+
+@pytest.mark.parametrize('name', [
+    'upernet_localvim-t_8xb2-160k_ade20k-512x512',
+    'upernet_localvmamba-nano_digits',
+    'upernet_localvim-nano_digits',
+])
+def test_segmentors_predict(name):
+    model = build(name)
+    with torch.no_grad():
+        logits = model(torch.zeros(1, 3, 64, 96), mode='tensor')
+    assert logits.shape[1] == load(name).model.decode_head.num_classes
+    if name.startswith('upernet_localvim-t'):
+        assert logits.shape[-2:] == (4, 6)  # maps of stride 16: no neck
+
+
+@pytest.mark.parametrize('name', ['localvim-t-midcls_8xb128_in1k', 'localvmamba-nano_digits'])
+def test_classifiers_predict(name):
+    model = build(name)
+    with torch.no_grad():
+        scores = model(torch.zeros(2, 3, 64, 64), mode='tensor')
+    assert scores.shape == (2, load(name).model.head.num_classes)
+
+
+def optimizer_groups(name):
+    """{parameter name: (its optimizer group, the module that owns it)}, lr, weight decay."""
+    cfg, model = copy.deepcopy(load(name)), build(name)
+    cfg.optim_wrapper.type = 'OptimWrapper'  # mixed precision wants a GPU
+    constructor = cfg.optim_wrapper.pop('constructor', 'DefaultOptimWrapperConstructor')
+    paramwise = cfg.optim_wrapper.pop('paramwise_cfg')
+    with in_scope(cfg):
+        wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(
+            type=constructor, optim_wrapper_cfg=cfg.optim_wrapper, paramwise_cfg=paramwise))(model)
+    owners = {f'{prefix}.{name}': module for prefix, module in model.named_modules()
+              for name, _ in module.named_parameters(recurse=False)}
+    group_of = {parameter: group for group in wrapper.param_groups for parameter in group['params']}
+    groups = {name: (group_of[parameter], owners[name])
+              for name, parameter in model.named_parameters()}
+    optimizer = load(name).optim_wrapper.optimizer
+    return groups, optimizer.lr, optimizer.weight_decay
+
+
+@pytest.mark.parametrize('name, decay', [
+    ('mask-rcnn_localvmamba-t_1x_coco', 0.05),
+    ('mask-rcnn_localvim-t-vitdet_lsj-100e_coco', 0.05),
+    ('upernet_localvmamba-t_8xb2-160k_ade20k-512x512', 0.01),
+    ('localvim-t-midcls_8xb128_in1k', 0.04),
+])
+def test_weight_decay(name, decay):
+    groups, _, configured = optimizer_groups(name)
+    assert configured == decay
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    seen = set()
+    for parameter, (group, owner) in groups.items():
+        last = parameter.rsplit('.', 1)[-1]
+        spared = (isinstance(owner, norms) or 'bias' in last
+                  or last in ('A_log', 'D', 'pos_embed', 'cls_token'))
+        assert group['weight_decay'] == (0 if spared else decay), parameter
+        seen.add(last)
+    expected = {'A_log', 'D', 'dt_proj_bias', 'bias', 'weight', 'x_proj_weight', 'dt_proj_weight'}
+    if 'localvim' in name:
+        expected |= {'pos_embed', 'conv_bias'}
+    if 'midcls' in name:
+        expected.add('cls_token')
+    assert expected <= seen
+
+
+def test_layer_decay():
+    name = 'mask-rcnn_localvim-t-vitdet_lsj-100e_coco'
+    groups, lr, _ = optimizer_groups(name)
+    rate, depth = load(name).optim_wrapper.paramwise_cfg.decay_rate, 20
+    for parameter, (group, _) in groups.items():
+        if parameter.startswith(('backbone.patch_embed', 'backbone.pos_embed')):
+            exponent = depth + 1
+        elif parameter.startswith('backbone.layers.'):
+            exponent = depth - int(parameter.split('.')[2])
+        else:
+            exponent = 0
+        assert group['lr'] == pytest.approx(lr * rate ** exponent), parameter
+
+
+def scheduled_rates(cfg, epochs, epoch_length):
+    """Learning rate of every iteration."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = []
+    for scheduler in cfg.param_scheduler:
+        scheduler = dict(scheduler, optimizer=optimizer)
+        if scheduler.pop('convert_to_iter_based', False):
+            scheduler.setdefault('end', epochs)
+            scheduler['epoch_length'] = epoch_length
+            kind = PARAM_SCHEDULERS.get(scheduler.pop('type'))
+            schedulers.append(kind.build_iter_from_epoch(**scheduler))
+        else:
+            schedulers.append(PARAM_SCHEDULERS.build(scheduler))
+    rates = []
+    for index in range(epochs * epoch_length):
+        rates.append(optimizer.param_groups[0]['lr'])
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (index + 1) % epoch_length == 0:
+                scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+def test_imagenet_recipe(name):
+    cfg = load(name)
+    total = 8 * cfg.train_dataloader.batch_size
+    assert total == 1024 == cfg.auto_scale_lr.base_batch_size and '8xb128' in name
+    assert cfg.train_cfg.max_epochs == 300
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.04)
+    assert cfg.model.backbone.drop_path_rate == 0.1
+    assert cfg.model.head.loss.label_smooth_val == 0.1
+    ema = cfg.custom_hooks[1]
+    assert (ema.type, ema.momentum) == ('EMAHook', 1e-4)
+    augments = {a.type: a.alpha for a in cfg.data_preprocessor.batch_augments.augments}
+    assert augments == dict(Mixup=0.2, CutMix=1.0)
+
+
+def test_imagenet_learning_rate():
+    rates = scheduled_rates(load(IMAGENET[0]), epochs=300, epoch_length=10)
+    assert rates[0] == pytest.approx(1e-7)
+    assert max(rates) == pytest.approx(1e-3) and rates.index(max(rates)) in (199, 200)
+    assert rates[1600] == pytest.approx((1e-3 + 1e-6) / 2, rel=1e-2)  # half of the cosine
+    assert rates[-1] == pytest.approx(1e-6, rel=0.05)
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_coco_recipe(name):
+    cfg = load(name)
+    total = 8 * cfg.train_dataloader.batch_size
+    assert total == cfg.auto_scale_lr.base_batch_size
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 0.05)
+    steps = cfg.param_scheduler[1]
+    if 'lsj' in name:
+        epoch = 118000 / total  # iterations, as ViTDet counts
+        assert total == 64
+        assert cfg.train_cfg.max_iters / epoch == pytest.approx(100, abs=0.01)
+        assert [int(i / epoch) for i in steps.milestones] == [88, 96]
+        assert steps.end == cfg.train_cfg.max_iters and not steps.by_epoch
+        begin, interval = cfg.train_cfg.dynamic_intervals[0]
+        assert begin < cfg.train_cfg.max_iters and interval == cfg.train_cfg.max_iters
+        assert cfg.model.backbone.drop_path_rate == 0.1
+    else:
+        epochs, milestones = (36, [27, 33]) if '3x' in name else (12, [8, 11])
+        assert total == 16
+        assert cfg.train_cfg.max_epochs == epochs == steps.end
+        assert steps.milestones == milestones and steps.by_epoch
+        assert cfg.model.backbone.drop_path_rate == 0.2
+
+
+@pytest.mark.parametrize('name', ADE20K)
+def test_ade20k_recipe(name):
+    cfg = load(name)
+    assert 8 * cfg.train_dataloader.batch_size == 16 == cfg.auto_scale_lr.base_batch_size
+    assert cfg.train_cfg.max_iters == 160000 == cfg.param_scheduler[1].end
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 6e-5, 0.01)
+    if 'localvim' in name:
+        assert tuple(cfg.model.backbone.out_indices) == (4, 9, 14, 19)
+
+
+@pytest.mark.parametrize('name', DIGITS)
+def test_digits_run_anywhere(name):
+    """The demos need no GPU and start every time from the same seed."""
+    cfg = load(name)
+    assert 'SyncBN' not in repr(cfg.model) and cfg.optim_wrapper.type == 'OptimWrapper'
+    assert cfg.randomness.seed == 0
+    assert cfg.train_dataloader.dataset.data_root.startswith('data/digits/')
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """An image and a label image."""
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8)).save(folder / 'image.png')
+    Image.fromarray(rng.integers(0, 12, (90, 120), np.uint8)).save(folder / 'labels.png')
+    return folder
+
+
+def image_info(cfg, folder):
+    """What a dataset hands to its pipeline."""
+    info = dict(img_path=str(folder / 'image.png'), img_id=0, height=90, width=120)
+    if cfg.default_scope == 'mmpretrain':
+        return dict(info, gt_label=0)
+    if cfg.default_scope == 'mmseg':
+        return dict(info, seg_map_path=str(folder / 'labels.png'), reduce_zero_label=True,
+                    seg_fields=[])
+    box = [10.0, 10.0, 80.0, 70.0]
+    polygon = [10.0, 10.0, 80.0, 10.0, 80.0, 70.0]
+    return dict(info, instances=[dict(bbox=box, bbox_label=0, ignore_flag=0, mask=[polygon])])
+
+
+# one configuration of each data set
+@pytest.mark.parametrize('name, train_size, test_size', [
+    ('localvim-t_8xb128_in1k', (224, 224), (224, 224)),
+    ('mask-rcnn_localvmamba-t_1x_coco', (800, 1067), (800, 1067)),
+    ('mask-rcnn_localvmamba-t_ms-3x_coco', None, (800, 1067)),
+    ('mask-rcnn_localvim-t-vitdet_lsj-100e_coco', (1024, 1024), (1024, 1024)),
+    ('upernet_localvmamba-t_8xb2-160k_ade20k-512x512', None, (512, 683)),
+    ('localvmamba-nano_digits', (32, 32), (90, 120)),
+    ('mask-rcnn_localvmamba-nano_digits', None, (96, 128)),
+    ('upernet_localvmamba-nano_digits', None, (96, 128)),
+])
+def test_pipelines(name, train_size, test_size, files):
+    cfg = load(name)
+    with in_scope(cfg):
+        train, test = Compose(cfg.train_pipeline), Compose(cfg.test_pipeline)
+        results = [train(image_info(cfg, files)) for _ in range(5)]
+        sizes = [tuple(r['inputs'].shape[-2:]) for r in results if r is not None]
+        assert sizes and (train_size is None or set(sizes) == {train_size})
+        assert tuple(test(image_info(cfg, files))['inputs'].shape[-2:]) == test_size
+
+
+def test_rand_augment_ranges():
+    """rand-m9-mstd0.5: not the increasing operations."""
+    pipeline = load('localvim-t_8xb128_in1k').train_pipeline
+    augment = next(t for t in pipeline if t.type == 'RandAugment')
+    ranges = {p.type: p.get('magnitude_range') for p in augment.policies}
+    assert len(augment.policies) == 15
+    assert tuple(ranges['Solarize']) == (0, 256) and tuple(ranges['Contrast']) == (-0.9, 0.9)
+
+
+@pytest.mark.parametrize('name, views', [
+    ('upernet_localvim-s_8xb2-160k_ade20k-512x512', 12),
+    ('upernet_localvim-nano_digits', 3),
+])
+def test_test_time_augmentation(name, views, files):
+    cfg, model = load(name), build(name)
+    with in_scope(cfg):
+        data = Compose(cfg.tta_pipeline)(image_info(cfg, files))
+        assert len(data['inputs']) == views
+        if 'digits' in name:
+            tta = MODELS.build(dict(cfg.tta_model, module=model)).eval()
+            with torch.no_grad():
+                batches = {key: [[item] for item in value] for key, value in data.items()}
+                result = tta.test_step(batches)
+            assert result[0].pred_sem_seg.shape == (90, 120)

@@ -1,0 +1,128 @@
+"""Convert checkpoints of the authors' implementation (hunto/LocalMamba) to ours, or back.
+
+    python tools/model_converters/official_to_mmlocalmamba.py SRC DST
+    python tools/model_converters/official_to_mmlocalmamba.py --to-official SRC DST
+
+SRC holds a state dict at its top or under state_dict, model or state_dict_ema (--key names another). DST loads with
+strict=True into the model of the classification config. Weights that are not understood, missing or of a wrong shape
+are listed and nothing is written (exit code 1). Configs take the authors' files directly, too; converting once is for
+sharing and for mim test.
+"""
+import argparse
+import math
+import os
+import sys
+import tempfile
+
+import torch
+
+from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.compat import load_checkpoint
+from mmlocalmamba.convert import STATE_DICT_KEYS, find_state_dict, from_official, to_official
+
+
+def expected_shapes(weights):
+    """{name: shape} of a classifier of the size that the weights show, or None for features without a head."""
+    names = list(weights)
+    scattn = any('.scattn.' in name for name in names)
+    spatial = any('.spatial_select.' in name for name in names)
+    search = any(name.endswith('mixed_scan.alphas') for name in names)
+
+    def directions(block):
+        K = len(weights[f'backbone.{block}.mixer.ssm.D'])
+        return [f'w{index + 1}' for index in range(K)]  # any names: they do not change the shapes
+
+    def common(block):
+        channels, inner = weights[f'backbone.{block}.mixer.out_proj.weight'].shape
+        dt_rank = weights[f'backbone.{block}.mixer.ssm.dt_proj_weight'].shape[-1]
+        return dict(d_state=weights[f'backbone.{block}.mixer.ssm.A_log'].shape[-1], expand=inner / channels,
+                    dt_rank='auto' if dt_rank == math.ceil(channels / 16) else dt_rank)
+
+    scattn = dict(spatial=spatial) if scattn else False
+    patch = weights['backbone.patch_embed.projection.weight'].shape
+    kwargs = dict(scattn=scattn, in_channels=patch[1], patch_size=patch[2])
+    with torch.device('meta'):
+        if 'backbone.layers.0.mixer.ssm.D' in weights:
+            depth = 1 + max(int(name.split('.')[2]) for name in names if name.startswith('backbone.layers.'))
+            cls_token = 'backbone.cls_token' in weights
+            taps = sum(name.startswith('backbone.out_norms.') and name.endswith('weight') for name in names)
+            tokens = weights['backbone.pos_embed'].shape[1] - int(cls_token)
+            backbone = LocalVim(
+                dict(embed_dims=patch[0], num_layers=depth, **common('layers.0')), img_size=patch[2] * round(tokens ** 0.5),
+                directions='search' if search else [directions(f'layers.{i}') for i in range(depth)],
+                cls_token='middle' if cls_token else 'none', rope=False, out_indices=tuple(range(taps)) if taps else -1,
+                out_type='featmap' if taps else 'cls_token' if cls_token else 'avg_featmap', **kwargs)
+        else:
+            stages = 1 + max(int(name.split('.')[2]) for name in names if name.startswith('backbone.stages.'))
+            depths = [1 + max(int(name.split('.')[4]) for name in names
+                              if name.startswith(f'backbone.stages.{stage}.blocks.')) for stage in range(stages)]
+            blocks = [f'stages.{stage}.blocks.{block}' for stage in range(stages) for block in range(depths[stage])]
+            backbone = LocalVMamba(
+                dict(embed_dims=[patch[0] * 2 ** stage for stage in range(stages)], depths=depths, **common(blocks[0])),
+                directions='search' if search else [directions(block) for block in blocks],
+                out_indices=[stage for stage in range(stages) if f'backbone.norm{stage}.weight' in weights] or -1,
+                **kwargs)
+    shapes = {f'backbone.{name}': value.shape for name, value in backbone.state_dict().items()}
+    if 'head.fc.weight' in weights:
+        classes, width = weights['head.fc.weight'].shape
+        shapes.update({'head.fc.weight': (classes, width), 'head.fc.bias': (classes, )})
+    return shapes
+
+
+def problems(weights):
+    """Lines that say what is missing, unknown or of a wrong shape in weights under our names."""
+    try:
+        shapes = expected_shapes(weights)
+    except (KeyError, ValueError, IndexError) as error:
+        return [f'the size of the model cannot be told: {error}']
+    lines = [f'missing: {name} {tuple(shape)}' for name, shape in shapes.items() if name not in weights]
+    lines += [f'unknown: {name}' for name in weights if name not in shapes]
+    lines += [f'shape: {name} is {tuple(weights[name].shape)}, expected {tuple(shape)}'
+              for name, shape in shapes.items() if name in weights and tuple(weights[name].shape) != tuple(shape)]
+    return lines
+
+
+def save_whole(content, path):
+    """Write a checkpoint completely or not at all."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path), suffix='.partial')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', metavar='SRC')
+    parser.add_argument('dst', metavar='DST')
+    parser.add_argument('--to-official', action='store_true', help="write the authors' format from ours")
+    parser.add_argument('--key', help=f'entry of SRC that holds the state dict (default: first of '
+                        f'{", ".join(STATE_DICT_KEYS)}, or the top)')
+    args = parser.parse_args()
+    try:
+        weights = find_state_dict(load_checkpoint(args.src), args.key)
+        if args.to_official:
+            converted, unmatched = to_official(weights)
+            check = weights if any(name.startswith('backbone.') for name in weights) else \
+                {f'backbone.{name}': value for name, value in weights.items()}
+        else:
+            converted, unmatched = from_official(weights)
+            check = converted
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f'{args.src}: {error}')
+    lines = [f'not understood: {name}' for name in unmatched] + problems(check)
+    if lines:
+        sys.exit('\n  '.join([f'{args.src} was not converted:', *lines]))
+    save_whole(dict(state_dict=converted), args.dst)
+    print(f'{len(converted)} weights written to {args.dst}')
+
+
+if __name__ == '__main__':
+    main()
