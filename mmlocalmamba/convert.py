@@ -5,14 +5,15 @@ are stacked in one tensor; mmcv's PatchMerging unfolds a 2x2 patch channel by ch
 position; rotary tables are computed, not stored.
 """
 import re
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmlocalmamba.layers.rope import rotary_tables
 
-StateDict = Dict[str, Tensor]
+StateDict = dict[str, Tensor]
 # Where checkpoints keep their weights, in the order of search.
 STATE_DICT_KEYS = ('state_dict', 'model', 'state_dict_ema')
 
@@ -83,7 +84,7 @@ def _permute_merging(name: str, tensor: Tensor, to_ours: bool) -> Tensor:
     return tensor[..., order.to(tensor.device)]
 
 
-def _rename(name: str, rules: List[Tuple[str, str]]) -> Optional[str]:
+def _rename(name: str, rules: list[tuple[str, str]]) -> str | None:
     for pattern, template in rules:
         match = re.fullmatch(pattern, name)
         if match:
@@ -91,7 +92,7 @@ def _rename(name: str, rules: List[Tuple[str, str]]) -> Optional[str]:
     return None
 
 
-def _reversed_rules(rules: List[Tuple[str, str]]) -> List[Tuple[str, str]]:
+def _reversed_rules(rules: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Swap pattern and template: the n-th group of a pattern becomes the n-th reference of a template."""
     swapped = []
     for pattern, template in rules:
@@ -103,7 +104,7 @@ def _reversed_rules(rules: List[Tuple[str, str]]) -> List[Tuple[str, str]]:
     return swapped
 
 
-def from_official(state_dict: Mapping[str, Tensor]) -> Tuple[StateDict, List[str]]:
+def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
     """The authors' state dict -> ours.
 
     Args:
@@ -121,7 +122,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> Tuple[StateDict, List[str
                          f'{", ".join(list(state_dict)[:3]) or "nothing"}')
     arch = 'LocalVim' if 'layers.0.mixer.A_log_0' in state_dict else 'LocalVMamba'
     ours, unmatched, directions = {}, [], {}
-    last = max((int(name.split('.')[1]) for name in state_dict if name.startswith('layers.')))
+    last = max(int(name.split('.')[1]) for name in state_dict if name.startswith('layers.'))
     for name, tensor in state_dict.items():
         renamed = _rename(name, _RENAMES[arch])
         if renamed is not None:
@@ -158,7 +159,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> Tuple[StateDict, List[str
     return ours, unmatched
 
 
-def to_official(state_dict: Mapping[str, Tensor]) -> Tuple[StateDict, List[str]]:
+def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
     """Our state dict -> the authors'; the inverse of :func:`from_official`.
 
     Args:
@@ -215,7 +216,7 @@ def to_official(state_dict: Mapping[str, Tensor]) -> Tuple[StateDict, List[str]]
     return official, unmatched
 
 
-def find_state_dict(checkpoint: Any, key: Optional[str] = None) -> StateDict:
+def find_state_dict(checkpoint: Any, key: str | None = None) -> StateDict:
     """The state dict inside a loaded checkpoint: under ``key``, or under one of STATE_DICT_KEYS, or at the top.
 
     Raises:
@@ -236,7 +237,7 @@ def find_state_dict(checkpoint: Any, key: Optional[str] = None) -> StateDict:
             for name, value in checkpoint.items()}
 
 
-def backbone_state_dict(checkpoint: Any, prefix: Optional[str] = None) -> StateDict:
+def backbone_state_dict(checkpoint: Any, prefix: str | None = None) -> StateDict:
     """Weights of the backbone alone, under our names, from a loaded checkpoint of ours or of the authors.
 
     Args:

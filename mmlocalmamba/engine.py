@@ -1,5 +1,5 @@
 """Training parts: layer-wise learning rates, checkpoints of the authors."""
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -28,15 +28,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         TypeError: the model has no backbone with get_layer_depth.
     """
 
-    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: Optional[dict] = None) -> None:
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         rate = self.paramwise_cfg.get('decay_rate')
         if rate is None or not 0 < rate <= 1:
             raise ValueError(f'paramwise_cfg needs decay_rate in (0, 1], got {rate}')
         self.decay_rate = rate
 
-    def add_params(self, params: List[dict], module: nn.Module, prefix: str = '',
-                   is_dcn_module: Optional[Union[int, float]] = None) -> None:
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
+                   is_dcn_module: int | float | None = None) -> None:
         super().add_params(params, module, prefix, is_dcn_module)
         if prefix:
             return
@@ -53,7 +53,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 group['lr'] = group.get('lr', self.base_lr) * group['lr_scale']
 
 
-def _find_backbone(model: nn.Module) -> Tuple[str, Optional[LocalMambaBackbone]]:
+def _find_backbone(model: nn.Module) -> tuple[str, LocalMambaBackbone | None]:
     """Name of our backbone in a (wrapped) model, as checkpoints know it, and the backbone."""
     while is_model_wrapper(model) or (hasattr(model, 'module') and not hasattr(model, 'backbone')):
         model = model.module
@@ -75,7 +75,7 @@ class OfficialCheckpointHook(Hook):
     def __init__(self, strict: bool = True) -> None:
         self.strict = strict
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Convert ``checkpoint`` in place.
 
         Raises:

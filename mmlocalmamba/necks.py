@@ -1,5 +1,5 @@
 """Necks for plain backbones."""
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
@@ -25,8 +25,8 @@ class SimpleFPN(BaseModule):
     """
 
     def __init__(self, backbone_channel: int, in_channels: Sequence[int], out_channels: int, num_outs: int,
-                 conv_cfg: Optional[dict] = None, norm_cfg: Optional[dict] = None, act_cfg: Optional[dict] = None,
-                 init_cfg: Optional[dict] = None) -> None:
+                 conv_cfg: dict | None = None, norm_cfg: dict | None = None, act_cfg: dict | None = None,
+                 init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         expected = [backbone_channel // 4, backbone_channel // 2, backbone_channel, backbone_channel]
         if list(in_channels) != expected:
@@ -49,7 +49,7 @@ class SimpleFPN(BaseModule):
         self.fpn_convs = nn.ModuleList([ConvModule(out_channels, out_channels, 3, padding=1, **common)
                                         for _ in in_channels])
 
-    def forward(self, inputs: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Maps of a plain backbone, the last (B, C, H, W) is used -> num_outs maps (B, out_channels, H_i, W_i)."""
         outs = [out(lateral(resample(inputs[-1])))
                 for resample, lateral, out in zip(self.resample, self.lateral_convs, self.fpn_convs)]

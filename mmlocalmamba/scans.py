@@ -10,13 +10,14 @@ directions. Built-in names, each also with the suffix ``_flip`` (the same table 
   right and bottom border that the grid does not fill are completed by pads.
 """
 import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_SCANS: Dict[str, Callable] = {}
+_SCANS: dict[str, Callable] = {}
 _FLIP = '_flip'
 # Detection meets a new H x W with nearly every batch: enough entries to serve the stages of a few batches, few enough
 # that thousands of sizes do not pile up.
@@ -62,7 +63,7 @@ def _window(H: int, W: int, K: int) -> Tensor:
     return grid.view(rows, K, cols, K).transpose(1, 2).flatten()
 
 
-def known_scans() -> Tuple[str, ...]:
+def known_scans() -> tuple[str, ...]:
     """Registered names and families, without the ``_flip`` variants."""
     return tuple(_SCANS)
 
@@ -106,7 +107,7 @@ def _table(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor
     return order.to(device=device, dtype=torch.int32)
 
 
-def scan_index(name: str, H: int, W: int, pad: bool = True, device: Union[str, torch.device] = 'cpu') -> Tensor:
+def scan_index(name: str, H: int, W: int, pad: bool = True, device: str | torch.device = 'cpu') -> Tensor:
     """Index table of one scan direction.
 
     Args:
@@ -139,7 +140,7 @@ def _inverse(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tens
     return _invert(_table(name, H, W, pad, device))
 
 
-def inverse(name: str, H: int, W: int, pad: bool = True, device: Union[str, torch.device] = 'cpu') -> Tensor:
+def inverse(name: str, H: int, W: int, pad: bool = True, device: str | torch.device = 'cpu') -> Tensor:
     """The inverse of :func:`scan_index`: int32 tensor (H*W,), the step at which each token is read.
 
     ``y_sequence[inverse(...)]`` puts the outputs of a scan back in row-major order and drops the pads.
@@ -162,7 +163,7 @@ class ScanTables(NamedTuple):
 
 @lru_cache(maxsize=_CACHE_SIZE)
 @torch.inference_mode(False)
-def _tables(names: Tuple[str, ...], H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> ScanTables:
+def _tables(names: tuple[str, ...], H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> ScanTables:
     rows = [_table(name, H, W, pad, torch.device('cpu')) for name in names]
     if middle_token:
         middle = H * W // 2
@@ -180,7 +181,7 @@ def scan_tables(names: Sequence[str],
                 W: int,
                 pad: bool = True,
                 middle_token: bool = False,
-                device: Optional[Union[str, torch.device]] = 'cpu') -> ScanTables:
+                device: str | torch.device | None = 'cpu') -> ScanTables:
     """Stacked tables of several directions.
 
     Args:

@@ -2,7 +2,7 @@
 import copy
 import re
 import shutil
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ ADE20K = [name for name in NAMES if 'ade20k' in name]
 DIGITS = [name for name in NAMES if name.endswith('digits')]
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name):
     return Config.fromfile(CONFIGS / f'{name}.py')
 

@@ -3,7 +3,8 @@ import copy
 import json
 import logging
 import os
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Union
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -19,7 +20,7 @@ Directions = Union[None, str, Sequence[str], Sequence[Sequence[str]]]
 SEARCH = 'search'
 
 
-def resolve_arch(arch: Union[str, dict], variants: Dict[str, dict], required: Sequence[str]) -> dict:
+def resolve_arch(arch: str | dict, variants: dict[str, dict], required: Sequence[str]) -> dict:
     """A variant's name or a dict of the same keys -> a dict of our own."""
     if isinstance(arch, str):
         if arch not in variants:
@@ -48,7 +49,7 @@ def load_directions(path: str) -> list:
     return content
 
 
-def resolve_directions(directions: Directions, default: Directions, depth: int) -> List[Tuple[str, ...]]:
+def resolve_directions(directions: Directions, default: Directions, depth: int) -> list[tuple[str, ...]]:
     """Scan names of every block.
 
     Args:
@@ -84,7 +85,7 @@ def resolve_directions(directions: Directions, default: Directions, depth: int) 
     return [tuple(block) for block in directions]
 
 
-def resolve_out_indices(out_indices: Union[int, Sequence[int]], count: int) -> Tuple[int, ...]:
+def resolve_out_indices(out_indices: int | Sequence[int], count: int) -> tuple[int, ...]:
     """Sorted, non-negative indices of the stages or blocks that give outputs."""
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
     for index in indices:
@@ -96,7 +97,7 @@ def resolve_out_indices(out_indices: Union[int, Sequence[int]], count: int) -> T
     return resolved
 
 
-def drop_path_rates(rate: float, depth: int) -> List[float]:
+def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth: from 0 at the first block linearly to ``rate`` at the last."""
     return [rate * index / max(1, depth - 1) for index in range(depth)]
 
@@ -111,7 +112,7 @@ class LocalMambaBackbone(BaseModule):
     ``checkpoint=None`` trains from scratch and says so.
     """
 
-    def __init__(self, frozen_stages: int, norm_eval: bool, init_cfg: Optional[dict]) -> None:
+    def __init__(self, frozen_stages: int, norm_eval: bool, init_cfg: dict | None) -> None:
         super().__init__(init_cfg)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -129,7 +130,7 @@ class LocalMambaBackbone(BaseModule):
         for cfg in pretrained:
             self.load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
 
-    def load_pretrained(self, checkpoint: Optional[str], strict: bool = True, prefix: Optional[str] = None,
+    def load_pretrained(self, checkpoint: str | None, strict: bool = True, prefix: str | None = None,
                         map_location: str = 'cpu') -> None:
         """Load the backbone's weights from a file or URL; see the class docstring.
 
@@ -163,7 +164,7 @@ class LocalMambaBackbone(BaseModule):
                                "want, add strict=False to init_cfg.")
         print_log(report, logger='current', level=logging.WARNING if missing or unfit or unexpected else logging.INFO)
 
-    def adapt_state_dict(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit weights to this model where that is exact by meaning (e.g. positions of another grid)."""
         return weights
 
@@ -171,7 +172,7 @@ class LocalMambaBackbone(BaseModule):
         """Parameters that a downstream task adds to the pre-trained model, or has no use for."""
         raise NotImplementedError
 
-    def stages_to_freeze(self) -> List[nn.Module]:
+    def stages_to_freeze(self) -> list[nn.Module]:
         """Modules in their order: the patch embedding, then every stage or block."""
         raise NotImplementedError
 

@@ -1,5 +1,5 @@
 """LocalVim: Vim's plain hierarchy with local scans and SCAttn (paper section 4.3, Fig. 3a)."""
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 from mmcv.cnn.bricks import DropPath
@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba.backbones.archs import LOCAL_VIM
-from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages,
-                                         drop_path_rates, resolve_arch, resolve_directions, resolve_out_indices)
+from mmlocalmamba.backbones.base import (
+    SEARCH,
+    Directions,
+    LocalMambaBackbone,
+    check_frozen_stages,
+    drop_path_rates,
+    resolve_arch,
+    resolve_directions,
+    resolve_out_indices,
+)
 from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, rotary_tables, rotate
 from mmlocalmamba.registry import MODELS
 from mmlocalmamba.search import MixedScan
@@ -33,10 +41,10 @@ class LocalVimBlock(BaseModule):
         self.mixer = LocalVimMixer(channels, **mixer)
         self.drop_path = DropPath(drop_path)
 
-    def _forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+    def _forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.mixer(self.norm(x), size)
 
-    def forward(self, x: Tensor, residual: Optional[Tensor], size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         residual = x if residual is None else residual + self.drop_path(x)
         if self.with_cp and residual.requires_grad:
             return checkpoint(self._forward, residual, size, use_reentrant=False), residual
@@ -84,23 +92,23 @@ class LocalVim(LocalMambaBackbone):
     """
 
     def __init__(self,
-                 arch: Union[str, dict] = 'tiny',
-                 img_size: Union[int, Tuple[int, int]] = 224,
+                 arch: str | dict = 'tiny',
+                 img_size: int | tuple[int, int] = 224,
                  in_channels: int = 3,
                  patch_size: int = 16,
                  directions: Directions = None,
-                 scattn: Union[bool, dict] = True,
+                 scattn: bool | dict = True,
                  window_pad: str = 'zero',
                  cls_token: str = 'none',
                  rope: bool = True,
-                 out_indices: Union[int, Sequence[int]] = (-1, ),
+                 out_indices: int | Sequence[int] = (-1, ),
                  out_type: str = 'avg_featmap',
                  out_feature: str = 'mixer',
                  frozen_stages: int = -1,
                  norm_eval: bool = False,
                  with_cp: bool = False,
                  drop_path_rate: float = 0.1,
-                 init_cfg: Optional[dict] = None) -> None:
+                 init_cfg: dict | None = None) -> None:
         super().__init__(frozen_stages, norm_eval, init_cfg)
         arch = resolve_arch(arch, LOCAL_VIM, ('embed_dims', 'num_layers'))
         self.embed_dims, depth = arch.pop('embed_dims'), arch.pop('num_layers')
@@ -150,7 +158,7 @@ class LocalVim(LocalMambaBackbone):
             self.norm = nn.RMSNorm(self.embed_dims, eps=_EPS)
         self._freeze()
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W), H and W >= patch_size -> see ``out_type``."""
         if min(x.shape[-2:]) < self.patch_size:
             raise ValueError(f'LocalVim: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
@@ -179,7 +187,7 @@ class LocalVim(LocalMambaBackbone):
         x = self.norm(residual + self.drop_path(x))
         return (x[:, middle] if self.out_type == 'cls_token' else x.mean(1), )
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding and the
         positions, each block one more, final and output norms the last."""
         count = len(self.layers) + 2
@@ -190,7 +198,7 @@ class LocalVim(LocalMambaBackbone):
             return int(name.split('.')[1]) + 1, count
         return count - 1, count
 
-    def adapt_state_dict(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         loaded = weights.get('pos_embed')
         if loaded is not None and loaded.shape != self.pos_embed.shape and loaded.shape[-1] == self.embed_dims:
             side = round((loaded.shape[1] - self.tokens) ** 0.5)
@@ -201,7 +209,7 @@ class LocalVim(LocalMambaBackbone):
     def is_new_for_task(self, name: str) -> bool:
         return name.startswith(('out_norms.', 'norm.'))
 
-    def stages_to_freeze(self) -> List[nn.Module]:
+    def stages_to_freeze(self) -> list[nn.Module]:
         return [self.patch_embed, *self.layers]
 
     def _freeze(self) -> None:

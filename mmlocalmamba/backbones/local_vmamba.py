@@ -1,5 +1,5 @@
 """LocalVMamba: VMamba's hierarchy with local scans and SCAttn (paper section 4.3)."""
-from typing import List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import PatchEmbed, PatchMerging
@@ -8,8 +8,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba.backbones.archs import LOCAL_VMAMBA
-from mmlocalmamba.backbones.base import (SEARCH, Directions, LocalMambaBackbone, check_frozen_stages,
-                                         drop_path_rates, resolve_arch, resolve_directions, resolve_out_indices)
+from mmlocalmamba.backbones.base import (
+    SEARCH,
+    Directions,
+    LocalMambaBackbone,
+    check_frozen_stages,
+    drop_path_rates,
+    resolve_arch,
+    resolve_directions,
+    resolve_out_indices,
+)
 from mmlocalmamba.layers import LocalVMambaMixer
 from mmlocalmamba.registry import MODELS
 from mmlocalmamba.search import MixedScan
@@ -25,10 +33,10 @@ class LocalVMambaBlock(BaseModule):
         self.mixer = LocalVMambaMixer(channels, **mixer)
         self.drop_path = DropPath(drop_path)
 
-    def _forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+    def _forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return x + self.drop_path(self.mixer(self.norm(x), size))
 
-    def forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if self.with_cp and x.requires_grad:
             return checkpoint(self._forward, x, size, use_reentrant=False)
         return self._forward(x, size)
@@ -67,18 +75,18 @@ class LocalVMamba(LocalMambaBackbone):
     """
 
     def __init__(self,
-                 arch: Union[str, dict] = 'tiny',
+                 arch: str | dict = 'tiny',
                  in_channels: int = 3,
                  patch_size: int = 4,
                  directions: Directions = None,
-                 scattn: Union[bool, dict] = True,
+                 scattn: bool | dict = True,
                  window_pad: str = 'zero',
-                 out_indices: Union[int, Sequence[int]] = (-1, ),
+                 out_indices: int | Sequence[int] = (-1, ),
                  frozen_stages: int = -1,
                  norm_eval: bool = False,
                  with_cp: bool = False,
                  drop_path_rate: float = 0.1,
-                 init_cfg: Optional[dict] = None) -> None:
+                 init_cfg: dict | None = None) -> None:
         super().__init__(frozen_stages, norm_eval, init_cfg)
         arch = resolve_arch(arch, LOCAL_VMAMBA, ('embed_dims', 'depths'))
         self.embed_dims, self.depths = list(arch.pop('embed_dims')), list(arch.pop('depths'))
@@ -114,7 +122,7 @@ class LocalVMamba(LocalMambaBackbone):
             self.add_module(f'norm{index}', nn.LayerNorm(self.embed_dims[index]))
         self._freeze()
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W), H and W >= patch_size -> one (B, C_i, H_i, W_i) per out_index."""
         if min(x.shape[-2:]) < self.patch_size:
             raise ValueError(f'LocalVMamba: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
@@ -131,7 +139,7 @@ class LocalVMamba(LocalMambaBackbone):
                 x, size = stage.downsample(x, size)
         return tuple(outs)
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding, each
         block one more, output norms the last."""
         count = sum(self.depths) + 2
@@ -150,5 +158,5 @@ class LocalVMamba(LocalMambaBackbone):
     def is_new_for_task(self, name: str) -> bool:
         return name.startswith('norm')
 
-    def stages_to_freeze(self) -> List[nn.Module]:
+    def stages_to_freeze(self) -> list[nn.Module]:
         return [self.patch_embed, *self.stages]

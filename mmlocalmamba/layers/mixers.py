@@ -3,7 +3,7 @@
 Tokens are channels-last (B, L, D) throughout; directions are tables (see :mod:`mmlocalmamba.scans`).
 """
 import math
-from typing import Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class _Mixer(nn.Module):
     """What both mixers share: input and output projection, scans, SCAttn, merging of the directions."""
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float, d_state: int,
-                 dt_rank: Union[int, str], scattn: Union[bool, dict], mixed_scan: Optional[nn.Module],
+                 dt_rank: int | str, scattn: bool | dict, mixed_scan: nn.Module | None,
                  window_pad: str) -> None:
         super().__init__()
         if window_pad not in WINDOW_PADS:
@@ -112,14 +112,14 @@ class LocalVMambaMixer(_Mixer):
     """
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float = 2., d_state: int = 16,
-                 dt_rank: Union[int, str] = 'auto', d_conv: int = 3, scattn: Union[bool, dict] = True,
-                 mixed_scan: Optional[nn.Module] = None, window_pad: str = 'zero') -> None:
+                 dt_rank: int | str = 'auto', d_conv: int = 3, scattn: bool | dict = True,
+                 mixed_scan: nn.Module | None = None, window_pad: str = 'zero') -> None:
         super().__init__(channels, directions, expand, d_state, dt_rank, scattn, mixed_scan, window_pad)
         inner = self.out_proj.in_features
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=(d_conv - 1) // 2, groups=inner)
         self.out_norm = nn.LayerNorm(inner)
 
-    def forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, H*W, C), size (H, W) -> (B, H*W, C)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = x.unflatten(1, size).permute(0, 3, 1, 2)
@@ -140,8 +140,8 @@ class LocalVimMixer(_Mixer):
     """
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float = 2., d_state: int = 16,
-                 dt_rank: Union[int, str] = 'auto', d_conv: int = 4, scattn: Union[bool, dict] = True,
-                 mixed_scan: Optional[nn.Module] = None, window_pad: str = 'zero', middle_token: bool = False) -> None:
+                 dt_rank: int | str = 'auto', d_conv: int = 4, scattn: bool | dict = True,
+                 mixed_scan: nn.Module | None = None, window_pad: str = 'zero', middle_token: bool = False) -> None:
         super().__init__(channels, directions, expand, d_state, dt_rank, scattn, mixed_scan, window_pad)
         self.middle_token = middle_token
         K, inner = len(self.directions), self.out_proj.in_features
@@ -158,7 +158,7 @@ class LocalVimMixer(_Mixer):
                      self.conv_bias.flatten(), padding=kernel - 1, groups=K * inner)
         return x[..., :T].unflatten(1, (K, inner)).transpose(2, 3)
 
-    def forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, L, C), size (H, W), L = H*W (+ 1 with a middle token) -> (B, L, C)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         tables = scan_tables(self.directions, *size, pad=self.pad, middle_token=self.middle_token, device=x.device)

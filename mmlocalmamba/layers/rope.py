@@ -1,6 +1,5 @@
 """Positions of LocalVim: rotary embedding of 2-D tokens, resizing of the learned embedding."""
 from functools import lru_cache
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ _THETA = 10000.
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+def _rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     half = channels // 2
     frequencies = _THETA ** (-torch.arange(0, half, 2)[:half // 2].float() / half)
 
@@ -24,7 +23,7 @@ def _rotary_tables(H: int, W: int, channels: int, size: int, device: torch.devic
     return angle.cos(), angle.sin()
 
 
-def rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+def rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines for a token grid, as EVA-02's rotary embedding, which Vim and LocalVim use.
 
     Angles are recomputed for the actual grid, with positions scaled to the ``size`` x ``size`` grid of pre-training.
@@ -49,7 +48,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
-def resize_pos_embed(pos_embed: Tensor, old: Tuple[int, int], new: Tuple[int, int], tokens: int = 0) -> Tensor:
+def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int = 0) -> Tensor:
     """Learned positions (1, h*w + tokens, C) for another grid, bicubic; ``tokens`` extra ones stay in the middle."""
     if old == new:
         return pos_embed

@@ -4,7 +4,9 @@
 #include <ATen/Parallel.h>
 #include <Python.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -49,11 +51,15 @@ const InstructionSet& instruction_set() {
   TORCH_CHECK_VALUE(false, "MMLOCALMAMBA_CPU_ISA=", wanted, ": this machine can run ", names);
 }
 
+}  // namespace
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const InstructionSet* set : supported()) names.emplace_back(set->name);
   return names;
 }
+
+namespace {
 
 template <typename T>
 const Kernel<T>& kernel();
@@ -286,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
   });
   return {u.dim() == 3 ? sum_directions(du) : du,
           ddelta,
-          ordered_sum(dA),
+          ordered_sum(dA).transpose(1, 2).contiguous(),
           ordered_sum(dB),
           ordered_sum(dC),
           ordered_sum(dD),
@@ -301,3 +307,29 @@ TORCH_LIBRARY_IMPL(mmlocalmamba, CPU, m) {
 }
 
 }  // namespace mmlocalmamba
+
+namespace {
+
+PyObject* instruction_sets(PyObject*, PyObject*) {
+  const std::vector<std::string> names = mmlocalmamba::instruction_sets();
+  PyObject* list = PyList_New(static_cast<Py_ssize_t>(names.size()));
+  for (size_t i = 0; list && i < names.size(); ++i) {
+    PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), PyUnicode_FromString(names[i].c_str()));
+  }
+  return list;
+}
+
+PyMethodDef methods[] = {
+    {"instruction_sets", instruction_sets, METH_NOARGS, "Names of the instruction sets this machine can run, best first."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+// Importing the module registers the kernels.
+PyMODINIT_FUNC PyInit__cpu() {
+  PyObject* self = PyModule_Create(&module);
+  if (self) PyModule_AddStringConstant(self, "TORCH_VERSION", TORCH_VERSION);
+  return self;
+}

@@ -1,0 +1,28 @@
+"""coco_instance.py with multi-scale training: shorter side 480 to 800, half the time of a crop."""
+_base_ = './coco_instance.py'
+
+resize = dict(
+    type='RandomChoiceResize',
+    scales=[(side, 1333) for side in range(480, 801, 32)],
+    keep_ratio=True)
+crop_first = [
+    dict(
+        type='RandomChoiceResize',
+        scales=[(400, 1333), (500, 1333), (600, 1333)],
+        keep_ratio=True),
+    dict(
+        type='RandomCrop',
+        crop_type='absolute_range',
+        crop_size=(384, 600),
+        allow_negative_crop=True),
+    resize,
+]
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='RandomChoice', transforms=[[resize], crop_first]),
+    dict(type='PackDetInputs'),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+del resize, crop_first

@@ -1,0 +1,20 @@
+"""A few minutes on two CPU cores."""
+_base_ = '../default_runtime_seg.py'
+
+max_iters, interval = 600, 200
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    clip_grad=dict(max_norm=5.0))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=30),
+    dict(type='PolyLR', power=1.0, eta_min=1e-5, by_epoch=False, begin=30, end=max_iters),
+]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=interval)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(interval=interval, max_keep_ckpts=1, save_best='mIoU'))
+randomness = dict(seed=0)
+del max_iters, interval

@@ -1,0 +1,11 @@
+"""Cascade Mask R-CNN with LocalVim-S in the ViTDet style on COCO, 100 epochs.
+
+Total batch 64: 8 GPUs x 8 images.
+"""
+_base_ = './cascade-mask-rcnn_localvim-t-vitdet_lsj-100e_coco.py'
+
+pretrained = None  # path or URL of ImageNet weights, ours or the authors'
+
+model = dict(
+    backbone=dict(arch='small', init_cfg=dict(checkpoint=pretrained)),
+    neck=dict(backbone_channel=384, in_channels=[96, 192, 384, 384]))

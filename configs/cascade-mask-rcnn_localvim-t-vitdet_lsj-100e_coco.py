@@ -1,0 +1,16 @@
+"""Cascade Mask R-CNN with LocalVim-T in the ViTDet style on COCO, 100 epochs.
+
+Total batch 64: 8 GPUs x 8 images.
+
+What the paper's text says; the authors have no such file. See
+mask-rcnn_localvim-t-vitdet_lsj-100e_coco.py.
+"""
+_base_ = [
+    '_base_/models/cascade_mask_rcnn_vitdet.py',
+    '_base_/datasets/coco_lsj.py',
+    '_base_/schedules/lsj_100e.py',
+]
+
+pretrained = None  # path or URL of ImageNet weights, ours or the authors'
+
+model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=pretrained)))

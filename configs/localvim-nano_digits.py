@@ -1,0 +1,18 @@
+"""Demo: LocalVim-nano classifies handwritten digits, from scratch, on a CPU. Total batch 64."""
+_base_ = [
+    '_base_/models/classifier.py',
+    '_base_/datasets/digits_cls.py',
+    '_base_/schedules/digits_cls.py',
+]
+
+pretrained = None  # path or URL of weights to start from
+
+model = dict(
+    backbone=dict(
+        type='mmlocalmamba.LocalVim',
+        arch='nano',
+        img_size=32,
+        patch_size=4,  # 8x8 tokens
+        drop_path_rate=0.0,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+    head=dict(num_classes=10, in_channels=64, topk=(1, )))

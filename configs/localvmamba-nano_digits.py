@@ -1,0 +1,18 @@
+"""Demo: LocalVMamba-nano classifies handwritten digits, from scratch, on a CPU. Total batch 64."""
+_base_ = [
+    '_base_/models/classifier.py',
+    '_base_/datasets/digits_cls.py',
+    '_base_/schedules/digits_cls.py',
+]
+
+pretrained = None  # path or URL of weights to start from
+
+model = dict(
+    backbone=dict(
+        type='mmlocalmamba.LocalVMamba',
+        arch='nano',
+        patch_size=2,  # 16x16 tokens in the first stage
+        drop_path_rate=0.0,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(num_classes=10, in_channels=256, topk=(1, )))

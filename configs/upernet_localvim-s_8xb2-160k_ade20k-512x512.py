@@ -1,0 +1,9 @@
+"""UperNet with LocalVim-S on ADE20K. Total batch 16: 8 GPUs x 2 images."""
+_base_ = './upernet_localvim-t_8xb2-160k_ade20k-512x512.py'
+
+pretrained = None  # path or URL of ImageNet weights, ours or the authors'
+
+model = dict(
+    backbone=dict(arch='small', init_cfg=dict(checkpoint=pretrained)),
+    decode_head=dict(in_channels=[384, 384, 384, 384]),
+    auxiliary_head=dict(in_channels=384))

@@ -1,0 +1,24 @@
+"""UperNet with LocalVim-T on ADE20K. Total batch 16: 8 GPUs x 2 images.
+
+As in the authors' file there is no neck: the head takes four maps of stride 16. That is what the
+paper's 181 GFLOPs are; with maps of stride 4 to 32 the head alone would cost several times as much.
+"""
+_base_ = [
+    '_base_/models/upernet.py',
+    '_base_/datasets/ade20k_512.py',
+    '_base_/schedules/160k.py',
+]
+
+pretrained = None  # path or URL of ImageNet weights, ours or the authors'
+
+model = dict(
+    backbone=dict(
+        type='mmlocalmamba.LocalVim',
+        arch='tiny',
+        img_size=224,  # of pre-training: positions are resized to the image
+        out_indices=(4, 9, 14, 19),
+        out_type='featmap',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+    decode_head=dict(in_channels=[192, 192, 192, 192]),
+    auxiliary_head=dict(in_channels=192, in_index=3))

@@ -1,0 +1,87 @@
+"""What pyproject.toml cannot say: the `.mim` folder, and where the build happens.
+
+mim and MMEngine look for a package's configurations and tools in
+`<package>/.mim`. Wheels get copies there, an editable install gets links.
+"""
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build import build
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = 'mmlocalmamba'
+MIM_FILES = ('configs', 'tools', 'model-index.yml')
+
+
+def ext_modules():
+    """The C++ extensions; none yet."""
+    return []
+
+
+def link_mim(package_dir):
+    mim = package_dir / '.mim'
+    mim.mkdir(exist_ok=True)
+    for name in MIM_FILES:
+        link = mim / name
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(os.path.relpath(ROOT / name, mim))
+
+
+def copy_mim(package_dir):
+    mim = package_dir / '.mim'
+    shutil.rmtree(mim, ignore_errors=True)
+    mim.mkdir(parents=True)
+    for name in MIM_FILES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, mim / name, ignore=shutil.ignore_patterns('__pycache__'))
+        else:
+            shutil.copy2(source, mim)
+
+
+class Build(build):
+    """Builds outside the source tree: nothing stays behind in it, and no file of
+    an earlier build slips into a new wheel."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.build_base = tempfile.mkdtemp(prefix=f'{PACKAGE}-build-')
+        atexit.register(shutil.rmtree, self.build_base, ignore_errors=True)
+
+
+class BuildPy(build_py):
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            link_mim(ROOT / PACKAGE)
+        else:
+            copy_mim(Path(self.build_lib) / PACKAGE)
+
+
+class EditableWheel(editable_wheel):
+    """Says in top_level.txt where the package is: by its path, not its name.
+
+    OpenMMLab's mim and MMEngine look for a package's folder beside its metadata,
+    that is in site-packages, where an editable install has none. The name they
+    look for there is read from top_level.txt, and a path will do as well.
+    """
+
+    def _create_wheel_file(self, bdist_wheel):
+        Path(self.dist_info_dir, 'top_level.txt').write_text(f'{ROOT / PACKAGE}\n')
+        return super()._create_wheel_file(bdist_wheel)
+
+
+setup(
+    packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
+    include_package_data=True,
+    ext_modules=ext_modules(),
+    cmdclass={'build': Build, 'build_py': BuildPy, 'editable_wheel': EditableWheel},
+)
