@@ -17,35 +17,37 @@ StateDict = dict[str, Tensor]
 # Where checkpoints keep their weights, in the order of search.
 STATE_DICT_KEYS = ('state_dict', 'model', 'state_dict_ema')
 
-# (authors' name, ours), as regular expressions whose groups are copied.
-_SAME = r'(weight|bias)'
+# (authors' name, ours); a field in braces stands for the same text on both sides.
+_FIELDS = {'i': r'\d+', 'j': r'\d+', 'part': r'\w+', 'leaf': 'weight|bias'}
 _RENAMES = {
     'LocalVim': [
-        (rf'patch_embed\.proj\.{_SAME}', r'backbone.patch_embed.projection.\1'),
-        (r'(pos_embed|cls_token)', r'backbone.\1'),
-        (r'layers\.(\d+)\.norm\.weight', r'backbone.layers.\1.norm.weight'),
-        (r'layers\.(\d+)\.mixer\.(in_proj|out_proj)\.weight', r'backbone.layers.\1.mixer.\2.weight'),
-        (rf'layers\.(\d+)\.mixer\.attn\.(\w+)\.{_SAME}', r'backbone.layers.\1.mixer.scattn.\2.\3'),
-        (r'norm_f\.weight', r'backbone.norm.weight'),
-        (rf'outnorm_(\d+)\.{_SAME}', r'backbone.out_norms.\1.\2'),
-        (rf'head\.{_SAME}', r'head.fc.\1'),
+        ('patch_embed.proj.{leaf}', 'backbone.patch_embed.projection.{leaf}'),
+        ('pos_embed', 'backbone.pos_embed'),
+        ('cls_token', 'backbone.cls_token'),
+        ('layers.{i}.norm.weight', 'backbone.layers.{i}.norm.weight'),
+        ('layers.{i}.mixer.in_proj.weight', 'backbone.layers.{i}.mixer.in_proj.weight'),
+        ('layers.{i}.mixer.out_proj.weight', 'backbone.layers.{i}.mixer.out_proj.weight'),
+        ('layers.{i}.mixer.attn.{part}.{leaf}', 'backbone.layers.{i}.mixer.scattn.{part}.{leaf}'),
+        ('norm_f.weight', 'backbone.norm.weight'),
+        ('outnorm_{i}.{leaf}', 'backbone.out_norms.{i}.{leaf}'),
+        ('head.{leaf}', 'head.fc.{leaf}'),
     ],
     'LocalVMamba': [
-        (rf'patch_embed\.0\.{_SAME}', r'backbone.patch_embed.projection.\1'),
-        (rf'patch_embed\.2\.{_SAME}', r'backbone.patch_embed.norm.\1'),
-        (rf'layers\.(\d+)\.blocks\.(\d+)\.norm\.{_SAME}', r'backbone.stages.\1.blocks.\2.norm.\3'),
-        (r'layers\.(\d+)\.blocks\.(\d+)\.op\.(in_proj|out_proj)\.weight',
-         r'backbone.stages.\1.blocks.\2.mixer.\3.weight'),
-        (rf'layers\.(\d+)\.blocks\.(\d+)\.op\.(conv2d|out_norm)\.{_SAME}',
-         r'backbone.stages.\1.blocks.\2.mixer.\3.\4'),
-        (rf'layers\.(\d+)\.blocks\.(\d+)\.op\.multi_scan\.attn\.(\w+)\.{_SAME}',
-         r'backbone.stages.\1.blocks.\2.mixer.scattn.\3.\4'),
-        (rf'outnorm(\d+)\.{_SAME}', r'backbone.norm\1.\2'),
-        (rf'classifier\.head\.{_SAME}', r'head.fc.\1'),
+        ('patch_embed.0.{leaf}', 'backbone.patch_embed.projection.{leaf}'),
+        ('patch_embed.2.{leaf}', 'backbone.patch_embed.norm.{leaf}'),
+        ('layers.{i}.blocks.{j}.norm.{leaf}', 'backbone.stages.{i}.blocks.{j}.norm.{leaf}'),
+        ('layers.{i}.blocks.{j}.op.in_proj.weight', 'backbone.stages.{i}.blocks.{j}.mixer.in_proj.weight'),
+        ('layers.{i}.blocks.{j}.op.out_proj.weight', 'backbone.stages.{i}.blocks.{j}.mixer.out_proj.weight'),
+        ('layers.{i}.blocks.{j}.op.conv2d.{leaf}', 'backbone.stages.{i}.blocks.{j}.mixer.conv2d.{leaf}'),
+        ('layers.{i}.blocks.{j}.op.out_norm.{leaf}', 'backbone.stages.{i}.blocks.{j}.mixer.out_norm.{leaf}'),
+        ('layers.{i}.blocks.{j}.op.multi_scan.attn.{part}.{leaf}',
+         'backbone.stages.{i}.blocks.{j}.mixer.scattn.{part}.{leaf}'),
+        ('outnorm{i}.{leaf}', 'backbone.norm{i}.{leaf}'),
+        ('classifier.head.{leaf}', 'head.fc.{leaf}'),
     ],
 }
 _MERGING = r'(layers|backbone\.stages)\.(\d+)\.downsample\.(reduction\.weight|norm\.weight|norm\.bias)'
-# LocalVim keeps one tensor a direction: (authors', ours, how one becomes the other).
+# LocalVim keeps one tensor a direction, ours one for all.
 _PER_DIRECTION = {
     'A_log_{}': 'ssm.A_log',
     'D_{}': 'ssm.D',
@@ -79,29 +81,19 @@ def _merging_order(channels: int, to_ours: bool) -> Tensor:
     return order if to_ours else order.argsort()
 
 
-def _permute_merging(name: str, tensor: Tensor, to_ours: bool) -> Tensor:
+def _permute_merging(tensor: Tensor, to_ours: bool) -> Tensor:
     order = _merging_order(tensor.shape[-1] // 4, to_ours)
     return tensor[..., order.to(tensor.device)]
 
 
 def _rename(name: str, rules: list[tuple[str, str]]) -> str | None:
-    for pattern, template in rules:
-        match = re.fullmatch(pattern, name)
+    """The counterpart of ``name`` by the first rule whose left side it fits, or None."""
+    for left, right in rules:
+        pattern = re.escape(left).replace(r'\{', '{').replace(r'\}', '}')
+        match = re.fullmatch(pattern.format(**{field: f'(?P<{field}>{text})' for field, text in _FIELDS.items()}), name)
         if match:
-            return match.expand(template)
+            return right.format(**match.groupdict())
     return None
-
-
-def _reversed_rules(rules: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Swap pattern and template: the n-th group of a pattern becomes the n-th reference of a template."""
-    swapped = []
-    for pattern, template in rules:
-        groups = re.findall(r'\([^()]*\)', pattern)
-        numbers = iter(range(1, len(groups) + 1))
-        new_template = re.sub(r'\([^()]*\)', lambda _: f'\\{next(numbers)}', pattern).replace(r'\.', '.')
-        new_pattern = re.sub(r'\\(\d)', lambda m: groups[int(m.group(1)) - 1], template.replace('.', r'\.'))
-        swapped.append((new_pattern, new_template))
-    return swapped
 
 
 def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
@@ -136,7 +128,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str
             target = f'backbone.layers.{match.group(1)}.mixer.{_PER_DIRECTION[key]}'
             directions.setdefault(target, {})[int(match.group(3))] = tensor
         elif arch == 'LocalVMamba' and re.fullmatch(_MERGING, name):
-            ours[name.replace('layers.', 'backbone.stages.', 1)] = _permute_merging(name, tensor, to_ours=True)
+            ours[name.replace('layers.', 'backbone.stages.', 1)] = _permute_merging(tensor, to_ours=True)
         elif arch == 'LocalVMamba' and re.fullmatch(r'classifier\.norm\.(weight|bias)', name):
             ours.setdefault(f'backbone.norm{last}.{name.split(".")[-1]}', tensor)
         elif arch == 'LocalVMamba' and (match := re.fullmatch(r'layers\.(\d+)\.blocks\.(\d+)\.op\.(.+)', name)) \
@@ -180,7 +172,7 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
     else:
         raise ValueError('this is not a state dict of LocalVim or LocalVMamba: it has, e.g., '
                          f'{", ".join(list(state_dict)[:3]) or "nothing"}')
-    rules = _reversed_rules(_RENAMES[arch])
+    rules = [(ours, official) for official, ours in _RENAMES[arch]]
     per_direction = {ours: official for official, ours in _PER_DIRECTION.items()}
     stacked = {ours: official for official, ours in _STACKED.items()}
     last = max((int(name.split('.')[2]) for name in state_dict if name.startswith('backbone.stages.')), default=0)
@@ -199,7 +191,7 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
         elif arch == 'LocalVim' and leaf == 'mixed_scan.alphas':
             official[f'{block[len("backbone."):]}.mixer.multi_scan.weights'] = tensor.view(-1, 1, 1, 1)
         elif arch == 'LocalVMamba' and re.fullmatch(_MERGING, name):
-            official[name.replace('backbone.stages.', 'layers.', 1)] = _permute_merging(name, tensor, to_ours=False)
+            official[name.replace('backbone.stages.', 'layers.', 1)] = _permute_merging(tensor, to_ours=False)
         elif arch == 'LocalVMamba' and leaf in stacked:
             if leaf in ('ssm.A_log', 'ssm.D'):
                 tensor = tensor.flatten(0, 1)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from typing import Union
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -16,7 +15,7 @@ from mmlocalmamba.convert import backbone_state_dict
 from mmlocalmamba.scans import check_scan
 from mmlocalmamba.search.mixed_scan import CANDIDATES
 
-Directions = Union[None, str, Sequence[str], Sequence[Sequence[str]]]
+Directions = None | str | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
 
 
@@ -72,7 +71,8 @@ def resolve_directions(directions: Directions, default: Directions, depth: int) 
             source = f' (from {os.path.abspath(directions)})'
             directions = load_directions(directions)
     if not isinstance(directions, (list, tuple)) or not directions:
-        raise ValueError(f'directions must be a list of scan names, or such a list per block, got {directions!r}{source}')
+        raise ValueError(f'directions must be a list of scan names, or such a list per block, '
+                         f'got {directions!r}{source}')
     if all(isinstance(name, str) for name in directions):
         directions = [directions] * depth
     if len(directions) != depth:

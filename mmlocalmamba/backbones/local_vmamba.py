@@ -102,15 +102,15 @@ class LocalVMamba(LocalMambaBackbone):
                                       padding=0, norm_cfg=dict(type='LN'))
         drop_paths = drop_path_rates(drop_path_rate, depth)
         self.stages = nn.ModuleList()
-        block = 0
         for index, (channels, stage_depth) in enumerate(zip(self.embed_dims, self.depths)):
-            blocks = nn.ModuleList()
-            for block in range(block, block + stage_depth):
-                blocks.append(LocalVMambaBlock(
+            first = sum(self.depths[:index])
+            blocks = nn.ModuleList([
+                LocalVMambaBlock(
                     channels, drop_paths[block], with_cp, directions=self.directions[block], scattn=scattn,
                     window_pad=window_pad, mixed_scan=MixedScan(len(self.directions[block])) if directions == SEARCH
-                    else None, **arch))
-            block += 1
+                    else None, **arch)
+                for block in range(first, first + stage_depth)
+            ])
             last = index == len(self.depths) - 1
             stage = nn.Module()
             stage.blocks = blocks

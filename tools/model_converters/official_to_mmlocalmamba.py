@@ -48,9 +48,11 @@ def expected_shapes(weights):
             taps = sum(name.startswith('backbone.out_norms.') and name.endswith('weight') for name in names)
             tokens = weights['backbone.pos_embed'].shape[1] - int(cls_token)
             backbone = LocalVim(
-                dict(embed_dims=patch[0], num_layers=depth, **common('layers.0')), img_size=patch[2] * round(tokens ** 0.5),
+                dict(embed_dims=patch[0], num_layers=depth, **common('layers.0')),
+                img_size=patch[2] * round(tokens ** 0.5),
                 directions='search' if search else [directions(f'layers.{i}') for i in range(depth)],
-                cls_token='middle' if cls_token else 'none', rope=False, out_indices=tuple(range(taps)) if taps else -1,
+                cls_token='middle' if cls_token else 'none', rope=False,
+                out_indices=tuple(range(taps)) if taps else -1,
                 out_type='featmap' if taps else 'cls_token' if cls_token else 'avg_featmap', **kwargs)
         else:
             stages = 1 + max(int(name.split('.')[2]) for name in names if name.startswith('backbone.stages.'))
