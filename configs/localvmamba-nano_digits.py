@@ -11,7 +11,7 @@ model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVMamba',
         arch='nano',
-        patch_size=2,  # 16x16 tokens in the first stage
+        patch_size=4,  # 8x8 tokens in the first stage
         drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
     neck=dict(type='GlobalAveragePooling'),

@@ -36,8 +36,7 @@ PARAMETERS = {
     'mask-rcnn_localvmamba-s_1x_coco': '69M',
     'mask-rcnn_localvmamba-t_ms-3x_coco': '45M',
     'mask-rcnn_localvmamba-s_ms-3x_coco': '69M',
-    # 31M in the paper, with positions learned for 64x64 tokens instead of 14x14
-    'mask-rcnn_localvim-t-vitdet_lsj-100e_coco': '30M',
+    'mask-rcnn_localvim-t-vitdet_lsj-100e_coco': '31M',
     'mask-rcnn_localvim-s-vitdet_lsj-100e_coco': None,
     'cascade-mask-rcnn_localvim-t-vitdet_lsj-100e_coco': None,
     'cascade-mask-rcnn_localvim-s-vitdet_lsj-100e_coco': None,

@@ -60,8 +60,8 @@ class LocalVim(LocalMambaBackbone):
     Args:
         arch: 'nano', 'tiny', 'small', or a dict with ``embed_dims`` and ``num_layers`` and optionally ``d_state``
             (16), ``expand`` (2), ``dt_rank`` ('auto'), ``d_conv`` (4), ``directions``.
-        img_size: image side at pre-training; sets the grid of the learned positions, which are resized to the actual
-            grid in forward.
+        img_size: image size that sets the grid of the learned positions. They are resized to the actual grid in
+            forward, and from the grid of a checkpoint when it is loaded.
         in_channels: channels of the image.
         patch_size: stride of all features; images are padded to multiples of it at the right and bottom.
         directions: None for the variant's searched directions, one list of scan names for all blocks, a list per

@@ -156,8 +156,9 @@ class _Scan(torch.autograd.Function):
             dB[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', dh, dtu), T)
             ddtu = torch.einsum('sgcnd,sgcn->sgcd', dh, Bs)
             da = dh.mul_(h[:-1]).mul_(a)
-            dA[g, :, d] = torch.einsum('sgcnd,sgcd->gnd', da, dts)
-            ddt[g, :, d] = _join(torch.einsum('sgcnd,gnd->sgcd', da, Ad).addcmul_(ddtu, us), T)
+            # Written out, in the buffer of a: einsum would copy the whole block into another order.
+            ddt[g, :, d] = _join(torch.mul(da, Ad[:, None], out=a).sum(3).addcmul_(ddtu, us), T)
+            dA[g, :, d] = torch.mul(da, dts[..., None, :], out=a).sum((0, 2))
             du[g, :, d] = _join(ddtu.mul_(dts), T)
         dA = dA.view(batch, K, N, D).sum(0).transpose(1, 2)
         shape = (batch, K, T)

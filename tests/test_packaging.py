@@ -1,0 +1,97 @@
+"""The wheel, the metadata for mim, and the install script's lists."""
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').glob('*.py'))
+STACKS = ('openmmlab', 'onedl')
+
+
+def requirements(name):
+    """{package: version} of the pinned lines of a requirements file."""
+    lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
+    return dict(re.findall(r'^([\w.-]+)==([^\s;]+)', '\n'.join(lines), flags=re.M))
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
+    before = set(ROOT.iterdir()) | set((ROOT / 'mmlocalmamba').iterdir())
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--disable-pip-version-check',
+         '--no-deps', '--no-build-isolation', '--wheel-dir', folder, ROOT],
+        check=True, timeout=300)
+    after = set(ROOT.iterdir()) | set((ROOT / 'mmlocalmamba').iterdir())
+    assert after - before == set(), 'the build left files in the source tree'
+    path, = folder.glob('mmlocalmamba-*.whl')
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_wheel_holds_what_mim_looks_for(wheel):
+    names = set(wheel.namelist())
+    for file in ['tools/train.py', 'tools/test.py', 'tools/runner.py', 'model-index.yml',
+                 'configs/metafile.yml', *CONFIGS]:
+        assert f'mmlocalmamba/.mim/{file}' in names
+    for file in (ROOT / 'configs' / '_base_').rglob('*.py'):
+        assert f'mmlocalmamba/.mim/{file.relative_to(ROOT).as_posix()}' in names
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
+    names = {name for name in wheel.namelist() if '.dist-info/' not in name}
+    assert {name.split('/')[0] for name in names} == {'mmlocalmamba'}
+    assert not [name for name in names if name.endswith('.pyc')]
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'mmlocalmamba').rglob('*.py')
+               if '.mim' not in path.parts}
+    assert modules <= names
+
+
+def test_wheel_metadata(wheel):
+    name, = (name for name in wheel.namelist() if name.endswith('.dist-info/METADATA'))
+    metadata = wheel.read(name).decode()
+    version = re.search(r"^__version__ = '(.+)'$", (ROOT / 'mmlocalmamba/__init__.py').read_text(),
+                        flags=re.M)[1]
+    assert f'\nVersion: {version}\n' in metadata
+    required = re.findall(r'^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)', metadata, flags=re.M)
+    assert sorted(required) == ['numpy', 'torch']
+
+
+def test_model_index():
+    modelindex = pytest.importorskip('modelindex')
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    assert index.check(silent=True) == []
+    assert sorted(model.config for model in index.models) == CONFIGS
+    assert all(model.name == Path(model.config).stem for model in index.models)
+
+
+def test_mim_finds_the_package():
+    """In a clone (editable install) and in an installed wheel alike."""
+    mim = pytest.importorskip('mim.utils')
+    folder = Path(mim.get_installed_path('mmlocalmamba'))
+    assert any((folder / tools / 'train.py').is_file() for tools in ('.mim/tools', 'tools'))
+
+
+@pytest.mark.parametrize('stack', STACKS)
+def test_pins_and_constraints_agree(stack):
+    constraints = requirements(f'constraints-{stack}')
+    for name in (stack, f'mim-{stack}', 'build', 'dev'):
+        for package, version in requirements(name).items():
+            assert constraints[package] == version, f'{package} in {name}.txt'
+    # Both of these are bound to the build of torch.
+    assert not [name for name in constraints if re.match(r'torch|triton|nvidia|cuda', name)]
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['PYTHON=/no/such/python'], 'is not a Python >= 3.10'),
+    (['STACK=mmdet'], 'It is openmmlab or onedl'),
+])
+def test_install_script_says_what_is_wrong(arguments, message):
+    done = subprocess.run(
+        ['env', *arguments, 'bash', ROOT / 'tools/install.sh'], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
