@@ -6,6 +6,7 @@ mim and MMEngine look for a package's configurations and tools in
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,9 +20,41 @@ PACKAGE = 'mmlocalmamba'
 MIM_FILES = ('configs', 'tools', 'model-index.yml')
 
 
-def ext_modules():
-    """The C++ extensions; none yet."""
-    return []
+def cpu_kernel():
+    """The CPU kernel and the command that builds it; nothing where torch is not at hand.
+
+    It is optional: without it everything runs, with slower scans, and
+    mmlocalmamba.ops says why.
+    """
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        say_without_kernel(f'{error}; install torch first, and this with --no-build-isolation')
+        return [], {}
+
+    class BuildKernel(BuildExtension):
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                say_without_kernel(error)
+                self.extensions.clear()
+
+    # OpenMP is what torch's own threads are on Linux; without it the kernel runs on one.
+    openmp = ['-fopenmp'] if sys.platform == 'linux' else []
+    # One file for each instruction set, chosen at run time: nothing here may depend
+    # on the machine that builds.
+    kernel = CppExtension(
+        f'{PACKAGE}.ops._cpu',
+        sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f'{PACKAGE}/ops/csrc/*.cpp')),
+        depends=[f'{PACKAGE}/ops/csrc/scan.h', f'{PACKAGE}/ops/csrc/scan_kernel.h'],
+        extra_compile_args=['-O3', '-g0', *openmp], extra_link_args=openmp, optional=True)
+    return [kernel], {'build_ext': BuildKernel}
+
+
+def say_without_kernel(reason):
+    print(f'{PACKAGE} is installed without its CPU kernel: {reason}', file=sys.stderr)
 
 
 def link_mim(package_dir):
@@ -46,6 +79,10 @@ def copy_mim(package_dir):
             shutil.copy2(source, mim)
 
 
+def remove_at_exit(folder):
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
 class Build(build):
     """Builds outside the source tree: nothing stays behind in it, and no file of
     an earlier build slips into a new wheel."""
@@ -53,7 +90,7 @@ class Build(build):
     def initialize_options(self):
         super().initialize_options()
         self.build_base = tempfile.mkdtemp(prefix=f'{PACKAGE}-build-')
-        atexit.register(shutil.rmtree, self.build_base, ignore_errors=True)
+        remove_at_exit(self.build_base)
 
 
 class BuildPy(build_py):
@@ -79,9 +116,16 @@ class EditableWheel(editable_wheel):
         return super()._create_wheel_file(bdist_wheel)
 
 
+# setuptools writes this beside the package, and a Python started there takes it
+# for an installed distribution.
+egg_info = ROOT / f'{PACKAGE}.egg-info'
+if not egg_info.exists():
+    remove_at_exit(egg_info)
+
+ext_modules, build_ext = cpu_kernel()
 setup(
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
     include_package_data=True,
-    ext_modules=ext_modules(),
-    cmdclass={'build': Build, 'build_py': BuildPy, 'editable_wheel': EditableWheel},
+    ext_modules=ext_modules,
+    cmdclass={'build': Build, 'build_py': BuildPy, 'editable_wheel': EditableWheel, **build_ext},
 )

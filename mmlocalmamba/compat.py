@@ -7,6 +7,7 @@ import torch
 def _restricted_getattr(owner: Any, name: str) -> Any:
     """Stands in for getattr in pickles: MMEngine's HistoryBuffer stores its statistics methods through it."""
     from mmengine.logging import HistoryBuffer
+    HistoryBuffer()  # the first one made in a process fills the table
     if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
         return getattr(HistoryBuffer, name)
     raise RuntimeError(f'a checkpoint asks for attribute {name!r} of {owner!r}: refused')

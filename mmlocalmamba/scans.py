@@ -7,7 +7,10 @@ directions. Built-in names, each also with the suffix ``_flip`` (the same table 
 - ``h``: rows, left to right, top to bottom;
 - ``v``: columns, top to bottom, left to right;
 - ``w<K>`` for any K >= 1: windows of K x K tokens in row-major order, row-major inside each window. Windows at the
-  right and bottom border that the grid does not fill are completed by pads.
+  right and bottom border that the grid does not fill are completed by pads;
+- ``diag``: the diagonals that run from bottom left to top right, from the top left corner to the bottom right one;
+- ``zigzag``: rows, every other one backwards, so that each step goes to a neighbour;
+- ``hilbert``: along the Hilbert curve through the smallest square of 2^n x 2^n tokens that holds the grid.
 """
 import re
 from collections.abc import Callable, Sequence
@@ -63,6 +66,41 @@ def _window(H: int, W: int, K: int) -> Tensor:
     return grid.view(rows, K, cols, K).transpose(1, 2).flatten()
 
 
+@register_scan('diag')
+def _diagonal(H: int, W: int) -> Tensor:
+    """Diagonals one after the other, each from its top to its bottom."""
+    tokens = torch.arange(H * W)
+    return (tokens // W + tokens % W).argsort(stable=True)
+
+
+@register_scan('zigzag')
+def _zigzag(H: int, W: int) -> Tensor:
+    """Rows, left to right and right to left in turn."""
+    grid = torch.arange(H * W).view(H, W)
+    backwards = (torch.arange(H) % 2 == 1)[:, None]
+    return torch.where(backwards, grid.flip(1), grid).flatten()
+
+
+@register_scan('hilbert')
+def _hilbert(H: int, W: int) -> Tensor:
+    """Tokens by their distance along the Hilbert curve, from the quarter down to the single token."""
+    tokens = torch.arange(H * W)
+    row, col = tokens // W, tokens % W
+    distance = torch.zeros_like(tokens)
+    half = 1 << max(H - 1, W - 1).bit_length() >> 1
+    while half:
+        low, right = row >= half, col >= half
+        row, col = row % half, col % half
+        # Quarters in the order top left, bottom left, bottom right, top right. The curve inside the first is
+        # transposed, inside the last it is transposed along the other diagonal.
+        distance += half * half * torch.where(right, 3 - low.long(), low.long())
+        mirrored = right & ~low
+        row, col = torch.where(mirrored, half - 1 - row, row), torch.where(mirrored, half - 1 - col, col)
+        row, col = torch.where(low, row, col), torch.where(low, col, row)
+        half >>= 1
+    return distance.argsort()
+
+
 def known_scans() -> tuple[str, ...]:
     """Registered names and families, without the ``_flip`` variants."""
     return tuple(_SCANS)
@@ -93,18 +131,22 @@ def _check_size(H: int, W: int) -> None:
         raise ValueError(f'a token grid needs H >= 1 and W >= 1, got H={H}, W={W}')
 
 
+def _order(name: str, H: int, W: int, pad: bool) -> Tensor:
+    """The table, unchecked. Its shape does not depend on values, so that torch.compile can trace it."""
+    order = _resolve(name)(H, W)
+    if not pad:
+        order = order[(order < 0).int().argsort(stable=True)[:H * W]]
+    return (order.flip(0) if name.endswith(_FLIP) else order).int()
+
+
 @lru_cache(maxsize=_CACHE_SIZE)
 # A table made under inference_mode would be refused by autograd later on.
 @torch.inference_mode(False)
 def _table(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor:
-    order = _resolve(name)(H, W)
-    real = order[order >= 0]
-    if real.numel() != H * W or not torch.equal(real.sort().values, torch.arange(H * W)):
+    order = _order(name, H, W, pad=True)
+    if not torch.equal(order[order >= 0].sort().values, torch.arange(H * W, dtype=torch.int32)):
         raise ValueError(f'scan {name!r} does not read every token of a {H}x{W} grid exactly once')
-    order = order if pad else real
-    if name.endswith(_FLIP):
-        order = order.flip(0)
-    return order.to(device=device, dtype=torch.int32)
+    return _order(name, H, W, pad).to(device)
 
 
 def scan_index(name: str, H: int, W: int, pad: bool = True, device: str | torch.device = 'cpu') -> Tensor:
@@ -126,18 +168,18 @@ def scan_index(name: str, H: int, W: int, pad: bool = True, device: str | torch.
     return _table(name, H, W, pad, torch.device(device))
 
 
-def _invert(table: Tensor) -> Tensor:
+def _invert(table: Tensor, tokens: int) -> Tensor:
     """Step at which each token is read; ``table`` (T,) -> int32 (L,)."""
-    steps = (table >= 0).nonzero().flatten()
-    inv = torch.empty(steps.numel(), dtype=torch.int32, device=table.device)
-    inv[table[steps].long()] = steps.int()
-    return inv
+    # Pads go to one more place, which is cut off.
+    place = torch.where(table < 0, tokens, table).long()
+    steps = torch.arange(table.numel(), dtype=torch.int32, device=table.device)
+    return steps.new_zeros(tokens + 1).scatter(0, place, steps)[:tokens]
 
 
 @lru_cache(maxsize=_CACHE_SIZE)
 @torch.inference_mode(False)
 def _inverse(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor:
-    return _invert(_table(name, H, W, pad, device))
+    return _invert(_table(name, H, W, pad, device), H * W)
 
 
 def inverse(name: str, H: int, W: int, pad: bool = True, device: str | torch.device = 'cpu') -> Tensor:
@@ -161,10 +203,7 @@ class ScanTables(NamedTuple):
     inv: Tensor
 
 
-@lru_cache(maxsize=_CACHE_SIZE)
-@torch.inference_mode(False)
-def _tables(names: tuple[str, ...], H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> ScanTables:
-    rows = [_table(name, H, W, pad, torch.device('cpu')) for name in names]
+def _stack(rows: Sequence[Tensor], H: int, W: int, middle_token: bool, device: torch.device) -> ScanTables:
     if middle_token:
         middle = H * W // 2
         rows = [row + (row >= middle).int() for row in rows]
@@ -172,8 +211,14 @@ def _tables(names: tuple[str, ...], H: int, W: int, pad: bool, middle_token: boo
         rows = [torch.cat([row[:middle], token, row[middle:]]) for row in rows]
     length = max(row.numel() for row in rows)
     src = torch.stack([torch.nn.functional.pad(row, (0, length - row.numel()), value=-1) for row in rows])
-    inv = torch.stack([_invert(row) for row in rows])
+    inv = torch.stack([_invert(row, H * W + middle_token) for row in rows])
     return ScanTables(src.to(device), inv.to(device))
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+@torch.inference_mode(False)
+def _tables(names: tuple[str, ...], H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> ScanTables:
+    return _stack([_table(name, H, W, pad, torch.device('cpu')) for name in names], H, W, middle_token, device)
 
 
 def scan_tables(names: Sequence[str],
@@ -196,4 +241,6 @@ def scan_tables(names: Sequence[str],
         ScanTables with L = H*W (+ 1). Shared and cached: do not write to them.
     """
     _check_size(H, W)
+    if torch.compiler.is_compiling():  # a few operations in the graph, instead of a cache that it cannot hold
+        return _stack([_order(name, H, W, pad) for name in names], H, W, middle_token, torch.device(device))
     return _tables(tuple(names), H, W, pad, middle_token, torch.device(device))

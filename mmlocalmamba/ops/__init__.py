@@ -5,18 +5,22 @@
 compute in float32 (float64 for float64 inputs) whatever the dtype of the inputs or of autocast.
 """
 import os
+import warnings
+from functools import cache
 from typing import Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import chunked, reference
+from mmlocalmamba.ops import chunked, cpu, reference
 from mmlocalmamba.scans import ScanTables
 
 # Fastest first. A backend is a module with scan(...) and unavailable(u) -> None or the reason why it cannot run.
-BACKENDS = {'chunked': chunked, 'reference': reference}
+BACKENDS = {'cpu': cpu, 'chunked': chunked, 'reference': reference}
 BACKEND_VARIABLE = 'MMLOCALMAMBA_BACKEND'
+# Elements of u from which a user should know that a CPU scan does not take the native kernel.
+_LARGE = 1 << 16
 
 
 def available_backends(u: Tensor) -> Dict[str, Optional[str]]:
@@ -24,9 +28,18 @@ def available_backends(u: Tensor) -> Dict[str, Optional[str]]:
     return {name: backend.unavailable(u) for name, backend in BACKENDS.items()}
 
 
+@cache
+def _warn_of_slow_scan(reason: str) -> None:
+    """Once for each reason."""
+    warnings.warn(f'selective scans run in plain PyTorch, many times slower than the native CPU kernel: {reason}',
+                  stacklevel=5)
+
+
 def _choose(u: Tensor, name: Optional[str]):
     name = name or os.environ.get(BACKEND_VARIABLE) or None
     if name is None:
+        if u.device.type == 'cpu' and u.numel() >= _LARGE and cpu.unavailable(u) is not None:
+            _warn_of_slow_scan(cpu.unavailable(u))
         return next(backend for backend in BACKENDS.values() if backend.unavailable(u) is None)
     if name not in BACKENDS:
         raise ValueError(f'unknown backend {name!r}: known are {", ".join(BACKENDS)} '

@@ -10,18 +10,22 @@ operators are declared here in any case, so that an exported graph that holds th
 Last states are (B, K, N, D) here. The environment variable ``MMLOCALMAMBA_CPU_ISA`` (avx512, avx2 or portable)
 overrules the choice of the instruction set.
 """
-from typing import List, Optional, Tuple
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+# Why the extension cannot be used, or None.
+_missing: str | None = None
 try:
-    from mmlocalmamba.ops import _cpu
-    _missing = None if _cpu.TORCH_VERSION == torch.__version__.split('+')[0] else (
-        f'the extension was built for torch {_cpu.TORCH_VERSION}, this is {torch.__version__}: install the package again')
+    _cpu = import_module('mmlocalmamba.ops._cpu')
+    if _cpu.TORCH_VERSION != torch.__version__.split('+')[0]:
+        _missing = (f'the extension was built for torch {_cpu.TORCH_VERSION}, this is {torch.__version__}: '
+                    'install the package again')
+except ModuleNotFoundError:
+    _missing = 'the extension is not built: install the package again, with torch and a C++ compiler at hand'
 except ImportError as error:
-    _cpu = None
-    _missing = f'the extension is not built, install the package with a C++ compiler ({error})'
+    _missing = f'the extension cannot be loaded, install the package again ({error})'
 
 # Also in csrc/scan.h.
 _CHUNK = 32
@@ -82,9 +86,9 @@ torch.library.register_autograd('mmlocalmamba::directional_scan', _backward, set
 torch.library.register_autograd('mmlocalmamba::directional_scan_backward', _twice)
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], src: Optional[Tensor],
-         inv: Optional[Tensor], delta_bias: Optional[Tensor], delta_softplus: bool,
-         in_scan_order: bool) -> Tuple[Tensor, Tensor]:
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
+         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+         in_scan_order: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
     tokens = delta.shape[2] if inv is None else inv.shape[1]
     save = torch.is_grad_enabled() and any(
@@ -94,10 +98,10 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     return y, last.transpose(2, 3)
 
 
-def unavailable(u: Tensor) -> Optional[str]:
+def unavailable(u: Tensor) -> str | None:
     return 'it is for CPU tensors' if u.device.type != 'cpu' else _missing
 
 
-def instruction_sets() -> List[str]:
+def instruction_sets() -> list[str]:
     """What this machine can run, best first; empty without the extension."""
     return [] if _missing else _cpu.instruction_sets()

@@ -29,7 +29,7 @@ struct Problem {
   const T *u, *delta, *B, *C;
   Strides u_strides, delta_strides, B_strides, C_strides;
   int64_t B_state_stride, C_state_stride;
-  const T *A;             // (K, N, D)
+  const T *A;             // (K, D, N)
   const T *D, *bias;      // (K, D) or null
   T *y;                   // (B, K, tokens, D)
   T *last;                // (B, K, N, D)
@@ -39,9 +39,14 @@ struct Problem {
   const T *dy;            // channels contiguous
   Strides dy_strides;
   const T *dlast;         // (B, K, N, D) or null
-  T *du, *ddelta;         // (B, K, rows, D)
-  T *dA;                  // (B, K, N, D)
-  T *dB, *dC;             // (items per sequence, B, K, rows, N): partial sums over channels
+  T *ddelta;              // (B, K, rows, D)
+  T *dA;                  // (B, K, D, N)
+  // Sums over directions, and over the items of a sequence: either in place, which needs the summands to be computed
+  // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later.
+  T *du;
+  bool du_in_parts;
+  T *dB, *dC;
+  bool dB_in_parts;
   T *dD, *dbias;          // (B, K, D)
 };
 

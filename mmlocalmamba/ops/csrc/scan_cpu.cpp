@@ -80,17 +80,30 @@ class FlushDenormals {
 #endif
 };
 
+template <typename T>
+int64_t items_of_sequence(const Problem<T>& p, const Kernel<T>& kernel) {
+  return (p.channels + kernel.channels - 1) / kernel.channels;
+}
+
+// Runs over all items, in parallel but for the dimensions named, along which a thread goes in ascending order.
 template <typename T, typename Function>
-void for_each_item(const Problem<T>& p, const Kernel<T>& kernel, bool backward, Function run) {
-  const int64_t items = (p.channels + kernel.channels - 1) / kernel.channels;
-  const int64_t bytes = kernel.scratch(p.states, backward);
-  at::parallel_for(0, p.batch * p.directions * items, 1, [&](int64_t begin, int64_t end) {
+void for_each_item(const Problem<T>& p, const Kernel<T>& kernel, bool backward, Function run,
+                   bool directions_in_order = false, bool items_in_order = false) {
+  const int64_t items = items_of_sequence(p, kernel), bytes = kernel.scratch(p.states, backward);
+  const int64_t inner_items = items_in_order ? items : 1, inner_directions = directions_in_order ? p.directions : 1;
+  const int64_t outer_items = items_in_order ? 1 : items, outer_directions = directions_in_order ? 1 : p.directions;
+  at::parallel_for(0, p.batch * outer_directions * outer_items, 1, [&](int64_t begin, int64_t end) {
     std::unique_ptr<char[]> memory(new char[bytes + 64]);
     void* scratch = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
     FlushDenormals flush;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t sequence = i / items;
-      run(p, Item{sequence / p.directions, sequence % p.directions, i % items}, scratch);
+      const int64_t sequence = i / outer_items;
+      for (int64_t direction = 0; direction < inner_directions; ++direction) {
+        for (int64_t index = 0; index < inner_items; ++index) {
+          run(p, Item{sequence / outer_directions, sequence % outer_directions + direction, i % outer_items + index},
+              scratch);
+        }
+      }
     }
   });
 }
@@ -157,7 +170,7 @@ struct Arguments {
     TORCH_CHECK_VALUE(table_ || tokens == steps, tokens, " tokens for ", steps, " steps need src");
     u = with_contiguous_channels(u_);
     delta = with_contiguous_channels(delta_);
-    A = A_.transpose(1, 2).contiguous();
+    A = A_.contiguous();
     B = B_;
     C = C_;
     if (D_) check(*D_, "D", {directions, channels}, u_), D = D_->contiguous();
@@ -238,7 +251,7 @@ Tensor sum_directions(const Tensor& x) {
         const int64_t batch = piece / pieces, first = piece % pieces * 1024, last = std::min(size, first + 1024);
         const scalar_t* from = x.const_data_ptr<scalar_t>() + batch * count * size;
         scalar_t* to = sum.mutable_data_ptr<scalar_t>() + batch * size;
-        for (int64_t j = first; j < last; ++j) to[j] = from[j];
+        for (int64_t j = first; j < last; ++j) to[j] = count ? from[j] : scalar_t(0);
         for (int64_t i = 1; i < count; ++i) {
           for (int64_t j = first; j < last; ++j) to[j] += from[i * size + j];
         }
@@ -269,18 +282,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
   Tensor checkpoints = checkpoints_.contiguous();
   check(checkpoints, "checkpoints", {batch, K, a.checkpoints(), N, width}, u);
 
-  Tensor du = at::empty({batch, K, a.rows, width}, options);
+  Tensor du;
   Tensor ddelta = at::empty({batch, K, a.rows, width}, options);
-  Tensor dA = at::empty({batch, K, N, width}, options);
+  Tensor dA = at::empty({batch, K, width, N}, options);
   Tensor dD = at::empty({batch, K, width}, options);
   Tensor dbias = at::empty({batch, K, width}, options);
   Tensor dB, dC;
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "directional_scan_backward", [&] {
     Problem<scalar_t> p = a.problem<scalar_t>();
     const Kernel<scalar_t>& k = kernel<scalar_t>();
-    const int64_t items = (width + k.channels - 1) / k.channels;
-    dB = at::empty({items, batch, K, a.rows, N}, options);
-    dC = at::empty({items, batch, K, a.rows, N}, options);
+    // Sums in place save memory, above all the time to have it mapped; the order of summation is the same.
+    const int64_t items = items_of_sequence(p, k), enough = 4 * at::get_num_threads();
+    const bool shared = u.dim() == 3;
+    p.dB_in_parts = batch * (shared ? 1 : K) < enough;
+    p.du_in_parts = !shared || (p.dB_in_parts && batch * items < enough);
+    du = p.du_in_parts ? at::empty({batch, K, a.rows, width}, options) : at::empty({batch, a.rows, width}, options);
+    dB = at::empty({p.dB_in_parts ? items : 1, batch, K, a.rows, N}, options);
+    dC = at::empty_like(dB);
     p.checkpoints = checkpoints.mutable_data_ptr<scalar_t>();
     p.dy = dy.const_data_ptr<scalar_t>(), p.dy_strides = strides(dy);
     p.dlast = dlast.defined() ? dlast.const_data_ptr<scalar_t>() : nullptr;
@@ -288,11 +306,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     p.dA = dA.mutable_data_ptr<scalar_t>();
     p.dB = dB.mutable_data_ptr<scalar_t>(), p.dC = dC.mutable_data_ptr<scalar_t>();
     p.dD = dD.mutable_data_ptr<scalar_t>(), p.dbias = dbias.mutable_data_ptr<scalar_t>();
-    for_each_item(p, k, true, k.backward);
+    for_each_item(p, k, true, k.backward, !p.du_in_parts, !p.dB_in_parts);
+    if (shared && p.du_in_parts) du = sum_directions(du);
+    if (width == 0) dB.zero_(), dC.zero_();
   });
-  return {u.dim() == 3 ? sum_directions(du) : du,
+  return {du,
           ddelta,
-          ordered_sum(dA).transpose(1, 2).contiguous(),
+          ordered_sum(dA),
           ordered_sum(dB),
           ordered_sum(dC),
           ordered_sum(dD),

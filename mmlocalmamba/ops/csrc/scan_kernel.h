@@ -7,6 +7,8 @@
 // The recurrence runs in chunks of kChunk steps. Per chunk and block of channels: first the step sizes (independent of
 // each other), then groups of states whose values stay in registers over the chunk.
 
+#include <utility>
+
 #include "scan.h"
 
 #define INLINE __attribute__((always_inline)) inline
@@ -258,24 +260,47 @@ void copy_rows(const T* from, int64_t row_stride, int64_t state_stride, const in
   }
 }
 
+// The row that a step reads or writes, -1: none.
+template <typename T>
+INLINE int64_t token(const Problem<T>& p, Item item, int64_t step) {
+  return p.table ? p.table[item.direction * p.steps + step] : step;
+}
+
+// Tables jump through memory in ways that no hardware prefetcher follows, so the rows of the chunk that comes next are
+// asked for one by one. A step outside the sequence asks for nothing.
+struct Next {
+  int64_t read = -1, write = -1;
+
+  template <typename T>
+  INLINE Next(const Problem<T>& p, Item item, int64_t step) {
+    if (step < 0 || step >= p.steps) return;
+    write = token(p, item, step);
+    read = p.in_scan_order ? step : write;
+  }
+};
+
+#define PREFETCH(array, row, stride, for_writing) \
+  if ((row) >= 0) __builtin_prefetch((array) + (row) * (stride), for_writing)
+
 // Rows of the chunk's steps, B and C.
 template <typename T>
 void open_chunk(const Problem<T>& p, Item item, int64_t start, int64_t steps, Common<T>& c) {
-  const int32_t* table = p.table ? p.table + item.direction * p.steps + start : nullptr;
   for (int64_t t = 0; t < steps; ++t) {
-    c.write[t] = table ? table[t] : start + t;
+    c.write[t] = token(p, item, start + t);
     c.read[t] = p.in_scan_order ? start + t : c.write[t];
   }
   copy_rows(p.B + offset(p.B_strides, item), p.B_strides.row, p.B_state_stride, c.read, steps, p.states, c.B);
   copy_rows(p.C + offset(p.C_strides, item), p.C_strides.row, p.C_state_stride, c.read, steps, p.states, c.C);
 }
 
+// A is stored with the states innermost, the kernel wants the channels there.
 template <typename T>
 void load_A(const Problem<T>& p, Item item, const Channels<T>& channels, V<T>* A) {
-  for (int64_t block = 0; block < channels.blocks; ++block) {
-    for (int64_t n = 0; n < p.states; ++n) {
-      const T* from = p.A + (item.direction * p.states + n) * p.channels + channels.begin(block);
-      A[block * p.states + n] = load(from, channels.lanes(block)) * Constants<T>::log2e;
+  for (int64_t block = 0; block < channels.blocks; ++block, A += p.states) {
+    const T* from = p.A + (item.direction * p.channels + channels.begin(block)) * p.states;
+    for (int64_t n = 0; n < p.states; ++n) A[n] = V<T>{};
+    for (int lane = 0; lane < channels.lanes(block); ++lane) {
+      for (int64_t n = 0; n < p.states; ++n) A[n][lane] = from[lane * p.states + n] * Constants<T>::log2e;
     }
   }
 }
@@ -350,6 +375,10 @@ void forward(const Problem<T>& p, Item item, void* memory) {
       }
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
+        const Next next(p, item, start + kChunk + t);
+        PREFETCH(u, next.read, p.u_strides.row, 0);
+        PREFETCH(delta, next.read, p.delta_strides.row, 0);
+        PREFETCH(y, next.write, p.channels, 1);
         V<T> x = bias, input{};
         if (row >= 0) {
           x += load(delta + row * p.delta_strides.row, lanes);
@@ -379,25 +408,53 @@ void forward(const Problem<T>& p, Item item, void* memory) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-constexpr int kBackwardStates = ISA_STATES / 2;
+// States that one sweep handles: the products that it sums over lanes, two a state, fill one vector.
+template <typename T>
+constexpr int kBackwardStates = kLanes<T> / 2;
+// And when fewer are left, before they go one by one.
+template <typename T>
+constexpr int kBackwardTail = kBackwardStates<T> > 2 ? 2 : 1;
 
 template <typename T>
 struct Buffers {
-  V<T> *u, *dy, *slope;    // per step; slope: d dt / d (delta + bias)
-  V<T> *ddt, *ddtu;        // per step: gradients of dt (over the decay, times log2(e)) and of dt * u
-  V<T> *decay, *decayed;   // (step, state of the group): exp(dt A) and exp(dt A) h[t - 1]
-  V<T> *dB, *dC;           // (step, state): products not yet summed over lanes, all blocks together
-  V<T> *dA;                // (block, state)
-  V<T> *dD, *dbias;        // per block
-  T *sums;                 // (step, state)
+  V<T> *u, *dy, *slope;   // per step; slope: d dt / d (delta + bias)
+  V<T> *ddt, *ddtu;       // per step: gradients of dt (over the decay, times log2(e)) and of dt * u
+  V<T> *decay, *decayed;  // (step, state of the group): exp(dt A) and exp(dt A) h[t - 1]
+  V<T> *sums;             // (group of states, step): gradients of C, then of B, summed over the item's channels
+  V<T> *dA;               // (block, state)
+  V<T> *dD, *dbias;       // per block
 
   Buffers(Scratch& s, int64_t N)
       : u(s.take<V<T>>(kChunk)), dy(s.take<V<T>>(kChunk)), slope(s.take<V<T>>(kChunk)), ddt(s.take<V<T>>(kChunk)),
-        ddtu(s.take<V<T>>(kChunk)), decay(s.take<V<T>>(kChunk * kBackwardStates)),
-        decayed(s.take<V<T>>(kChunk * kBackwardStates)), dB(s.take<V<T>>(kChunk * N + kLanes<T>)),
-        dC(s.take<V<T>>(kChunk * N + kLanes<T>)), dA(s.take<V<T>>(kBlocks * N)), dD(s.take<V<T>>(kBlocks)),
-        dbias(s.take<V<T>>(kBlocks)), sums(s.take<T>(kChunk * N + kLanes<T>)) {}
+        ddtu(s.take<V<T>>(kChunk)), decay(s.take<V<T>>(kChunk * kBackwardStates<T>)),
+        decayed(s.take<V<T>>(kChunk * kBackwardStates<T>)), sums(s.take<V<T>>(kChunk * N)),
+        dA(s.take<V<T>>(kBlocks * N)), dD(s.take<V<T>>(kBlocks)), dbias(s.take<V<T>>(kBlocks)) {}
 };
+
+#if defined(__clang__)
+#define SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, Bits<T>{__VA_ARGS__})
+#endif
+
+// Adds lanes whose numbers differ in one bit: those of x come out where the bit is 0, those of y where it is 1.
+template <typename T, int bit, int... lane>
+INLINE V<T> fold(V<T> x, V<T> y, std::integer_sequence<int, lane...>) {
+  constexpr int W = kLanes<T>;
+  return SHUFFLE(T, x, y, (lane & bit ? lane + W : lane)...) +
+         SHUFFLE(T, x, y, (lane & bit ? lane - bit + W : lane + bit)...);
+}
+
+// Lane i of the result is the sum over the lanes of x[i]. Clobbers x.
+template <typename T, int count = kLanes<T> / 2>
+INLINE V<T> sum_lanes(V<T>* x) {
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) {
+    x[i] = fold<T, count>(x[i], x[i + count], std::make_integer_sequence<int, kLanes<T>>());
+  }
+  if constexpr (count > 1) return sum_lanes<T, count / 2>(x);
+  return x[0];
+}
 
 // Forward again through a chunk, keeping what the way back needs.
 template <typename T, int count>
@@ -418,8 +475,8 @@ void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* 
 
 template <typename T, int count>
 void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
-                const V<T>* dy, const V<T>* decay, const V<T>* decayed, V<T>* dh_memory, V<T>* dA_memory, V<T>* dB,
-                V<T>* dC, V<T>* ddt, V<T>* ddtu) {
+                const V<T>* dy, const V<T>* decay, const V<T>* decayed, V<T>* dh_memory, V<T>* dA_memory, V<T>* sums,
+                V<T>* ddt, V<T>* ddtu) {
   V<T> dh[count], dA[count];
   for (int n = 0; n < count; ++n) {
     dh[n] = dh_memory[n];
@@ -428,19 +485,21 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
   for (int64_t t = steps - 1; t >= 0; --t) {
     const V<T> step = dt[t], input = dtu[t], gradient = dy[t];
     V<T> step_sum[2] = {ddt[t], V<T>{}}, input_sum[2] = {ddtu[t], V<T>{}};
+    V<T> products[kLanes<T>] = {};
 #pragma GCC unroll 16
     for (int n = 0; n < count; ++n) {
       const V<T> before = decayed[t * count + n];
       const T b = B[t * N + n];
       dh[n] += gradient * C[t * N + n];
-      dC[t * N + n] += gradient * (before + input * b);
-      dB[t * N + n] += dh[n] * input;
+      products[n] = gradient * (before + input * b);
+      products[kLanes<T> / 2 + n] = dh[n] * input;
       input_sum[n % 2] += dh[n] * b;
       const V<T> dexponent = dh[n] * before;
       step_sum[n % 2] += dexponent * A[n];
       dA[n] += dexponent * step;
       dh[n] *= decay[t * count + n];
     }
+    sums[t] += sum_lanes<T>(products);
     ddt[t] = step_sum[0] + step_sum[1];
     ddtu[t] = input_sum[0] + input_sum[1];
   }
@@ -451,10 +510,10 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
 }
 
 template <typename T, int count>
-INLINE int64_t backward_groups(int64_t n, const Problem<T>& p, Item item, int64_t start, int64_t steps,
+INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const Problem<T>& p, Item item, int64_t start, int64_t steps,
                                const Channels<T>& channels, int64_t block, const Common<T>& c, const Buffers<T>& g) {
   const int64_t N = p.states;
-  for (; N - n >= count; n += count) {
+  for (; N - n >= count; n += count, sums += kChunk) {
     V<T> h[count];
     for (int i = 0; i < count; ++i) {
       h[i] = start ? load(checkpoint(p, item, start / kChunk, channels.begin(block)) + (n + i) * p.channels,
@@ -464,55 +523,26 @@ INLINE int64_t backward_groups(int64_t n, const Problem<T>& p, Item item, int64_
     const int64_t state = block * N + n;
     recompute<T, count>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
     sweep_back<T, count>(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay, g.decayed, c.h + state,
-                         g.dA + state, g.dB + n, g.dC + n, g.ddt, g.ddtu);
+                         g.dA + state, sums, g.ddt, g.ddtu);
   }
   return n;
 }
 
-#if defined(__clang__)
-#define SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, Bits<T>{__VA_ARGS__})
-#endif
-
-// (a0 + a1, a2 + a3, ..., b0 + b1, ...)
-template <typename T>
-INLINE V<T> add_pairs(V<T> a, V<T> b) {
-  if constexpr (kLanes<T> == 16) {
-    return SHUFFLE(T, a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           SHUFFLE(T, a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  } else if constexpr (kLanes<T> == 8) {
-    return SHUFFLE(T, a, b, 0, 2, 4, 6, 8, 10, 12, 14) + SHUFFLE(T, a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-  } else if constexpr (kLanes<T> == 4) {
-    return SHUFFLE(T, a, b, 0, 2, 4, 6) + SHUFFLE(T, a, b, 1, 3, 5, 7);
-  } else {
-    return SHUFFLE(T, a, b, 0, 2) + SHUFFLE(T, a, b, 1, 3);
-  }
-}
-
-// Sums over the lanes of `count` vectors, written as `count` numbers; what lies behind up to a full vector is clobbered.
-template <typename T>
-void sum_lanes(V<T>* from, int64_t count, T* to) {
-  constexpr int W = kLanes<T>;
-  for (int64_t i = 0; i < count; i += W) {
-    V<T> x[W];
-    for (int j = 0; j < W; ++j) x[j] = from[i + j];
-#pragma GCC unroll 4
-    for (int m = W / 2; m >= 1; m /= 2) {
-#pragma GCC unroll 8
-      for (int j = 0; j < m; ++j) x[j] = add_pairs<T>(x[2 * j], x[2 * j + 1]);
+template <typename T, int count>
+INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const Common<T>& c, int64_t steps, int64_t N, bool add, T* dB,
+                          T* dC) {
+  for (; N - n >= count; n += count, sums += kChunk) {
+    for (int64_t t = 0; t < steps; ++t) {
+      if (c.read[t] < 0) continue;
+      T* to_B = dB + c.read[t] * N + n;
+      T* to_C = dC + c.read[t] * N + n;
+      for (int i = 0; i < count; ++i) {
+        to_C[i] = sums[t][i] + (add ? to_C[i] : T(0));
+        to_B[i] = sums[t][kLanes<T> / 2 + i] + (add ? to_B[i] : T(0));
+      }
     }
-    store(to + i, x[0], W);
   }
-}
-
-template <typename T>
-void write_sums(V<T>* from, T* to, const Common<T>& c, int64_t steps, int64_t N, T* sums) {
-  sum_lanes(from, steps * N, sums);
-  for (int64_t t = 0; t < steps; ++t) {
-    if (c.read[t] < 0) continue;
-    for (int64_t n = 0; n < N; ++n) to[c.read[t] * N + n] = sums[t * N + n];
-  }
+  return n;
 }
 
 template <typename T>
@@ -532,12 +562,13 @@ void backward(const Problem<T>& p, Item item, void* memory) {
                                    : V<T>{};
     }
   }
-  const int64_t partial = ((item.index * p.batch * p.directions) + sequence) * p.rows * N;
+  const int64_t part = ((p.dB_in_parts ? item.index * p.batch * p.directions : 0) + sequence) * p.rows * N;
+  const bool add_dB = !p.dB_in_parts && item.index, add_du = !p.du_in_parts && item.direction;
 
   for (int64_t start = (p.steps - 1) / kChunk * kChunk; start >= 0; start -= kChunk) {
     const int64_t steps = p.steps - start < kChunk ? p.steps - start : kChunk;
     open_chunk(p, item, start, steps, c);
-    for (int64_t i = 0; i < steps * N + kLanes<T>; ++i) g.dB[i] = g.dC[i] = V<T>{};
+    for (int64_t i = 0; i < kChunk * N; ++i) g.sums[i] = V<T>{};
     for (int64_t block = 0; block < channels.blocks; ++block) {
       const int64_t channel = channels.begin(block);
       const int lanes = channels.lanes(block);
@@ -546,8 +577,16 @@ void backward(const Problem<T>& p, Item item, void* memory) {
       const T* u = p.u + offset(p.u_strides, item) + channel;
       const T* delta = p.delta + offset(p.delta_strides, item) + channel;
       const T* dy = p.dy + offset(p.dy_strides, item) + channel;
+      T* du = p.du + (p.du_in_parts ? sequence : item.batch) * p.rows * p.channels + channel;
+      T* ddelta = p.ddelta + sequence * p.rows * p.channels + channel;
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
+        const Next next(p, item, start - kChunk + t);
+        PREFETCH(u, next.read, p.u_strides.row, 0);
+        PREFETCH(delta, next.read, p.delta_strides.row, 0);
+        PREFETCH(dy, next.write, p.dy_strides.row, 0);
+        PREFETCH(du, next.read, p.channels, 1);
+        PREFETCH(ddelta, next.read, p.channels, 1);
         V<T> x = bias, slope = splat(T(1));
         g.u[t] = g.dy[t] = g.ddt[t] = g.ddtu[t] = V<T>{};
         if (row >= 0) {
@@ -559,23 +598,27 @@ void backward(const Problem<T>& p, Item item, void* memory) {
         c.dtu[t] = c.dt[t] * g.u[t];
         g.slope[t] = slope;
       }
-      int64_t n = backward_groups<T, kBackwardStates>(0, p, item, start, steps, channels, block, c, g);
-      n = backward_groups<T, 2>(n, p, item, start, steps, channels, block, c, g);
-      backward_groups<T, 1>(n, p, item, start, steps, channels, block, c, g);
-      T* du = p.du + sequence * p.rows * p.channels + channel;
-      T* ddelta = p.ddelta + sequence * p.rows * p.channels + channel;
+      V<T>* sums = g.sums;
+      int64_t n = backward_groups<T, kBackwardStates<T>>(0, sums, p, item, start, steps, channels, block, c, g);
+      n = backward_groups<T, kBackwardTail<T>>(n, sums, p, item, start, steps, channels, block, c, g);
+      backward_groups<T, 1>(n, sums, p, item, start, steps, channels, block, c, g);
       for (int64_t t = 0; t < steps; ++t) {
         const V<T> ddt = (g.ddt[t] * Constants<T>::ln2 + g.ddtu[t] * g.u[t]) * g.slope[t];
         g.dbias[block] += ddt;
         g.dD[block] += g.dy[t] * g.u[t];
         if (c.read[t] >= 0) {
-          store(du + c.read[t] * p.channels, g.ddtu[t] * c.dt[t] + g.dy[t] * D, lanes);
+          T* to = du + c.read[t] * p.channels;
+          const V<T> gradient = g.ddtu[t] * c.dt[t] + g.dy[t] * D;
+          store(to, add_du ? load(to, lanes) + gradient : gradient, lanes);
           store(ddelta + c.read[t] * p.channels, ddt, lanes);
         }
       }
     }
-    write_sums(g.dB, p.dB + partial, c, steps, N, g.sums);
-    write_sums(g.dC, p.dC + partial, c, steps, N, g.sums);
+    const V<T>* sums = g.sums;
+    T *dB = p.dB + part, *dC = p.dC + part;
+    int64_t n = write_sums<T, kBackwardStates<T>>(0, sums, c, steps, N, add_dB, dB, dC);
+    n = write_sums<T, kBackwardTail<T>>(n, sums, c, steps, N, add_dB, dB, dC);
+    write_sums<T, 1>(n, sums, c, steps, N, add_dB, dB, dC);
   }
 
   for (int64_t block = 0; block < channels.blocks; ++block) {
@@ -583,8 +626,9 @@ void backward(const Problem<T>& p, Item item, void* memory) {
     const int lanes = channels.lanes(block);
     store(p.dD + sequence * p.channels + channel, g.dD[block], lanes);
     store(p.dbias + sequence * p.channels + channel, g.dbias[block], lanes);
-    for (int64_t n = 0; n < N; ++n) {
-      store(p.dA + (sequence * N + n) * p.channels + channel, g.dA[block * N + n], lanes);
+    for (int lane = 0; lane < lanes; ++lane) {
+      T* to = p.dA + (sequence * p.channels + channel + lane) * N;
+      for (int64_t n = 0; n < N; ++n) to[n] = g.dA[block * N + n][lane];
     }
   }
 }

@@ -1,0 +1,103 @@
+"""Whole backbones, ours beside mmpretrain's, in one run: latency, throughput, training step, peak memory.
+
+    python tools/benchmark_model.py [--device cpu] [--sizes 224 512 1024] [--quick] [--json FILE]
+
+Random weights: speed does not depend on them. Peers come from mmpretrain; without it only ours are measured.
+"""
+import argparse
+import json
+import sys
+from functools import partial
+
+import torch
+from benchmark_scan import describe_machine, measure, peak_memory, print_table
+
+
+def builders():
+    """{name: size -> backbone}, ours first."""
+    from mmlocalmamba.backbones import LocalVim, LocalVMamba
+    found = {
+        'LocalVMamba-T': lambda size: LocalVMamba('tiny', drop_path_rate=0.),
+        'LocalVim-T': lambda size: LocalVim('tiny', img_size=size, drop_path_rate=0.),
+    }
+    try:
+        from mmpretrain.models.backbones import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
+    except ImportError as error:
+        print(f'mmpretrain is not here, so neither are its models: {error}', file=sys.stderr)
+        return found
+    found.update({
+        'Swin-T': lambda size: SwinTransformer('tiny', img_size=size, drop_path_rate=0.),
+        'ConvNeXt-T': lambda size: ConvNeXt('tiny', drop_path_rate=0.),
+        'DeiT-T': lambda size: VisionTransformer('deit-tiny', img_size=size),
+        'ResNet-50': lambda size: ResNet(50),
+    })
+    return found
+
+
+@torch.no_grad()
+def infer(model, images):
+    return model(images)
+
+
+def train_step(model, images):
+    for parameter in model.parameters():
+        parameter.grad = None
+    sum(out.square().mean() for out in model(images)).backward()
+
+
+def compare(models, size, batch, training, args):
+    images = torch.randn(batch, 3, size, size, device=args.device)
+    step = train_step if training else infer
+    for model in models.values():
+        model.train(training)
+    cases = {name: partial(step, model, images) for name, model in models.items()}
+    times = measure(cases, args.device, args.rounds, args.seconds)
+    rows = []
+    for name, case in cases.items():
+        ms = times[name]
+        row = dict(model=name, size=size, batch=batch, what='training step' if training else 'inference', ms=ms)
+        if not isinstance(ms, str):
+            row['images / s'] = 1e3 * batch / ms
+            row['ns / pixel'] = 1e6 * ms / (batch * size ** 2)
+            for peer in ('Swin-T', 'DeiT-T'):
+                if isinstance(times.get(peer), float):
+                    row[f'times {peer}'] = ms / times[peer]
+            row['peak MB'] = peak_memory(case, args.device)
+        rows.append(row)
+    columns = ['model', 'ms', 'images / s', 'ns / pixel', 'times Swin-T', 'times DeiT-T', 'peak MB']
+    print(f'### {rows[0]["what"]}, {size} x {size}, batch {batch}\n')
+    print_table(columns, [[row.get(column) for column in columns] for row in rows])
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    parser.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768, 1024], help='of square images')
+    parser.add_argument('--batch', type=int, default=8, help='of throughput and training, at the first size')
+    parser.add_argument('--models', nargs='+', help='only these, by name')
+    parser.add_argument('--rounds', type=int, default=5, help='how often the models take turns')
+    parser.add_argument('--seconds', type=float, default=0.5, help='for each model in each round')
+    parser.add_argument('--quick', action='store_true', help='the first size only, one round')
+    parser.add_argument('--json', help='write the figures here, too')
+    args = parser.parse_args()
+    if args.quick:
+        args.sizes, args.rounds, args.seconds = args.sizes[:1], 1, 0.1
+
+    machine = describe_machine(args.device)
+    print(f'{machine}\nbackbones, float32; peak memory: beyond the model and its input\n')
+    chosen = {name: build for name, build in builders().items() if not args.models or name in args.models}
+    results = []
+    for size in args.sizes:
+        models = {name: build(size).to(args.device) for name, build in chosen.items()}
+        results += compare(models, size, 1, False, args)
+        if size == args.sizes[0]:
+            results += compare(models, size, args.batch, False, args)
+            results += compare(models, size, args.batch, True, args)
+    if args.json:
+        with open(args.json, 'w') as file:
+            json.dump(dict(machine=machine, results=results), file, indent=1)
+
+
+if __name__ == '__main__':
+    main()

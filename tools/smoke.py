@@ -1,0 +1,201 @@
+"""A smoke run on the installed stack, OpenMMLab or OneDL: does everything start?
+
+1. Every configuration in configs/ builds: model, optimizer, data pipelines.
+2. Each task trains for a moment on tiny data, evaluates, writes a checkpoint,
+   resumes it, and tests it; all through mim's command line.
+
+Prints one line per check and, of a failed one, the end of its output.
+"""
+import argparse
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Task: (configuration, mim's name of the repository in OpenMMLab and in OneDL,
+# a metric that evaluation must print).
+TASKS = {
+    'detection': (
+        'mask-rcnn_localvmamba-nano_digits', 'mmdet', 'mmdetection', 'coco/segm_mAP'),
+    'segmentation': ('upernet_localvim-nano_digits', 'mmsegmentation', 'mmsegmentation', 'mIoU'),
+    'classification': ('localvmamba-nano_digits', 'mmpretrain', 'mmpretrain', 'accuracy/top1'),
+    'our own tools': ('localvmamba-nano_digits', 'mmlocalmamba', 'mmlocalmamba', 'accuracy/top1'),
+}
+
+
+def is_onedl():
+    try:
+        version('onedl-mmengine')
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+class Checks:
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def run(self, name, function, *args):
+        """Calls the function; an exception is a failure. Returns success."""
+        start = time.time()
+        try:
+            function(*args)
+        except Exception as error:
+            known = isinstance(error, CheckFailed)
+            print(str(error) if known else traceback.format_exc(), flush=True)
+            self.failed += 1
+        else:
+            self.passed += 1
+            print(f'pass  {name} ({time.time() - start:.0f} s)', flush=True)
+            return True
+        print(f'FAIL  {name}', flush=True)
+        return False
+
+
+class CheckFailed(Exception):
+    pass
+
+
+def build(path):
+    """Builds the model, optimizer and data pipelines of a configuration."""
+    from mmengine.config import Config
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
+
+    cfg = Config.fromfile(path)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        # Mixed precision wants a GPU, its optimizer is built in the same way.
+        cfg.optim_wrapper.update(type='OptimWrapper')
+        for key in ('loss_scale', 'dtype'):
+            cfg.optim_wrapper.pop(key, None)
+        build_optim_wrapper(model, cfg.optim_wrapper)
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            dataset = loader.dataset
+            while 'dataset' in dataset:
+                dataset = dataset.dataset
+            for transform in dataset.pipeline:
+                TRANSFORMS.build(transform)
+
+
+def command(arguments, folder, must_print=''):
+    """Runs a command in a folder; its output must match the pattern must_print."""
+    done = subprocess.run(
+        [str(argument) for argument in arguments], cwd=folder, text=True, timeout=900,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode != 0 or not re.search(must_print, done.stdout):
+        reason = (f'exit status {done.returncode}' if done.returncode else
+                  f'its output has no {must_print!r}')
+        # Without mim's own traceback, which only says that its command failed.
+        output = re.split(r'Traceback [^\n]*\n  File "[^"\n]*/bin/mim"', done.stdout)[0]
+        tail = '\n'.join(output.splitlines()[-40:])
+        raise CheckFailed(f'{tail}\n{" ".join(map(str, arguments))}\n{reason}')
+
+
+def length_options(cfg, length):
+    """Settings for a training of so many epochs or iterations, each evaluated."""
+    unit = 'iters' if 'max_iters' in cfg.train_cfg else 'epochs'
+    return [f'train_cfg.max_{unit}={length}', 'train_cfg.val_interval=1',
+            'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.save_best=None',
+            'default_hooks.logger.interval=1']
+
+
+def latest_checkpoint(work_dir):
+    return Path((work_dir / 'last_checkpoint').read_text().strip())
+
+
+def train(repository, config, cfg, work_dir, length, metric):
+    command(
+        ['mim', 'train', repository, config, '--work-dir', work_dir,
+         '--cfg-options', *length_options(cfg, length)],
+        work_dir.parent, must_print=metric)
+    if not latest_checkpoint(work_dir).is_file():
+        raise CheckFailed(f'no checkpoint in {work_dir}')
+
+
+def resume(repository, config, cfg, work_dir, length, metric):
+    before = latest_checkpoint(work_dir)
+    command(
+        ['mim', 'train', repository, config, '--work-dir', work_dir, '--resume',
+         '--cfg-options', *length_options(cfg, length)],
+        work_dir.parent, must_print=f'(?s)resumed epoch.*{metric}')
+    if latest_checkpoint(work_dir) == before:
+        raise CheckFailed(f'resumed from {before}, but wrote no newer checkpoint')
+
+
+def test(repository, config, work_dir, metric):
+    command(
+        ['mim', 'test', repository, config, '--checkpoint', latest_checkpoint(work_dir),
+         '--work-dir', work_dir / 'test'],
+        work_dir.parent, must_print=metric)
+
+
+def run_task(checks, folder, task):
+    from mmengine.config import Config
+
+    name, openmmlab, onedl, metric = TASKS[task]
+    repository = onedl if is_onedl() else openmmlab
+    config = ROOT / 'configs' / f'{name}.py'
+    work_dir = folder / task.replace(' ', '_')
+    try:
+        cfg = Config.fromfile(config)
+    except Exception:
+        cfg = None  # an earlier check has said so
+    # The shortest that the learning-rate schedule of epochs allows is two.
+    length = 1 if cfg is not None and 'max_iters' in cfg.train_cfg else 2
+    # A step needs the one before it, so that a failure is counted for all.
+    ready = cfg is not None
+    for text, function, args in (
+            (f'mim train {repository}', train, (config, cfg, work_dir, length, metric)),
+            (f'mim train {repository} --resume', resume,
+             (config, cfg, work_dir, length + 1, metric)),
+            (f'mim test {repository}', test, (config, work_dir, metric))):
+        label = f'{task}: {text} {name}'
+        if ready:
+            ready = checks.run(label, function, repository, *args)
+        else:
+            checks.failed += 1
+            print(f'FAIL  {label} (not tried)', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', choices=['build', *TASKS], help='leave out everything else')
+    args = parser.parse_args()
+    # mim as it is in this environment, even where that is not activated.
+    os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+
+    checks = Checks()
+    print(f'Smoke run on the {"OneDL" if is_onedl() else "OpenMMLab"} stack', flush=True)
+    if args.only in (None, 'build'):
+        # Otherwise each optimizer lists each parameter.
+        logging.disable(logging.WARNING)
+        warnings.simplefilter('ignore')
+        for path in sorted((ROOT / 'configs').glob('*.py')):
+            checks.run(f'build {path.stem}', build, path)
+    tasks = [task for task in TASKS if args.only in (None, task)]
+    if tasks:
+        with tempfile.TemporaryDirectory(prefix='mmlocalmamba-smoke-') as name:
+            folder = Path(name)
+            converter = ROOT / 'tools/dataset_converters/digits.py'
+            if checks.run('tiny data', command, [
+                    sys.executable, converter, 'data/digits', '--scale', 'tiny'], folder):
+                for task in tasks:
+                    run_task(checks, folder, task)
+    print(f'{checks.passed} passed, {checks.failed} failed')
+    return 1 if checks.failed or not checks.passed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

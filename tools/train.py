@@ -1,0 +1,36 @@
+"""Train a model: what `mim train mmlocalmamba CONFIG` runs.
+
+The configuration may belong to mmpretrain, mmdet or mmsegmentation: its
+`default_scope` says which.
+"""
+from runner import add_common_arguments, build_runner, load_config, parse_args
+
+
+def main():
+    parser = add_common_arguments(__doc__)
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true',
+        help='scale the learning rate from the total batch size the configuration was made for')
+    parser.add_argument(
+        '--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+        help='resume from CHECKPOINT, or without one from the latest in the work directory')
+    args = parse_args(parser)
+    cfg = load_config(args)
+
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            parser.error('--auto-scale-lr: the configuration has no auto_scale_lr.base_batch_size')
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
