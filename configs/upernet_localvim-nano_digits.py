@@ -24,5 +24,11 @@ model = dict(
     # a pyramid of strides 2 to 16, for the strokes
     neck=dict(type='Feature2Pyramid', embed_dim=64, norm_cfg=dict(type='BN')),
     decode_head=dict(
-        in_channels=[64, 64, 64, 64], channels=64, num_classes=11, norm_cfg=dict(type='BN')),
+        in_channels=[64, 64, 64, 64], channels=64, num_classes=11, norm_cfg=dict(type='BN'),
+        dropout_ratio=0,
+        # most pixels are background; cross entropy alone predicts nothing else for long
+        loss_decode=[
+            dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            dict(type='DiceLoss', loss_name='loss_dice', loss_weight=3.0)
+        ]),
     auxiliary_head=None)

@@ -19,5 +19,11 @@ model = dict(
         drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
     decode_head=dict(
-        in_channels=[32, 64, 128, 256], channels=64, num_classes=11, norm_cfg=dict(type='BN')),
+        in_channels=[32, 64, 128, 256], channels=64, num_classes=11, norm_cfg=dict(type='BN'),
+        dropout_ratio=0,
+        # most pixels are background; cross entropy alone predicts nothing else for long
+        loss_decode=[
+            dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            dict(type='DiceLoss', loss_name='loss_dice', loss_weight=3.0)
+        ]),
     auxiliary_head=None)

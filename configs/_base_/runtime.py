@@ -22,6 +22,7 @@ optim_wrapper = dict(
             'norm': no_decay,
             'pos_embed': no_decay,
             'cls_token': no_decay,
+            'alphas': no_decay,  # of the direction search
         }))
 del no_decay
 

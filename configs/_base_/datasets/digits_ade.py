@@ -9,7 +9,6 @@ train_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='RandomResize', scale=(128, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(128, 128)),
-    dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),  # no flip: a mirrored digit is none
 ]
 test_pipeline = [
