@@ -44,6 +44,15 @@ PARAMETERS = {
     'upernet_localvim-s_8xb2-160k_ade20k-512x512': '58M',
     'upernet_localvmamba-t_8xb2-160k_ade20k-512x512': '57M',
     'upernet_localvmamba-s_8xb2-160k_ade20k-512x512': '81M',
+    'localvim_search_8xb128-100e_in1k': None,
+    'localvmamba-t_search_8xb128-100e_in1k': None,
+    'localvmamba-s_search_8xb128-100e_in1k': None,
+    'localvim-nano_search_digits': None,
+    'localvmamba-nano_search_digits': None,
+    'localvim-nano_windows-w2_digits': None,
+    'localvim-nano_windows-w3_digits': None,
+    'localvim-nano_windows-w7_digits': None,
+    'localvim-nano_windows-w14_digits': None,
     'localvim-nano_digits': None,
     'localvmamba-nano_digits': None,
     'mask-rcnn_localvmamba-nano_digits': None,
@@ -246,7 +255,7 @@ def test_imagenet_recipe(name):
     cfg = load(name)
     total = 8 * cfg.train_dataloader.batch_size
     assert total == 1024 == cfg.auto_scale_lr.base_batch_size and '8xb128' in name
-    assert cfg.train_cfg.max_epochs == 300
+    assert cfg.train_cfg.max_epochs == (100 if '100e' in name else 300) == cfg.param_scheduler[1].end
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.04)
     assert cfg.model.backbone.drop_path_rate == 0.1

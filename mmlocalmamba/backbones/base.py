@@ -3,7 +3,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmlocalmamba.compat import load_checkpoint
 from mmlocalmamba.convert import backbone_state_dict
 from mmlocalmamba.scans import check_scan
-from mmlocalmamba.search.mixed_scan import CANDIDATES
+from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
 
-Directions = None | str | Sequence[str] | Sequence[Sequence[str]]
+Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
 
 
@@ -48,11 +48,37 @@ def load_directions(path: str) -> list:
     return content
 
 
+def resolve_search(directions: Directions) -> tuple[Directions, Callable[[], MixedScan | None]]:
+    """Directions without the search's options, and a function that makes each block's relaxed choice, if it is a
+    search.
+
+    Args:
+        directions: as in :func:`resolve_directions`; a search is 'search' or dict(candidates=[...], **options), the
+            options being those of MixedScan.
+
+    Raises:
+        ValueError: unknown options, candidates that are no list of different names, options out of range.
+    """
+    if directions == SEARCH:
+        directions = {}
+    if not isinstance(directions, dict):
+        return directions, lambda: None
+    options = dict(directions)
+    candidates = options.pop('candidates', CANDIDATES)
+    unknown = sorted(set(options) - {'sampling', 'samples', 'reduction'})
+    if unknown:
+        raise ValueError(f'directions={dict(directions)} has unknown options {", ".join(unknown)}; a search takes '
+                         'candidates, sampling, samples and reduction')
+    if not isinstance(candidates, (list, tuple)) or not candidates or len(set(candidates)) != len(candidates):
+        raise ValueError(f'candidates of a search must be a list of different scan names, got {candidates!r}')
+    return candidates, lambda: MixedScan(len(candidates), **options)
+
+
 def resolve_directions(directions: Directions, default: Directions, depth: int) -> list[tuple[str, ...]]:
     """Scan names of every block.
 
     Args:
-        directions: None (``default``), one list for all blocks, a list per block, a path to a JSON file, 'search'.
+        directions: None (``default``), one list for all blocks, a list per block, a path to a JSON file.
         default: the variant's own.
         depth: number of blocks.
 
@@ -65,11 +91,8 @@ def resolve_directions(directions: Directions, default: Directions, depth: int) 
         raise ValueError('this arch has no scan directions of its own: give directions=[...]')
     source = ''
     if isinstance(directions, str):
-        if directions == SEARCH:
-            directions = CANDIDATES
-        else:
-            source = f' (from {os.path.abspath(directions)})'
-            directions = load_directions(directions)
+        source = f' (from {os.path.abspath(directions)})'
+        directions = load_directions(directions)
     if not isinstance(directions, (list, tuple)) or not directions:
         raise ValueError(f'directions must be a list of scan names, or such a list per block, '
                          f'got {directions!r}{source}')

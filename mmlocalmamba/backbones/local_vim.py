@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba.backbones.archs import LOCAL_VIM
 from mmlocalmamba.backbones.base import (
-    SEARCH,
     Directions,
     LocalMambaBackbone,
     check_frozen_stages,
@@ -18,10 +17,10 @@ from mmlocalmamba.backbones.base import (
     resolve_arch,
     resolve_directions,
     resolve_out_indices,
+    resolve_search,
 )
 from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, rotary_tables, rotate
 from mmlocalmamba.registry import MODELS
-from mmlocalmamba.search import MixedScan
 
 _EPS = 1e-5
 # Positions are scaled to the token grid of ImageNet pre-training, whatever the image size, as in Vim.
@@ -65,7 +64,8 @@ class LocalVim(LocalMambaBackbone):
         in_channels: channels of the image.
         patch_size: stride of all features; images are padded to multiples of it at the right and bottom.
         directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
-            block, a path to a JSON file that holds one of these, or 'search' for the supernet of the direction search.
+            block, a path to a JSON file that holds one of these, 'search' for the supernet of the direction search, or
+            dict(candidates=[...], sampling=...) for one with options, those of MixedScan.
         scattn: True, False, or a dict of SCAttn's arguments.
         window_pad: 'zero' scans the pads of incomplete windows (the authors' behaviour), 'none' real tokens only.
         cls_token: 'none', or 'middle' for a class token in the middle of every sequence.
@@ -112,6 +112,7 @@ class LocalVim(LocalMambaBackbone):
         super().__init__(frozen_stages, norm_eval, init_cfg)
         arch = resolve_arch(arch, LOCAL_VIM, ('embed_dims', 'num_layers'))
         self.embed_dims, depth = arch.pop('embed_dims'), arch.pop('num_layers')
+        directions, mixed_scan = resolve_search(directions)
         self.directions = resolve_directions(directions, arch.pop('directions', None), depth)
         self.out_indices = resolve_out_indices(out_indices, depth)
         check_frozen_stages(frozen_stages, depth)
@@ -145,7 +146,7 @@ class LocalVim(LocalMambaBackbone):
         self.layers = nn.ModuleList([
             LocalVimBlock(self.embed_dims, drop_paths[index], with_cp, directions=self.directions[index],
                           scattn=scattn, window_pad=window_pad, middle_token=bool(self.tokens),
-                          mixed_scan=MixedScan(len(self.directions[index])) if directions == SEARCH else None, **arch)
+                          mixed_scan=mixed_scan(), **arch)
             for index in range(depth)
         ])
         for layer in self.layers:  # GPT-2's rescaling of the residual branches, as in Mamba

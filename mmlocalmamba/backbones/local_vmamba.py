@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba.backbones.archs import LOCAL_VMAMBA
 from mmlocalmamba.backbones.base import (
-    SEARCH,
     Directions,
     LocalMambaBackbone,
     check_frozen_stages,
@@ -17,10 +16,10 @@ from mmlocalmamba.backbones.base import (
     resolve_arch,
     resolve_directions,
     resolve_out_indices,
+    resolve_search,
 )
 from mmlocalmamba.layers import LocalVMambaMixer
 from mmlocalmamba.registry import MODELS
-from mmlocalmamba.search import MixedScan
 
 
 class LocalVMambaBlock(BaseModule):
@@ -54,7 +53,8 @@ class LocalVMamba(LocalMambaBackbone):
         in_channels: channels of the image.
         patch_size: stride of the first stage; each further stage halves the resolution.
         directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
-            block, a path to a JSON file that holds one of these, or 'search' for the supernet of the direction search.
+            block, a path to a JSON file that holds one of these, 'search' for the supernet of the direction search, or
+            dict(candidates=[...], sampling=...) for one with options, those of MixedScan.
         scattn: True, False, or a dict of SCAttn's arguments, e.g. ``dict(spatial=True)``.
         window_pad: what happens to windows that do not fill the grid: 'zero' scans their pads (the authors'
             behaviour), 'none' scans real tokens only.
@@ -93,6 +93,7 @@ class LocalVMamba(LocalMambaBackbone):
         if len(self.embed_dims) != len(self.depths):
             raise ValueError(f'arch has {len(self.embed_dims)} embed_dims for {len(self.depths)} depths')
         depth = sum(self.depths)
+        directions, mixed_scan = resolve_search(directions)
         self.directions = resolve_directions(directions, arch.pop('directions', None), depth)
         self.out_indices = resolve_out_indices(out_indices, len(self.depths))
         check_frozen_stages(frozen_stages, len(self.depths))
@@ -107,8 +108,7 @@ class LocalVMamba(LocalMambaBackbone):
             blocks = nn.ModuleList([
                 LocalVMambaBlock(
                     channels, drop_paths[block], with_cp, directions=self.directions[block], scattn=scattn,
-                    window_pad=window_pad, mixed_scan=MixedScan(len(self.directions[block])) if directions == SEARCH
-                    else None, **arch)
+                    window_pad=window_pad, mixed_scan=mixed_scan(), **arch)
                 for block in range(first, first + stage_depth)
             ])
             last = index == len(self.depths) - 1

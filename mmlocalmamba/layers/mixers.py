@@ -4,6 +4,7 @@ Tokens are channels-last (B, L, D) throughout; directions are tables (see :mod:`
 """
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,26 @@ from mmlocalmamba.ops.common import to_scan_order
 from mmlocalmamba.scans import ScanTables, check_scan, scan_tables
 
 WINDOW_PADS = ('zero', 'none')
+
+
+class Selection(NamedTuple):
+    """The part of a mixer that one step of the direction search scans.
+
+    Attributes:
+        weights: (k,) of the scanned directions' features in their sum; None: all are 1.
+        directions: int64 (k,), indices of the scanned directions; None: all.
+        channels: int64 (c,), sorted indices of the scanned inner channels; None: all.
+    """
+    weights: Tensor | None = None
+    directions: Tensor | None = None
+    channels: Tensor | None = None
+
+
+_ALL = Selection()
+
+
+def _pick(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(dim, index)
 
 
 class DirectionalSSM(nn.Module):
@@ -45,17 +66,28 @@ class DirectionalSSM(nn.Module):
         nn.init.uniform_(self.x_proj_weight, -bound, bound)
         nn.init.uniform_(self.dt_proj_weight, -dt_rank ** -0.5, dt_rank ** -0.5)
 
-    def forward(self, x: Tensor, tables: ScanTables, in_scan_order: bool = False) -> Tensor:
-        """x (B, L, D), or in scan order (B, K, T, D) -> (B, K, L, D) at original positions."""
+    def forward(self, x: Tensor, tables: ScanTables, in_scan_order: bool = False,
+                selection: Selection = _ALL) -> Tensor:
+        """x (B, L, D), or in scan order (B, K, T, D) -> (B, K, L, D) at original positions.
+
+        With a ``selection``, x and the tables hold its directions and channels only.
+        """
+        _, directions, channels = selection
+        x_proj_weight = _pick(_pick(self.x_proj_weight, 0, directions), 2, channels)
+        dt_proj_weight, dt_proj_bias, A_log, D = (
+            _pick(_pick(parameter, 0, directions), 1, channels)
+            for parameter in (self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D))
+        if channels is not None:  # a part of the sum over channels stands for all of it
+            x_proj_weight = x_proj_weight * (self.x_proj_weight.shape[2] / x_proj_weight.shape[2])
         if in_scan_order:
-            projected = torch.einsum('bktd,kcd->bktc', x, self.x_proj_weight)
+            projected = torch.einsum('bktd,kcd->bktc', x, x_proj_weight)
         else:
-            projected = F.linear(x, self.x_proj_weight.flatten(0, 1))
-            projected = projected.unflatten(-1, self.x_proj_weight.shape[:2]).transpose(1, 2)
+            projected = F.linear(x, x_proj_weight.flatten(0, 1))
+            projected = projected.unflatten(-1, x_proj_weight.shape[:2]).transpose(1, 2)
         dt, B, C = projected.split(self.splits, dim=-1)
-        delta = torch.einsum('bktr,kdr->bktd', dt, self.dt_proj_weight)
-        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        return directional_scan(x, delta, A, B, C, self.D, tables, self.dt_proj_bias,
+        delta = torch.einsum('bktr,kdr->bktd', dt, dt_proj_weight)
+        A = -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+        return directional_scan(x, delta, A, B, C, D, tables, dt_proj_bias,
                                 delta_softplus=True, in_scan_order=in_scan_order)
 
 
@@ -87,11 +119,20 @@ class _Mixer(nn.Module):
                     nn.init.trunc_normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
 
-    def merge(self, y: Tensor) -> Tensor:
-        """Weigh the directions' features (B, K, L, D) and sum them: (B, L, D)."""
+    def select(self) -> Selection:
+        """What this step scans: everything, but in a search."""
+        return _ALL if self.mixed_scan is None else self.mixed_scan.select(self.out_proj.in_features)
+
+    def merge(self, y: Tensor, selection: Selection, unscanned: Tensor) -> Tensor:
+        """Weigh the directions' features (B, K, L, D) and sum them: (B, L, D). Channels that were not scanned come
+        from ``unscanned`` (B, L, D), normalised like a branch of the search."""
         if self.scattn is not None:
-            y = self.scattn(y)
-        return y.sum(1) if self.mixed_scan is None else self.mixed_scan(y)
+            y = self.scattn(y, selection.channels)
+        y = y.sum(1) if self.mixed_scan is None else self.mixed_scan(y, selection.weights)
+        if selection.channels is None:
+            return y
+        rest = F.layer_norm(unscanned, unscanned.shape[-1:]).to(y.dtype)
+        return rest.index_copy(-1, selection.channels, y)
 
     def extra_repr(self) -> str:
         return f'directions={", ".join(self.directions)}'
@@ -124,8 +165,11 @@ class LocalVMambaMixer(_Mixer):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = x.unflatten(1, size).permute(0, 3, 1, 2)
         x = F.silu(self.conv2d(x)).permute(0, 2, 3, 1).flatten(1, 2)
-        y = self.ssm(x, scan_tables(self.directions, *size, pad=self.pad, device=x.device))
-        return self.out_proj(self.out_norm(self.merge(y)) * F.silu(z))
+        selection = self.select()
+        tables = scan_tables(self.directions, *size, pad=self.pad, device=x.device)
+        tables = ScanTables(*(_pick(table, 0, selection.directions) for table in tables))
+        y = self.ssm(_pick(x, -1, selection.channels), tables, selection=selection)
+        return self.out_proj(self.out_norm(self.merge(y, selection, x)) * F.silu(z))
 
 
 class LocalVimMixer(_Mixer):
@@ -150,18 +194,23 @@ class LocalVimMixer(_Mixer):
         for parameter in (self.conv_weight, self.conv_bias):  # as nn.Conv1d with one input channel a group
             nn.init.uniform_(parameter, -d_conv ** -0.5, d_conv ** -0.5)
 
-    def _conv(self, x: Tensor) -> Tensor:
+    def _conv(self, x: Tensor, selection: Selection) -> Tensor:
         """Causal depthwise convolution along the scans x (B, K, T, D)."""
         batch, K, T, inner = x.shape
-        kernel = self.conv_weight.shape[-1]
-        x = F.conv1d(x.transpose(2, 3).reshape(batch, K * inner, T), self.conv_weight.flatten(0, 1)[:, None],
-                     self.conv_bias.flatten(), padding=kernel - 1, groups=K * inner)
+        weight, bias = (_pick(_pick(parameter, 0, selection.directions), 1, selection.channels)
+                        for parameter in (self.conv_weight, self.conv_bias))
+        x = F.conv1d(x.transpose(2, 3).reshape(batch, K * inner, T), weight.flatten(0, 1)[:, None],
+                     bias.flatten(), padding=weight.shape[-1] - 1, groups=K * inner)
         return x[..., :T].unflatten(1, (K, inner)).transpose(2, 3)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, L, C), size (H, W), L = H*W (+ 1 with a middle token) -> (B, L, C)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         tables = scan_tables(self.directions, *size, pad=self.pad, middle_token=self.middle_token, device=x.device)
-        x = F.silu(self._conv(to_scan_order(x, *tables)))
-        y = self.ssm(x, tables, in_scan_order=True)
-        return self.out_proj(self.merge(y * F.silu(z)[:, None]))
+        selection = self.select()
+        tables = ScanTables(*(_pick(table, 0, selection.directions) for table in tables))
+        gate = F.silu(z)
+        scanned = to_scan_order(_pick(x, -1, selection.channels), *tables)
+        y = self.ssm(F.silu(self._conv(scanned, selection)), tables, in_scan_order=True, selection=selection)
+        y = y * _pick(gate, -1, selection.channels)[:, None]
+        return self.out_proj(self.merge(y, selection, F.silu(x) * gate))

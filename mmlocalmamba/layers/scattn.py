@@ -36,17 +36,28 @@ class SCAttn(nn.Module):
         self.local_reduce = nn.Linear(channels, reduced) if spatial else None
         self.spatial_select = nn.Linear(2 * reduced, 1) if spatial else None
 
-    def gate(self, x: Tensor) -> Tensor:
-        """Weights in (0, 1) for x (..., L, C): (..., 1, C), with the spatial branch (..., L, C)."""
-        x = self.norm(x)
-        x_global = F.gelu(self.global_reduce(x.mean(-2, keepdim=True)))
-        gate = self.channel_select(x_global).sigmoid()
+    def gate(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Weights in (0, 1) for x (..., L, C): (..., 1, C), with the spatial branch (..., L, C).
+
+        ``channels`` says which c of the C channels x holds, if not all; sums over channels are scaled by C / c.
+        """
+
+        def inputs(linear: nn.Linear) -> Tensor:
+            scale = linear.in_features / x.shape[-1]
+            return linear.weight if channels is None else linear.weight.index_select(1, channels) * scale
+
+        norm, select = [self.norm.weight, self.norm.bias], [self.channel_select.weight, self.channel_select.bias]
+        if channels is not None:
+            norm, select = ([parameter.index_select(0, channels) for parameter in pair] for pair in (norm, select))
+        x = F.layer_norm(x, x.shape[-1:], *norm, self.norm.eps)
+        x_global = F.gelu(F.linear(x.mean(-2, keepdim=True), inputs(self.global_reduce), self.global_reduce.bias))
+        gate = F.linear(x_global, *select).sigmoid()
         if self.spatial_select is not None:
-            x_local = F.gelu(self.local_reduce(x))
+            x_local = F.gelu(F.linear(x, inputs(self.local_reduce), self.local_reduce.bias))
             x_both = torch.cat([x_local, x_global.expand_as(x_local)], dim=-1)
             gate = gate * self.spatial_select(x_both).sigmoid()
         return gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., L, C) -> same shape."""
-        return x * self.gate(x)
+    def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
+        """x (..., L, C) -> same shape; ``channels`` as in :meth:`gate`."""
+        return x * self.gate(x, channels)

@@ -1,0 +1,47 @@
+"""Demo: direction search for LocalVMamba-nano on handwritten digits, on a CPU: weights on one half of the
+training images, logits on the other.
+
+Retrain with localvmamba-nano_digits.py --cfg-options model.backbone.directions=WORK_DIR/directions.json
+"""
+_base_ = [
+    '_base_/models/classifier.py',
+    '_base_/datasets/digits_cls.py',
+    '_base_/schedules/digits_search.py',
+]
+
+pretrained = None  # path or URL of weights to start from
+
+model = dict(
+    backbone=dict(
+        type='mmlocalmamba.LocalVMamba',
+        arch='nano',
+        patch_size=4,  # 8x8 tokens in the first stage
+        directions='search',
+        drop_path_rate=0.0,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(num_classes=10, in_channels=256, topk=(1, )))
+
+# Images stand in the order of their classes: every other one is a fair half. Workers that persist
+# would make a resumed search see other augmentations.
+train_dataloader = dict(persistent_workers=False, dataset=dict(indices=range(0, 1438, 2)))
+custom_hooks = [
+    *_base_.custom_hooks[:-1],
+    dict(
+        type='mmlocalmamba.ScanSearchHook',
+        mode='bilevel',
+        k=4,
+        optimizer=dict(type='Adam', lr=2e-2, betas=(0.5, 0.999)),
+        held_out=dict(
+            batch_size=64,
+            num_workers=1,
+            sampler=dict(type='DefaultSampler', shuffle=True),
+            dataset=dict(
+                type='CustomDataset',
+                data_root=_base_.data_root,
+                data_prefix='imagenet/train',
+                indices=range(1, 1438, 2),
+                pipeline=_base_.train_pipeline))),
+]
+# With half of the images an epoch has half of the steps.
+train_cfg = dict(max_epochs=40, val_interval=4)

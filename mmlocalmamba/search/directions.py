@@ -1,0 +1,109 @@
+"""From logits of the direction search to directions, and to files that are written whole or not at all."""
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+ALPHAS = 'mixed_scan.alphas'
+
+
+def check_k(k: int, candidates: Sequence[str]) -> None:
+    """Raise a ValueError if k of these candidates cannot be chosen."""
+    if not 1 <= k <= len(candidates):
+        raise ValueError(f'k={k} directions cannot be chosen from {len(candidates)} candidates: '
+                         f'{", ".join(candidates)}')
+
+
+def find_alphas(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Logits of every block, by the block's name, from the input to the output.
+
+    Raises:
+        ValueError: there are none, or their number differs between blocks.
+    """
+    found = {name[:-len(f'.{ALPHAS}')]: value for name, value in state_dict.items() if name.endswith(f'.{ALPHAS}')}
+    if not found:
+        raise ValueError("no direction search in here: a supernet has weights called '...mixed_scan.alphas'")
+    sizes = sorted({tuple(value.shape) for value in found.values()})
+    if len(sizes) > 1:
+        raise ValueError(f'blocks have different numbers of candidates: {sizes}')
+    return {name: found[name]
+            for name in sorted(found, key=lambda name: [int(part) for part in re.findall(r'\d+', name)])}
+
+
+def top_directions(probabilities: Tensor, candidates: Sequence[str], k: int) -> list[list[str]]:
+    """The k likeliest candidates of every block (blocks, K), in the order of the candidates."""
+    check_k(k, candidates)
+    chosen = probabilities.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+    return [[candidates[index] for index in row] for row in chosen.tolist()]
+
+
+def relative_entropy(probabilities: Tensor) -> Tensor:
+    """Entropy of every row, over that of the uniform distribution: 1 is undecided, 0 decided."""
+    entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(1)
+    return entropy / max(math.log(probabilities.shape[1]), 1e-12)
+
+
+def unchanged(before: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> float:
+    """Share of the chosen directions that were chosen before."""
+    same = sum(len(set(a) & set(b)) for a, b in zip(before, now))
+    return same / sum(map(len, now))
+
+
+def search_result(alphas: Tensor, candidates: Sequence[str], blocks: Sequence[str], k: int,
+                  provenance: dict) -> dict:
+    """The content of directions.json; ``directions`` is what a backbone takes.
+
+    Args:
+        alphas: (blocks, K) logits.
+        candidates: K scan names.
+        blocks: names of the blocks.
+        k: directions to choose for every block.
+        provenance: where this comes from.
+    """
+    probabilities = alphas.double().softmax(1)
+    return dict(
+        directions=top_directions(probabilities, candidates, k),
+        candidates=list(candidates),
+        k=k,
+        blocks=list(blocks),
+        probabilities=[[round(p, 8) for p in row] for row in probabilities.tolist()],
+        mean_probability={name: round(p, 8) for name, p in zip(candidates, probabilities.mean(0).tolist())},
+        entropy=[round(value, 8) for value in relative_entropy(probabilities).tolist()],
+        provenance=provenance)
+
+
+def result_json(result: dict) -> str:
+    """JSON with one line a block."""
+    rows = {key: ',\n'.join(f'    {json.dumps(row)}' for row in result[key]) for key in ('directions', 'probabilities')}
+    lines = [f'  {json.dumps(key)}: ' + (f'[\n{rows[key]}\n  ]' if key in rows else json.dumps(value))
+             for key, value in result.items()]
+    return '{\n' + ',\n'.join(lines) + '\n}\n'
+
+
+def alphas_csv(steps: Sequence[int], alphas: Sequence[Tensor], candidates: Sequence[str], blocks: Sequence[str]) -> str:
+    """Logits and probabilities of every step, block and direction, one a line."""
+    out = io.StringIO()
+    out.write('step,block,direction,alpha,probability\n')
+    for step, values in zip(steps, alphas):
+        probabilities = values.double().softmax(1).tolist()
+        for block, row, p in zip(blocks, values.tolist(), probabilities):
+            out.writelines(f'{step},{block},{name},{a:.8g},{b:.8g}\n' for name, a, b in zip(candidates, row, p))
+    return out.getvalue()
+
+
+def write_whole(path: str, content: str | bytes) -> None:
+    """Write a file so that a reader, and a crash at any moment, finds the old one or the new one."""
+    beside = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(beside, 'wb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)

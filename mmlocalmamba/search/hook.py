@@ -1,0 +1,366 @@
+"""The search for scan directions as a hook: DARTS, jointly with the weights or on held-out data."""
+import copy
+import io
+import logging
+import os
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine import dist
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIMIZERS
+from mmengine.runner import IterBasedTrainLoop
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmlocalmamba import __version__
+from mmlocalmamba.registry import HOOKS
+from mmlocalmamba.search.directions import (
+    alphas_csv,
+    check_k,
+    find_alphas,
+    relative_entropy,
+    result_json,
+    search_result,
+    top_directions,
+    unchanged,
+    write_whole,
+)
+from mmlocalmamba.visualization import draw_alphas, draw_directions
+
+MODES = ('joint', 'bilevel')
+# Entry of a checkpoint that holds the state of a search.
+STATE = 'scan_search'
+# Relative entropies: above, a block has not decided at the end; below, within the first part of training, it decided
+# before its weights meant anything.
+_UNDECIDED, _COLLAPSED, _EARLY = 0.99, 0.3, 0.1
+
+
+def _seed_everything(*key: int) -> None:
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _seed_worker(worker: int, key: tuple[int, ...]) -> None:
+    _seed_everything(*key, worker)
+
+
+def _start_epoch(loader: DataLoader, epoch: int, *key: int) -> None:
+    """Make the order and the augmentation of an epoch a function of its number, so that it can be repeated."""
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(epoch)
+    loader.worker_init_fn = partial(_seed_worker, key=(*key, epoch))
+
+
+class HeldOutData:
+    """Batches of a dataloader without end, from a position that can be saved and sought."""
+
+    def __init__(self, loader: DataLoader, *key: int) -> None:
+        if len(loader) == 0:
+            raise ValueError('held_out gives no batch: its dataset is smaller than its batch size, and the last '
+                             'batch is dropped')
+        self.loader, self.key = loader, key
+        self.epoch = self.batch = 0
+        self.batches: Iterator | None = None
+
+    def _start(self) -> None:
+        _start_epoch(self.loader, self.epoch, *self.key)
+        self.batches = iter(self.loader)
+
+    def __next__(self) -> Any:
+        if self.batches is None:
+            self._start()
+        if self.batch == len(self.loader):
+            self.epoch, self.batch = self.epoch + 1, 0
+            self._start()
+        self.batch += 1
+        return next(self.batches)
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """Go to a position; batches before it are loaded and dropped, as their random numbers have to be used."""
+        self.epoch, self.batch = epoch, batch
+        self._start()
+        for _ in range(batch):
+            next(self.batches)
+
+
+@HOOKS.register_module()
+class ScanSearchHook(Hook):
+    """Searches scan directions: trains the logits of a supernet, reports on them, and derives the directions.
+
+    The model is any whose backbone has ``directions='search'``. Work directory, at every ``interval`` and at the end:
+    ``directions.json``, which a backbone takes as ``directions``, ``alphas.csv``, ``directions.png``, ``alphas.png``.
+
+    Random numbers of a training iteration are drawn from a seed that is made of the runner's seed, the rank and the
+    number of the iteration; those of dataloader workers from the seed, the rank, the epoch and the worker (not with
+    persistent workers, which are seeded once). Together with the hook's entry in every checkpoint, a search that is
+    resumed equals one that was never interrupted, if the runner's seed is given.
+
+    Args:
+        mode: 'joint' trains the logits with the weights, by the same optimizer, without weight decay (the authors').
+            'bilevel' is first-order DARTS: before every step of the weights, one of the logits on a batch of
+            held-out data, by an optimizer of their own; the weights' optimizer does not touch them.
+        k: directions to choose for every block.
+        held_out: the dataloader of 'bilevel', as train_dataloader; its workers do not persist.
+        optimizer: of the logits in 'bilevel'; its learning rate is constant.
+        interval: epochs between reports, or iterations if the training counts iterations (default: 1 and 1000).
+        stop_after: end the training when the chosen directions have been the same in so many more reports. None: never.
+
+    Raises:
+        ValueError: an unknown mode, held_out missing or without use; before training starts: no supernet, k larger
+            than the number of candidates, frozen logits, an optimizer that would decay them.
+    """
+
+    def __init__(self, mode: str = 'joint', k: int = 4, held_out: dict | None = None, optimizer: dict | None = None,
+                 interval: int | None = None, stop_after: int | None = None) -> None:
+        if mode not in MODES:
+            raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
+        if mode == 'bilevel' and held_out is None:
+            raise ValueError("mode='bilevel' needs held_out=dict(batch_size=..., dataset=..., sampler=...), a "
+                             'dataloader of images that the weights are not trained on')
+        for name, value in (('held_out', held_out), ('optimizer', optimizer)):
+            if mode == 'joint' and value is not None:
+                raise ValueError(f"mode='joint' has no use for {name}: the optimizer and the data of the weights "
+                                 "train the logits, too. Remove it, or take mode='bilevel'")
+        for name, value in (('interval', interval), ('stop_after', stop_after)):
+            if value is not None and value < 1:
+                raise ValueError(f'{name} must be at least 1 or None, got {value}')
+        self.mode, self.k = mode, k
+        self.held_out_cfg = held_out
+        self.optimizer_cfg = optimizer or dict(type='Adam', lr=3e-4, betas=(0.5, 0.999), weight_decay=0.)
+        self.interval, self.stop_after = interval, stop_after
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.held_out: HeldOutData | None = None
+        self.history: list[tuple[int, Tensor]] = []  # (epoch or iteration, logits), one a report
+        self.warned = False
+
+    # Set-up: after the optimizer was built, before a checkpoint is loaded.
+
+    def before_run(self, runner: Any) -> None:
+        if not isinstance(runner.optim_wrapper, OptimWrapper):
+            if isinstance(runner.optim_wrapper, dict) or runner.optim_wrapper is None:
+                return  # validation or test alone
+            raise TypeError(f'the direction search needs one OptimWrapper, got {type(runner.optim_wrapper).__name__}')
+        model = runner.model
+        while is_model_wrapper(model):
+            model = model.module
+        self.model = model
+        try:
+            names = list(find_alphas(model.state_dict()))
+        except ValueError as error:
+            raise ValueError(f"ScanSearchHook: {error}; give the backbone directions='search'") from error
+        mixers = [model.get_submodule(name) for name in names]
+        self.alphas = [mixer.mixed_scan.alphas for mixer in mixers]
+        self.candidates = mixers[0].directions
+        self.sampling = repr(mixers[0].mixed_scan)
+        self.blocks = [name.removesuffix('.mixer') for name in names]
+        check_k(self.k, self.candidates)
+        frozen = [name for name, alpha in zip(self.blocks, self.alphas) if not alpha.requires_grad]
+        if frozen:
+            raise ValueError(f'these blocks are frozen, so their directions cannot be searched: {", ".join(frozen)}')
+        self.rank = dist.get_rank()
+        self.by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
+        self.every = self.interval or (1 if self.by_epoch else 1000)
+        if self.mode == 'joint':
+            self._spare_decay(runner.optim_wrapper)
+        else:
+            self._set_up_bilevel(runner)
+        loader = runner.train_dataloader
+        if loader.num_workers > 0 and loader.persistent_workers:
+            print_log('scan search: the workers of train_dataloader persist, so a resumed search sees other '
+                      'augmentations than one that was not interrupted; set persistent_workers=False if that matters',
+                      logger='current', level=logging.WARNING)
+
+    def _spare_decay(self, optim_wrapper: OptimWrapper) -> None:
+        mine, seen = {id(alpha) for alpha in self.alphas}, 0
+        for group in optim_wrapper.param_groups:
+            count = sum(id(parameter) in mine for parameter in group['params'])
+            seen += count
+            if count and group.get('weight_decay', 0):
+                if count < len(group['params']):
+                    raise ValueError("the optimizer would decay the logits of the search: add 'alphas': "
+                                     'dict(decay_mult=0.) to optim_wrapper.paramwise_cfg.custom_keys')
+                group['weight_decay'] = 0.
+        if seen < len(self.alphas):
+            raise ValueError(f"mode='joint', but the optimizer trains {seen} of {len(self.alphas)} logits")
+
+    def _set_up_bilevel(self, runner: Any) -> None:
+        mine = {id(alpha) for alpha in self.alphas}
+        for group in runner.optim_wrapper.param_groups:
+            # A group stays, even if nothing is left in it: schedulers count groups.
+            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in mine]
+        self.optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=self.alphas))
+        cfg = dict(copy.deepcopy(dict(self.held_out_cfg)), persistent_workers=False)
+        self.held_out = HeldOutData(runner.build_dataloader(cfg, seed=runner.seed), runner.seed, self.rank, 1)
+
+    # Checkpoints.
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        checkpoint[STATE] = dict(
+            mode=self.mode, k=self.k, candidates=list(self.candidates), blocks=self.blocks,
+            alphas=[alpha.detach().cpu().clone() for alpha in self.alphas],  # not those of an EMA
+            history=[dict(step=step, alphas=alphas) for step, alphas in self.history],
+            optimizer=None if self.optimizer is None else self.optimizer.state_dict(),
+            held_out=None if self.held_out is None else dict(epoch=self.held_out.epoch, batch=self.held_out.batch))
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Take up a search where the checkpoint left it.
+
+        Raises:
+            RuntimeError: the checkpoint is of no search, or of another one.
+        """
+        if not runner._resume or not hasattr(self, 'alphas'):
+            return
+        state = checkpoint.get(STATE)
+        if state is None:
+            raise RuntimeError('this checkpoint was not written by a direction search, so none can be resumed from '
+                               'it; to start from its weights, give it as load_from without resume')
+        for name, own in (('mode', self.mode), ('candidates', list(self.candidates)), ('blocks', self.blocks)):
+            if state[name] != own:
+                raise RuntimeError(f'this search cannot resume that of the checkpoint: {name} is {own} here, '
+                                   f'{state[name]} there')
+        self.history = [(record['step'], record['alphas'].cpu()) for record in state['history']]
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state['optimizer'])
+            self.held_out.epoch, self.held_out.batch = state['held_out']['epoch'], state['held_out']['batch']
+
+    # Training.
+
+    def before_train(self, runner: Any) -> None:
+        if self.held_out is not None:
+            self.held_out.seek(self.held_out.epoch, self.held_out.batch)
+        self._maybe_stop(runner)
+
+    def before_train_epoch(self, runner: Any) -> None:
+        # A loop that counts iterations has started its dataloader already, and repeats it when it is resumed.
+        if self.by_epoch:
+            _start_epoch(runner.train_dataloader, runner.epoch, runner.seed, self.rank, 0)
+            _seed_everything(runner.seed, self.rank, runner.iter)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        _seed_everything(runner.seed, self.rank, runner.iter)
+        if self.mode == 'bilevel':
+            self._step_on_held_out(runner)
+
+    def _step_on_held_out(self, runner: Any) -> None:
+        wrapper = runner.optim_wrapper
+        with wrapper.optim_context(self.model):
+            data = self.model.data_preprocessor(next(self.held_out), True)
+            loss, _ = self.model.parse_losses(self.model._run_forward(data, mode='loss'))
+        scaler = getattr(wrapper, 'loss_scaler', None)
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        # Not backward(): gradients of the weights are nobody's here, and DDP must not see them.
+        gradient = torch.cat(torch.autograd.grad(loss, self.alphas)).float()
+        if scaler is not None:
+            gradient /= scaler.get_scale()
+        dist.all_reduce(gradient, op='mean')
+        # What the steps of the weights left there does not count.
+        for alpha, part in zip(self.alphas, gradient.split([len(alpha) for alpha in self.alphas])):
+            alpha.grad = part.to(alpha.dtype)
+        if gradient.isfinite().all():  # the same on every rank
+            self.optimizer.step()
+        for alpha in self.alphas:
+            alpha.grad = None
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if not self.by_epoch and (runner.iter + 1) % self.every == 0:
+            self._report(runner, runner.iter + 1)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        if self.by_epoch and (runner.epoch + 1) % self.every == 0:
+            self._report(runner, runner.epoch + 1)
+
+    def after_train(self, runner: Any) -> None:
+        step = runner.epoch if self.by_epoch else runner.iter
+        if not self.history or self.history[-1][0] != step:
+            self._report(runner, step)
+        else:
+            self._write(runner)
+        entropy = relative_entropy(self.history[-1][1].softmax(1))
+        undecided = [name for name, value in zip(self.blocks, entropy) if value > _UNDECIDED]
+        if undecided:
+            print_log(f'scan search: {len(undecided)} of {len(self.blocks)} blocks end nearly uniform (entropy above '
+                      f'{_UNDECIDED} of the maximum), so their directions are little better than chance: '
+                      f'{", ".join(undecided)}. Train longer, or with a higher learning rate of the logits.',
+                      logger='current', level=logging.WARNING)
+        path = os.path.join(runner.work_dir, 'directions.json')
+        print_log(f'scan search: the directions are in {path}; retrain with --cfg-options '
+                  f'model.backbone.directions={path}', logger='current')
+
+    # Reports.
+
+    def _report(self, runner: Any, step: int) -> None:
+        alphas = torch.stack([alpha.detach().float().cpu() for alpha in self.alphas])
+        self._check_ranks()
+        self.history.append((step, alphas))
+        probabilities = alphas.softmax(1)
+        entropy = relative_entropy(probabilities)
+        chosen = [top_directions(values, self.candidates, self.k) for _, values in self.history[-2:]]
+        same = unchanged(*chosen) if len(chosen) == 2 else None
+        print_log(f'scan search, {"epoch" if self.by_epoch else "iteration"} {step}: entropy {entropy.mean():.4f} of '
+                  f'the maximum ({" ".join(f"{value:.3f}" for value in entropy)}), top {self.k}: '
+                  + ('first report' if same is None else f'{same:.0%} as before'), logger='current')
+        scalars = {f'scan_search/entropy/{name}': value for name, value in zip(self.blocks, entropy.tolist())}
+        scalars['scan_search/entropy'] = entropy.mean().item()
+        if same is not None:
+            scalars['scan_search/unchanged'] = same
+        if dist.is_main_process():
+            runner.visualizer.add_scalars(scalars, step=step)
+        last = runner.max_epochs if self.by_epoch else runner.max_iters
+        collapsed = [name for name, value in zip(self.blocks, entropy) if value < _COLLAPSED]
+        if collapsed and not self.warned and step <= max(1, _EARLY * last):
+            self.warned = True
+            print_log(f'scan search: {len(collapsed)} blocks have decided within the first {_EARLY:.0%} of the '
+                      f'training, before their weights mean much: {", ".join(collapsed)}. A lower learning rate of '
+                      'the logits may help.', logger='current', level=logging.WARNING)
+        self._write(runner)
+        self._maybe_stop(runner)
+
+    def _check_ranks(self) -> None:
+        alphas = torch.cat([alpha.detach() for alpha in self.alphas])
+        low, high = alphas.clone(), alphas.clone()
+        dist.all_reduce(low, op='min')
+        dist.all_reduce(high, op='max')
+        if not torch.equal(low, high):
+            raise RuntimeError('the logits of the direction search differ between ranks')
+
+    def _maybe_stop(self, runner: Any) -> None:
+        if self.stop_after is None or len(self.history) <= self.stop_after:
+            return
+        chosen = [top_directions(alphas, self.candidates, self.k) for _, alphas in self.history[-self.stop_after - 1:]]
+        if all(other == chosen[-1] for other in chosen):
+            print_log(f'scan search: the same directions for {self.stop_after} more reports, stopping',
+                      logger='current')
+            runner.train_loop.stop_training = True
+
+    @dist.master_only
+    def _write(self, runner: Any) -> None:
+        step, alphas = self.history[-1]
+        steps, values = [step for step, _ in self.history], [alphas for _, alphas in self.history]
+        provenance = dict(
+            config=runner.cfg.filename and os.path.basename(runner.cfg.filename), seed=runner.seed,
+            **{'epoch' if self.by_epoch else 'iteration': step}, mode=self.mode, supernet=self.sampling,
+            world_size=dist.get_world_size(), version=__version__)
+        result = search_result(alphas, self.candidates, self.blocks, self.k, provenance)
+        files = {'directions.json': result_json(result),
+                 'alphas.csv': alphas_csv(steps, values, self.candidates, self.blocks)}
+        probabilities = torch.stack(values).softmax(-1).numpy()
+        pictures = {'directions.png': draw_directions(result['directions'], self.candidates, probabilities[-1]),
+                    'alphas.png': draw_alphas(steps, probabilities, self.candidates, self.blocks)}
+        for name, figure in pictures.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format='png', dpi=110)
+            files[name] = buffer.getvalue()
+        for name, content in files.items():
+            write_whole(os.path.join(runner.work_dir, name), content)

@@ -1,0 +1,287 @@
+"""ScanSearchHook: both modes, bad input, interruption, two processes, files."""
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import search_task
+import torch
+from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+
+from mmlocalmamba.backbones import LocalVMamba
+from mmlocalmamba.convert import to_official
+
+ROOT = Path(__file__).parents[1]
+FILES = {'directions.json', 'alphas.csv', 'directions.png', 'alphas.png'}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop():
+    raise Stop
+
+
+def train(*args, **kwargs):
+    runner = search_task.build(*args, **kwargs)
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize('mode', ['joint', 'bilevel'])
+def test_search_writes_what_a_backbone_takes(tmp_path, mode):
+    runner = train(tmp_path, mode)
+    assert FILES <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.glob('*.tmp'))
+    result = json.loads((tmp_path / 'directions.json').read_text())
+    probabilities = search_task.alphas(runner).double().softmax(1)
+    torch.testing.assert_close(torch.tensor(result['probabilities']).double(), probabilities, atol=1e-7, rtol=0)
+    assert result['candidates'] == search_task.CANDIDATES
+    assert result['provenance'].items() >= dict(seed=7, epoch=3, mode=mode, world_size=1).items()
+    model = LocalVMamba(search_task.ARCH, directions=str(tmp_path / 'directions.json'))
+    assert model.directions == [tuple(block) for block in result['directions']]
+    assert all(len(block) == 2 and list(block) == [c for c in search_task.CANDIDATES if c in block]
+               for block in model.directions)
+    lines = (tmp_path / 'alphas.csv').read_text().splitlines()
+    assert len(lines) == 1 + 3 * 2 * 5 and lines[-1].startswith('3,backbone.stages.1.blocks.0,diag,')
+    with pytest.raises(ValueError, match='has 2 entries, but the backbone has 5 blocks'):
+        LocalVMamba('nano', directions=str(tmp_path / 'directions.json'))
+
+
+def groups_of(runner):
+    model = getattr(runner.model, 'module', runner.model)
+    mine = {id(parameter) for name, parameter in model.named_parameters() if name.endswith('alphas')}
+    return [group for group in runner.optim_wrapper.param_groups
+            if any(id(parameter) in mine for parameter in group['params'])]
+
+
+def test_joint_does_not_decay_logits(tmp_path):
+    groups = groups_of(train(tmp_path, 'joint', epochs=1))
+    assert len(groups) == 2 and all(group['weight_decay'] == 0 for group in groups)
+
+
+@pytest.mark.parametrize('paramwise', [True, False])
+def test_bilevel_logits_are_not_in_the_weights_optimizer(tmp_path, paramwise):
+    before = search_task.alphas(search_task.build(tmp_path / 'a', 'bilevel'))
+    frozen = dict(optimizer=dict(type='Adam', lr=0.))
+    runner = train(tmp_path / 'b', 'bilevel', epochs=1, hook=frozen, paramwise=paramwise)
+    assert groups_of(runner) == []
+    torch.testing.assert_close(search_task.alphas(runner), before, atol=0, rtol=0)
+    moved = train(tmp_path / 'c', 'bilevel', epochs=1)
+    assert (search_task.alphas(moved) - before).abs().min() > 0
+
+
+class Scaler:
+
+    def scale(self, loss):
+        return 1024. * loss
+
+    def get_scale(self):
+        return 1024.
+
+
+@OPTIM_WRAPPERS.register_module()
+class MixedPrecision(OptimWrapper):
+    """What AmpOptimWrapper, which wants a GPU, is to the hook: autocast, and losses that are scaled up."""
+    loss_scaler = Scaler()
+
+    @contextmanager
+    def optim_context(self, model):
+        with torch.autocast('cpu', dtype=torch.bfloat16), super().optim_context(model):
+            yield
+
+
+@pytest.mark.parametrize('wrapper,tolerance', [('OptimWrapper', 1e-5), ('MixedPrecision', 0.3)])
+def test_bilevel_gradient_is_that_of_the_held_out_loss(tmp_path, wrapper, tolerance):
+    """One step of plain gradient descent on the logits, the weights at rest."""
+    data = [search_task.Images()[index] for index in range(4)]
+    held_out = dict(search_task.loader(), dataset=data)
+    runner = search_task.build(
+        tmp_path, 'bilevel', epochs=1, interrupt=(1, stop), paramwise=False,
+        hook=dict(held_out=held_out, optimizer=dict(type='SGD', lr=1.)),
+        optim_wrapper=dict(type=wrapper, optimizer=dict(type='SGD', lr=0.), clip_grad=None))
+    model = search_task.build(tmp_path / 'other', 'bilevel').model
+    for module in (*runner.model.modules(), *model.modules()):
+        if type(module).__name__ == 'DropPath':
+            module.drop_prob = 0.
+    for parameter in runner.model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 5  # at the start, gradients of the logits are close to the limits of float32
+    model.load_state_dict(runner.model.state_dict())
+    before = search_task.alphas(runner).clone()
+    loss = model(torch.stack([item['inputs'] for item in data]), torch.tensor([item['labels'] for item in data]))
+    loss['loss'].backward()
+    with pytest.raises(Stop):
+        runner.train()
+    expected = torch.stack([-p.grad for name, p in model.named_parameters() if name.endswith('alphas')])
+    step = search_task.alphas(runner) - before
+    assert (step - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(mode='both'), "mode must be one of .*, got 'both'"),
+    (dict(mode='bilevel', hook=dict(held_out=None)), "mode='bilevel' needs held_out"),
+    (dict(mode='joint', hook=dict(held_out={})), "mode='joint' has no use for held_out"),
+    (dict(hook=dict(interval=0)), 'interval must be at least 1'),
+    (dict(directions=['h']), "no direction search in here.*give the backbone directions='search'"),
+    (dict(directions=dict(candidates=['h'])), 'k=2 directions cannot be chosen from 1 candidates: h'),
+    (dict(paramwise=False), "add 'alphas': dict\\(decay_mult=0.\\)"),
+    (dict(mode='bilevel', hook=dict(held_out=dict(search_task.loader(), batch_size=50, drop_last=True))),
+     'held_out gives no batch'),
+])
+def test_bad_input_is_an_error_before_training(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, interrupt=(1, stop), **kwargs)
+
+
+def test_frozen_blocks_cannot_be_searched(tmp_path):
+    runner = search_task.build(tmp_path)
+    runner.model.backbone.frozen_stages = 1
+    runner.model.backbone.train()
+    with pytest.raises(ValueError, match='these blocks are frozen.*stages.0.blocks.0'):
+        runner.train()
+
+
+def same(first, second):
+    return {name: (first / name).read_bytes() == (second / name).read_bytes() for name in FILES}
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(mode='joint', ema=True),
+    dict(mode='bilevel'),
+    dict(mode='joint', directions=dict(candidates=search_task.CANDIDATES, sampling='single_path')),
+    dict(mode='bilevel', directions=dict(candidates=search_task.CANDIDATES, sampling='partial_channel')),
+    dict(mode='bilevel', iterations=5, noise=0.),  # noise is replayed with workers only
+], ids=['joint-ema', 'bilevel', 'single_path', 'partial_channel', 'iterations'])
+def test_interrupted_search_equals_the_uninterrupted_one(tmp_path, kwargs):
+    whole = train(tmp_path / 'whole', **kwargs)
+    with pytest.raises(Stop):
+        train(tmp_path / 'parts', interrupt=(5 if 'iterations' in kwargs else 7, stop), **kwargs)
+    assert whole.iter == (kwargs.get('iterations') or 9)
+    resumed = train(tmp_path / 'parts', resume=True, **kwargs)
+    torch.testing.assert_close(search_task.alphas(resumed), search_task.alphas(whole), atol=0, rtol=0)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert all(same(tmp_path / 'whole', tmp_path / 'parts').values())
+
+
+def test_checkpoints_hold_the_logits_and_not_their_average(tmp_path):
+    runner = train(tmp_path, ema=True)
+    checkpoint = torch.load(tmp_path / 'epoch_3.pth', weights_only=True)
+    assert torch.equal(torch.stack(checkpoint['scan_search']['alphas']), search_task.alphas(runner))
+    averaged = torch.stack([v for name, v in checkpoint['state_dict'].items() if name.endswith('alphas')])
+    assert not torch.equal(averaged, search_task.alphas(runner))
+
+
+def test_resuming_something_else_is_refused(tmp_path):
+    train(tmp_path, 'joint', epochs=1)
+    with pytest.raises(RuntimeError, match='cannot resume .* mode is bilevel here, joint there'):
+        train(tmp_path, 'bilevel', resume=True)
+    path = tmp_path / 'epoch_1.pth'
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint['scan_search']
+    torch.save(checkpoint, path)
+    with pytest.raises(RuntimeError, match='was not written by a direction search'):
+        train(tmp_path, 'joint', resume=True)
+
+
+def start(*searches, **env):
+    """Run (work_dir, options) one after the other in a process of their own."""
+    arguments = [str(part) if isinstance(part, Path) else json.dumps(part) for search in searches for part in search]
+    return subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'search_task.py'), *arguments],
+                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, returncode=0):
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == returncode, output
+
+
+def test_sigkill_at_a_random_iteration(tmp_path):
+    """Killed for real, with workers, in the middle of an epoch or between two."""
+    kill_at = random.SystemRandom().randint(1, 8)
+    options = dict(mode='bilevel', workers=1)
+    finish(start((tmp_path / 'parts', dict(options, kill_at=kill_at))), returncode=-9)
+    assert not (tmp_path / 'parts' / 'alphas0.pt').exists()
+    processes = [start((tmp_path / 'whole', options)), start((tmp_path / 'parts', dict(options, resume=True)))]
+    for process in processes:
+        finish(process)
+    assert all(same(tmp_path / 'whole', tmp_path / 'parts').values()), f'killed at iteration {kill_at}'
+
+
+def test_two_processes_have_the_same_logits(tmp_path):
+    """In the middle of training, too: the hook compares ranks at every report."""
+    with socket.socket() as port:
+        port.bind(('127.0.0.1', 0))
+        number = str(port.getsockname()[1])
+    directions = dict(candidates=search_task.CANDIDATES, sampling='single_path', samples=2)
+    searches = [(tmp_path / mode, dict(mode=mode, epochs=2, launcher='pytorch', directions=directions))
+                for mode in ('joint', 'bilevel')]
+    processes = [start(*searches, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                       MASTER_PORT=number) for rank in range(2)]
+    for process in processes:
+        finish(process)
+    for work_dir, _ in searches:
+        first, second = (torch.load(work_dir / f'alphas{rank}.pt') for rank in range(2))
+        assert torch.equal(first, second)
+        assert first.abs().max() > 0.01  # they moved
+        assert json.loads((work_dir / 'directions.json').read_text())['provenance']['world_size'] == 2
+
+
+def test_warnings_and_early_stop(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(MMLogger, 'callHandlers', lambda self, record: messages.append(record.getMessage()))
+    still = dict(held_out=search_task.loader(), optimizer=dict(type='SGD', lr=0.))
+    runner = train(tmp_path / 'still', 'bilevel', epochs=10, hook=dict(still, stop_after=2))
+    assert runner.epoch == 3
+    assert any('2 of 2 blocks end nearly uniform' in message for message in messages)
+    assert any('the same directions for 2 more reports' in message for message in messages)
+    messages.clear()
+    runner = search_task.build(tmp_path / 'collapsed', 'bilevel', epochs=2, hook=still)
+    for name, parameter in runner.model.named_parameters():
+        if name.endswith('alphas'):
+            parameter.data[0] = 20.
+    runner.train()
+    assert sum('blocks have decided within the first' in message for message in messages) == 1
+
+
+def derive(*args):
+    return subprocess.run([sys.executable, str(ROOT / 'tools' / 'search' / 'derive_directions.py'), *map(str, args)],
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+
+
+def test_derive_from_a_checkpoint(tmp_path):
+    train(tmp_path / 'search', ema=True)
+    result = derive(tmp_path / 'search' / 'epoch_3.pth', '-k', 2, '--out', tmp_path / 'out')
+    assert result.returncode == 0, result.stderr
+    ours, derived = (json.loads((folder / 'directions.json').read_text())
+                     for folder in (tmp_path / 'search', tmp_path / 'out'))
+    for key in ('directions', 'probabilities', 'candidates', 'blocks'):
+        assert ours[key] == derived[key]
+    assert (tmp_path / 'out' / 'alphas.csv').read_bytes() == (tmp_path / 'search' / 'alphas.csv').read_bytes()
+
+
+def test_derive_from_the_authors_supernet(tmp_path):
+    model = LocalVMamba(search_task.ARCH, directions='search')
+    for name, parameter in model.named_parameters():
+        if name.endswith('alphas'):
+            parameter.data = torch.tensor([0., 5, 0, 4, 0, 3, 0, 2])
+    torch.save(dict(model=to_official(model.state_dict())[0]), tmp_path / 'official.ckpt')
+    result = derive(tmp_path / 'official.ckpt')
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / 'directions.json').read_text())
+    assert found['directions'] == [['h_flip', 'v_flip', 'w2_flip', 'w7_flip']] * 2
+    result = derive(tmp_path / 'official.ckpt', '--candidates', 'h', 'v')
+    assert result.returncode == 1 and 'has 8 candidates a block' in result.stderr

@@ -1,0 +1,83 @@
+"""Directions of a searched supernet, from a checkpoint of ours or of the authors.
+
+    python tools/search/derive_directions.py work_dirs/localvim_search_8xb128-100e_in1k/epoch_100.pth
+    python tools/search/derive_directions.py local_vim_tiny_search.ckpt --out searched -k 4
+
+writes directions.json, alphas.csv and pictures beside the checkpoint or to --out. Files that execute code are refused.
+"""
+import argparse
+import io
+import os
+import sys
+
+import torch
+
+from mmlocalmamba import __version__
+from mmlocalmamba.compat import load_checkpoint
+from mmlocalmamba.convert import backbone_state_dict
+from mmlocalmamba.scans import check_scan
+from mmlocalmamba.search import CANDIDATES
+from mmlocalmamba.search.directions import alphas_csv, find_alphas, result_json, search_result, write_whole
+from mmlocalmamba.visualization import draw_alphas, draw_directions
+
+
+def read(path, candidates=None):
+    """(candidates, names of the blocks, [(step, logits (blocks, K))], what the checkpoint says of itself)"""
+    checkpoint = load_checkpoint(path)
+    state = checkpoint.get('scan_search')  # of ScanSearchHook: not the logits of an EMA
+    if state is not None:
+        history = [(record['step'], record['alphas']) for record in state['history']]
+        meta = checkpoint.get('meta', {})
+        now = torch.stack([alpha.float() for alpha in state['alphas']])
+        if not history or not torch.equal(history[-1][1], now):  # saved between two reports
+            history.append((meta.get('iter', 0), now))
+        blocks = state['blocks']
+        about = dict(seed=meta.get('seed'), epoch=meta.get('epoch'), iteration=meta.get('iter'), mode=state['mode'])
+        candidates = candidates or state['candidates']
+    else:
+        found = find_alphas(backbone_state_dict(checkpoint))
+        history, about = [(0, torch.stack(list(found.values())).float())], {}
+        blocks = [name.removesuffix('.mixer') for name in found]
+        candidates = candidates or CANDIDATES
+    count = history[-1][1].shape[1]
+    if len(candidates) != count:
+        raise ValueError(f'{path} has {count} candidates a block; name them in their order with --candidates (the '
+                         f'default has {len(candidates)}: {" ".join(candidates)})')
+    return candidates, blocks, history, about
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint')
+    parser.add_argument('-k', type=int, default=4, help='directions to choose for every block (default: 4)')
+    parser.add_argument('--candidates', nargs='+', metavar='NAME',
+                        help="scan names in the supernet's order (default: the checkpoint's, or the paper's 8)")
+    parser.add_argument('--out', metavar='DIR', help="default: the checkpoint's folder")
+    args = parser.parse_args()
+    out = args.out or os.path.dirname(os.path.abspath(args.checkpoint))
+    try:
+        for name in args.candidates or ():
+            check_scan(name)
+        candidates, blocks, history, about = read(args.checkpoint, args.candidates)
+        result = search_result(history[-1][1], candidates, blocks, args.k,
+                               dict(checkpoint=os.path.basename(args.checkpoint), **about, version=__version__))
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f'{parser.prog}: {error}')
+    steps, alphas = [step for step, _ in history], [values for _, values in history]
+    probabilities = torch.stack(alphas).softmax(-1).numpy()
+    os.makedirs(out, exist_ok=True)
+    files = {'directions.json': result_json(result), 'alphas.csv': alphas_csv(steps, alphas, candidates, blocks)}
+    for name, figure in (('directions.png', draw_directions(result['directions'], candidates, probabilities[-1])),
+                         ('alphas.png', draw_alphas(steps, probabilities, candidates, blocks))):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='png', dpi=110)
+        files[name] = buffer.getvalue()
+    for name, content in files.items():
+        write_whole(os.path.join(out, name), content)
+    for block, names in zip(blocks, result['directions']):
+        print(f'{block}: {" ".join(names)}')
+    print(f'written to {out}: {", ".join(files)}')
+
+
+if __name__ == '__main__':
+    main()
