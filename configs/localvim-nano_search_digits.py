@@ -3,25 +3,19 @@
 Retrain with localvim-nano_digits.py --cfg-options model.backbone.directions=WORK_DIR/directions.json
 model.backbone.window_pad=none
 """
-_base_ = [
-    '_base_/models/classifier.py',
-    '_base_/datasets/digits_cls.py',
-    '_base_/schedules/digits_search.py',
-]
+_base_ = './localvim-nano_digits.py'
 
 pretrained = None  # path or URL of weights to start from
 
 model = dict(
     backbone=dict(
-        type='mmlocalmamba.LocalVim',
-        arch='nano',
-        img_size=32,
-        patch_size=4,  # 8x8 tokens
         directions='search',
         window_pad='none',  # windows of 7x7 would make 196 steps of 64 tokens
-        drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
-    head=dict(num_classes=10, in_channels=64, topk=(1, )))
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
 # Workers that persist would make a resumed search see other augmentations.
 train_dataloader = dict(persistent_workers=False)
+custom_hooks = [*_base_.custom_hooks, dict(type='mmlocalmamba.ScanSearchHook', mode='joint', k=4)]
+# The training is short: the logits have to move faster than the weights.
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(alphas=dict(decay_mult=0.0, lr_mult=10.0))))
 train_cfg = dict(max_epochs=15, val_interval=3)
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))

@@ -3,30 +3,20 @@ training images, logits on the other.
 
 Retrain with localvmamba-nano_digits.py --cfg-options model.backbone.directions=WORK_DIR/directions.json
 """
-_base_ = [
-    '_base_/models/classifier.py',
-    '_base_/datasets/digits_cls.py',
-    '_base_/schedules/digits_search.py',
-]
+_base_ = './localvmamba-nano_digits.py'
 
 pretrained = None  # path or URL of weights to start from
 
 model = dict(
     backbone=dict(
-        type='mmlocalmamba.LocalVMamba',
-        arch='nano',
-        patch_size=4,  # 8x8 tokens in the first stage
         directions='search',
-        drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(num_classes=10, in_channels=256, topk=(1, )))
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
 
 # Images stand in the order of their classes: every other one is a fair half. Workers that persist
 # would make a resumed search see other augmentations.
 train_dataloader = dict(persistent_workers=False, dataset=dict(indices=range(0, 1438, 2)))
 custom_hooks = [
-    *_base_.custom_hooks[:-1],
+    *_base_.custom_hooks,
     dict(
         type='mmlocalmamba.ScanSearchHook',
         mode='bilevel',
@@ -45,3 +35,4 @@ custom_hooks = [
 ]
 # With half of the images an epoch has half of the steps.
 train_cfg = dict(max_epochs=40, val_interval=4)
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))

@@ -1,4 +1,5 @@
 """Training parts: layer-wise learning rates, checkpoints of the authors."""
+import logging
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -99,5 +100,5 @@ class OfficialCheckpointHook(Hook):
             if self.strict:
                 raise RuntimeError(f'{message}\nThe checkpoint is of another model. If a partial match is what you '
                                    "want, set strict=False on the OfficialCheckpointHook in custom_hooks.")
-            print_log(message, logger='current', level=30)
+            print_log(message, logger='current', level=logging.WARNING)
         checkpoint['state_dict'] = weights

@@ -131,9 +131,11 @@ def _check_size(H: int, W: int) -> None:
         raise ValueError(f'a token grid needs H >= 1 and W >= 1, got H={H}, W={W}')
 
 
-def _order(name: str, H: int, W: int, pad: bool) -> Tensor:
-    """The table, unchecked. Its shape does not depend on values, so that torch.compile can trace it."""
+def _order(name: str, H: int, W: int, pad: bool, check: bool) -> Tensor:
+    """The table. Unchecked, its shape does not depend on values, so that torch.compile can trace it."""
     order = _resolve(name)(H, W)
+    if check and not torch.equal(order[order >= 0].sort().values, torch.arange(H * W)):
+        raise ValueError(f'scan {name!r} does not read every token of a {H}x{W} grid exactly once')
     if not pad:
         order = order[(order < 0).int().argsort(stable=True)[:H * W]]
     return (order.flip(0) if name.endswith(_FLIP) else order).int()
@@ -143,10 +145,7 @@ def _order(name: str, H: int, W: int, pad: bool) -> Tensor:
 # A table made under inference_mode would be refused by autograd later on.
 @torch.inference_mode(False)
 def _table(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor:
-    order = _order(name, H, W, pad=True)
-    if not torch.equal(order[order >= 0].sort().values, torch.arange(H * W, dtype=torch.int32)):
-        raise ValueError(f'scan {name!r} does not read every token of a {H}x{W} grid exactly once')
-    return _order(name, H, W, pad).to(device)
+    return _order(name, H, W, pad, check=True).to(device)
 
 
 def scan_index(name: str, H: int, W: int, pad: bool = True, device: str | torch.device = 'cpu') -> Tensor:
@@ -241,6 +240,7 @@ def scan_tables(names: Sequence[str],
         ScanTables with L = H*W (+ 1). Shared and cached: do not write to them.
     """
     _check_size(H, W)
+    device = torch.device(device)
     if torch.compiler.is_compiling():  # a few operations in the graph, instead of a cache that it cannot hold
-        return _stack([_order(name, H, W, pad) for name in names], H, W, middle_token, torch.device(device))
-    return _tables(tuple(names), H, W, pad, middle_token, torch.device(device))
+        return _stack([_order(name, H, W, pad, check=False) for name in names], H, W, middle_token, device)
+    return _tables(tuple(names), H, W, pad, middle_token, device)

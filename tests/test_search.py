@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.files import write_whole
 from mmlocalmamba.layers import LocalVimMixer, LocalVMambaMixer, mixers
 from mmlocalmamba.search import CANDIDATES, MixedScan
 from mmlocalmamba.search.directions import (
@@ -15,7 +16,6 @@ from mmlocalmamba.search.directions import (
     search_result,
     top_directions,
     unchanged,
-    write_whole,
 )
 from mmlocalmamba.search.mixed_scan import inclusion_probabilities, systematic_sample
 

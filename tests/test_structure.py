@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / 'mmlocalmamba'
 # A room may import rooms of lower floors (and its own parts). The first prefix that fits counts.
 FLOORS = {
     'mmlocalmamba.compat': 0,
+    'mmlocalmamba.files': 0,
     'mmlocalmamba.registry': 0,
     'mmlocalmamba.scans': 0,
     'mmlocalmamba.ops': 1,

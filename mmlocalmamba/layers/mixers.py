@@ -123,9 +123,9 @@ class _Mixer(nn.Module):
         """What this step scans: everything, but in a search."""
         return _ALL if self.mixed_scan is None else self.mixed_scan.select(self.out_proj.in_features)
 
-    def merge(self, y: Tensor, selection: Selection, unscanned: Tensor) -> Tensor:
-        """Weigh the directions' features (B, K, L, D) and sum them: (B, L, D). Channels that were not scanned come
-        from ``unscanned`` (B, L, D), normalised like a branch of the search."""
+    def merge(self, y: Tensor, selection: Selection, unscanned: Tensor | None) -> Tensor:
+        """Weigh the directions' features (B, K, L, D) and sum them: (B, L, D). Channels that were not scanned, if
+        there are any, come from ``unscanned`` (B, L, D), normalised like a branch of the search."""
         if self.scattn is not None:
             y = self.scattn(y, selection.channels)
         y = y.sum(1) if self.mixed_scan is None else self.mixed_scan(y, selection.weights)
@@ -213,4 +213,5 @@ class LocalVimMixer(_Mixer):
         scanned = to_scan_order(_pick(x, -1, selection.channels), *tables)
         y = self.ssm(F.silu(self._conv(scanned, selection)), tables, in_scan_order=True, selection=selection)
         y = y * _pick(gate, -1, selection.channels)[:, None]
-        return self.out_proj(self.merge(y, selection, F.silu(x) * gate))
+        unscanned = None if selection.channels is None else F.silu(x) * gate
+        return self.out_proj(self.merge(y, selection, unscanned))

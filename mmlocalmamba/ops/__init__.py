@@ -7,7 +7,6 @@ compute in float32 (float64 for float64 inputs) whatever the dtype of the inputs
 import os
 import warnings
 from functools import cache
-from typing import Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ BACKEND_VARIABLE = 'MMLOCALMAMBA_BACKEND'
 _LARGE = 1 << 16
 
 
-def available_backends(u: Tensor) -> Dict[str, Optional[str]]:
+def available_backends(u: Tensor) -> dict[str, str | None]:
     """Every backend in the order of preference, with None or the reason why it cannot run tensors like ``u``."""
     return {name: backend.unavailable(u) for name, backend in BACKENDS.items()}
 
@@ -35,7 +34,7 @@ def _warn_of_slow_scan(reason: str) -> None:
                   stacklevel=5)
 
 
-def _choose(u: Tensor, name: Optional[str]):
+def _choose(u: Tensor, name: str | None):
     name = name or os.environ.get(BACKEND_VARIABLE) or None
     if name is None:
         if u.device.type == 'cpu' and u.numel() >= _LARGE and cpu.unavailable(u) is not None:
@@ -50,12 +49,12 @@ def _choose(u: Tensor, name: Optional[str]):
     return BACKENDS[name]
 
 
-def _expect(name: str, tensor: Optional[Tensor], shape: Tuple[int, ...], meaning: str) -> None:
+def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
     if tensor is not None and tuple(tensor.shape) != tuple(shape):
         raise ValueError(f'{name} must have shape {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}')
 
 
-def _check_dtypes(**tensors: Optional[Tensor]) -> None:
+def _check_dtypes(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.is_complex():
             raise NotImplementedError(f'{name} is complex ({x.dtype}): only real state spaces are supported')
@@ -63,9 +62,9 @@ def _check_dtypes(**tensors: Optional[Tensor]) -> None:
             raise TypeError(f'{name} must be a floating point tensor, got {x.dtype}')
 
 
-def _run(backend: Optional[str], u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],
-         tables: Optional[ScanTables], delta_bias: Optional[Tensor], delta_softplus: bool,
-         in_scan_order: bool) -> Tuple[Tensor, Tensor]:
+def _run(backend: str | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+         tables: ScanTables | None, delta_bias: Tensor | None, delta_softplus: bool,
+         in_scan_order: bool) -> tuple[Tensor, Tensor]:
     compute = torch.float64 if u.dtype == torch.float64 else torch.float32
     # Autocast would take the recurrence to 16 bits.
     with torch.autocast(u.device.type, enabled=False):
@@ -80,13 +79,13 @@ def directional_scan(u: Tensor,
                      A: Tensor,
                      B: Tensor,
                      C: Tensor,
-                     D: Optional[Tensor] = None,
-                     tables: Optional[ScanTables] = None,
-                     delta_bias: Optional[Tensor] = None,
+                     D: Tensor | None = None,
+                     tables: ScanTables | None = None,
+                     delta_bias: Tensor | None = None,
                      delta_softplus: bool = False,
                      in_scan_order: bool = False,
                      return_last_state: bool = False,
-                     backend: Optional[str] = None) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+                     backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scans of the same L tokens along K directions, without permuted copies at the interface.
 
     Step t of direction k reads token ``tables.src[k, t]``; a pad (-1) has u = B = C = 0 and delta = 0, so that its step
@@ -150,12 +149,12 @@ def selective_scan(u: Tensor,
                    A: Tensor,
                    B: Tensor,
                    C: Tensor,
-                   D: Optional[Tensor] = None,
-                   z: Optional[Tensor] = None,
-                   delta_bias: Optional[Tensor] = None,
+                   D: Tensor | None = None,
+                   z: Tensor | None = None,
+                   delta_bias: Tensor | None = None,
                    delta_softplus: bool = False,
                    return_last_state: bool = False,
-                   backend: Optional[str] = None) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+                   backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba's selective scan, with the layouts of ``mamba_ssm``'s ``selective_scan_fn``.
 
     Args:
@@ -200,7 +199,7 @@ def selective_scan(u: Tensor,
     def tokens(x: Tensor) -> Tensor:
         return x.reshape(batch, G, -1, L).transpose(2, 3)
 
-    def channels(x: Optional[Tensor]) -> Optional[Tensor]:
+    def channels(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(G, width // G, *x.shape[1:])
 
     y, last = _run(backend, tokens(u), tokens(delta), channels(A), B.transpose(2, 3), C.transpose(2, 3), channels(D),

@@ -8,7 +8,7 @@ recomputes the states block by block, so memory stays far below the (B, K, L, D,
 Layout inside: step-major (steps, G, chunks, N, D) with G = B * K sequences; D innermost, so that every operation is
 one contiguous sweep.
 """
-from typing import Iterator, Optional, Tuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def _join(x: Tensor, T: int) -> Tensor:
     return x.permute(1, 2, 0, 3).reshape(G, chunks * steps, F)[:, :T]
 
 
-def _decay(dt: Tensor, A: Tensor, out: Optional[Tensor] = None) -> Tensor:
+def _decay(dt: Tensor, A: Tensor, out: Tensor | None = None) -> Tensor:
     """exp(dt A): dt (..., G, chunks, D), A (G, N, D) -> (..., G, chunks, N, D)."""
     return torch.mul(dt[..., None, :], A[:, None], out=out).exp_()
 
@@ -71,7 +71,7 @@ def _enter_states(dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return _carry(h, _decay(dt.sum(0), A))
 
 
-def _blocks(G: int, D: int, T: int, N: int) -> Iterator[Tuple[slice, slice]]:
+def _blocks(G: int, D: int, T: int, N: int) -> Iterator[tuple[slice, slice]]:
     """Blocks of sequences and channels whose states over all T steps fit in _BLOCK_ELEMENTS."""
     channels = max(1, min(D, _BLOCK_ELEMENTS // (T * N)))
     groups = max(1, _BLOCK_ELEMENTS // (T * N * channels))
@@ -165,9 +165,9 @@ class _Scan(torch.autograd.Function):
         return du.view(*shape, D), ddt.view(*shape, D), dA, dB.view(*shape, N), dC.view(*shape, N)
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], src: Optional[Tensor],
-         inv: Optional[Tensor], delta_bias: Optional[Tensor], delta_softplus: bool,
-         in_scan_order: bool) -> Tuple[Tensor, Tensor]:
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
+         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+         in_scan_order: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
     if not in_scan_order:
         u, delta, B, C = (to_scan_order(x, src, inv) for x in (u, delta, B, C))
@@ -177,5 +177,5 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     return (y if inv is None else from_scan_order(y, src, inv)), last
 
 
-def unavailable(u: Tensor) -> Optional[str]:
+def unavailable(u: Tensor) -> str | None:
     return None

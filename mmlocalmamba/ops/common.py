@@ -1,5 +1,4 @@
 """What the PyTorch backends share: moving tokens through a table, the step size."""
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def from_scan_order(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
     return _Write.apply(x, src, inv)
 
 
-def step_size(delta: Tensor, bias: Optional[Tensor], softplus: bool) -> Tensor:
+def step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     """dt (B, K, T, D) from delta and its bias (K, D)."""
     if bias is not None:
         delta = delta + bias[:, None]

@@ -8,7 +8,6 @@ Source: Mamba's S6 (paper section 3.2) as computed by ``mamba_ssm``: with A diag
 
 Plain autograd, one step at a time: any float dtype, clear, slow.
 """
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from torch import Tensor
 from mmlocalmamba.ops.common import read, step_size, write
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], src: Optional[Tensor],
-         inv: Optional[Tensor], delta_bias: Optional[Tensor], delta_softplus: bool,
-         in_scan_order: bool) -> Tuple[Tensor, Tensor]:
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
+         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+         in_scan_order: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
     if not in_scan_order:
         u, delta, B, C = (read(x, src, inv) for x in (u, delta, B, C))
@@ -34,5 +33,5 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[
     return (y if inv is None else write(y, inv)), h
 
 
-def unavailable(u: Tensor) -> Optional[str]:
+def unavailable(u: Tensor) -> str | None:
     return None

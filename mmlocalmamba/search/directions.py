@@ -1,8 +1,7 @@
-"""From logits of the direction search to directions, and to files that are written whole or not at all."""
+"""From logits of the direction search to directions, and to the content of its files."""
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -93,17 +92,3 @@ def alphas_csv(steps: Sequence[int], alphas: Sequence[Tensor], candidates: Seque
         for block, row, p in zip(blocks, values.tolist(), probabilities):
             out.writelines(f'{step},{block},{name},{a:.8g},{b:.8g}\n' for name, a, b in zip(candidates, row, p))
     return out.getvalue()
-
-
-def write_whole(path: str, content: str | bytes) -> None:
-    """Write a file so that a reader, and a crash at any moment, finds the old one or the new one."""
-    beside = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(beside, 'wb') as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)

@@ -1,10 +1,9 @@
 """The search for scan directions as a hook: DARTS, jointly with the weights or on held-out data."""
 import copy
-import io
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmlocalmamba import __version__
+from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.search.directions import (
     alphas_csv,
@@ -31,7 +31,6 @@ from mmlocalmamba.search.directions import (
     search_result,
     top_directions,
     unchanged,
-    write_whole,
 )
 from mmlocalmamba.visualization import draw_alphas, draw_directions
 
@@ -41,6 +40,31 @@ STATE = 'scan_search'
 # Relative entropies: above, a block has not decided at the end; below, within the first part of training, it decided
 # before its weights meant anything.
 _UNDECIDED, _COLLAPSED, _EARLY = 0.99, 0.3, 0.1
+
+
+def write_search(folder: str, candidates: Sequence[str], blocks: Sequence[str], k: int,
+                 history: Sequence[tuple[int, Tensor]], provenance: dict) -> dict:
+    """Write directions.json, alphas.csv and the pictures of both, each whole or not at all.
+
+    Args:
+        folder: made if it does not exist.
+        candidates, blocks, k, provenance: as for :func:`search_result`.
+        history: (epoch or iteration, (blocks, K) logits) of every report; the last one counts.
+
+    Returns:
+        the content of directions.json.
+    """
+    steps, alphas = [step for step, _ in history], [values for _, values in history]
+    result = search_result(alphas[-1], candidates, blocks, k, provenance)
+    probabilities = torch.stack(alphas).softmax(-1).numpy()
+    files = {'directions.json': result_json(result), 'alphas.csv': alphas_csv(steps, alphas, candidates, blocks)}
+    pictures = {'directions.png': draw_directions(result['directions'], candidates, probabilities[-1]),
+                'alphas.png': draw_alphas(steps, probabilities, candidates, blocks)}
+    for name, figure in pictures.items():
+        files[name] = partial(figure.savefig, format='png', dpi=110)
+    for name, content in files.items():
+        write_whole(os.path.join(folder, name), content)
+    return result
 
 
 def _seed_everything(*key: int) -> None:
@@ -346,21 +370,8 @@ class ScanSearchHook(Hook):
 
     @dist.master_only
     def _write(self, runner: Any) -> None:
-        step, alphas = self.history[-1]
-        steps, values = [step for step, _ in self.history], [alphas for _, alphas in self.history]
         provenance = dict(
             config=runner.cfg.filename and os.path.basename(runner.cfg.filename), seed=runner.seed,
-            **{'epoch' if self.by_epoch else 'iteration': step}, mode=self.mode, supernet=self.sampling,
+            **{'epoch' if self.by_epoch else 'iteration': self.history[-1][0]}, mode=self.mode, supernet=self.sampling,
             world_size=dist.get_world_size(), version=__version__)
-        result = search_result(alphas, self.candidates, self.blocks, self.k, provenance)
-        files = {'directions.json': result_json(result),
-                 'alphas.csv': alphas_csv(steps, values, self.candidates, self.blocks)}
-        probabilities = torch.stack(values).softmax(-1).numpy()
-        pictures = {'directions.png': draw_directions(result['directions'], self.candidates, probabilities[-1]),
-                    'alphas.png': draw_alphas(steps, probabilities, self.candidates, self.blocks)}
-        for name, figure in pictures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format='png', dpi=110)
-            files[name] = buffer.getvalue()
-        for name, content in files.items():
-            write_whole(os.path.join(runner.work_dir, name), content)
+        write_search(runner.work_dir, self.candidates, self.blocks, self.k, self.history, provenance)

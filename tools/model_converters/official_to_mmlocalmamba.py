@@ -10,15 +10,15 @@ sharing and for mim test.
 """
 import argparse
 import math
-import os
 import sys
-import tempfile
+from functools import partial
 
 import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
 from mmlocalmamba.convert import STATE_DICT_KEYS, find_state_dict, from_official, to_official
+from mmlocalmamba.files import write_whole
 
 
 def expected_shapes(weights):
@@ -84,22 +84,6 @@ def problems(weights):
     return lines
 
 
-def save_whole(content, path):
-    """Write a checkpoint completely or not at all."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path), suffix='.partial')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('src', metavar='SRC')
@@ -122,7 +106,7 @@ def main():
     lines = [f'not understood: {name}' for name in unmatched] + problems(check)
     if lines:
         sys.exit('\n  '.join([f'{args.src} was not converted:', *lines]))
-    save_whole(dict(state_dict=converted), args.dst)
+    write_whole(args.dst, partial(torch.save, dict(state_dict=converted)))
     print(f'{len(converted)} weights written to {args.dst}')
 
 

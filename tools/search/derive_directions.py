@@ -6,7 +6,6 @@
 writes directions.json, alphas.csv and pictures beside the checkpoint or to --out. Files that execute code are refused.
 """
 import argparse
-import io
 import os
 import sys
 
@@ -17,14 +16,14 @@ from mmlocalmamba.compat import load_checkpoint
 from mmlocalmamba.convert import backbone_state_dict
 from mmlocalmamba.scans import check_scan
 from mmlocalmamba.search import CANDIDATES
-from mmlocalmamba.search.directions import alphas_csv, find_alphas, result_json, search_result, write_whole
-from mmlocalmamba.visualization import draw_alphas, draw_directions
+from mmlocalmamba.search.directions import find_alphas
+from mmlocalmamba.search.hook import STATE, write_search
 
 
 def read(path, candidates=None):
     """(candidates, names of the blocks, [(step, logits (blocks, K))], what the checkpoint says of itself)"""
     checkpoint = load_checkpoint(path)
-    state = checkpoint.get('scan_search')  # of ScanSearchHook: not the logits of an EMA
+    state = checkpoint.get(STATE)  # of ScanSearchHook: not the logits of an EMA
     if state is not None:
         history = [(record['step'], record['alphas']) for record in state['history']]
         meta = checkpoint.get('meta', {})
@@ -59,24 +58,14 @@ def main():
         for name in args.candidates or ():
             check_scan(name)
         candidates, blocks, history, about = read(args.checkpoint, args.candidates)
-        result = search_result(history[-1][1], candidates, blocks, args.k,
-                               dict(checkpoint=os.path.basename(args.checkpoint), **about, version=__version__))
+        result = write_search(
+            out, candidates, blocks, args.k, history,
+            dict(checkpoint=os.path.basename(args.checkpoint), **about, version=__version__))
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f'{parser.prog}: {error}')
-    steps, alphas = [step for step, _ in history], [values for _, values in history]
-    probabilities = torch.stack(alphas).softmax(-1).numpy()
-    os.makedirs(out, exist_ok=True)
-    files = {'directions.json': result_json(result), 'alphas.csv': alphas_csv(steps, alphas, candidates, blocks)}
-    for name, figure in (('directions.png', draw_directions(result['directions'], candidates, probabilities[-1])),
-                         ('alphas.png', draw_alphas(steps, probabilities, candidates, blocks))):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format='png', dpi=110)
-        files[name] = buffer.getvalue()
-    for name, content in files.items():
-        write_whole(os.path.join(out, name), content)
     for block, names in zip(blocks, result['directions']):
         print(f'{block}: {" ".join(names)}')
-    print(f'written to {out}: {", ".join(files)}')
+    print(f'written to {out}: directions.json, alphas.csv, directions.png, alphas.png')
 
 
 if __name__ == '__main__':

@@ -28,17 +28,15 @@ tta_pipeline = [
             [dict(type='PackSegInputs')],
         ]),
 ]
+dataset = dict(
+    type='BaseSegDataset', metainfo=metainfo, img_suffix='.png', reduce_zero_label=True, data_root=data_root)
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
-        type='BaseSegDataset',
-        metainfo=metainfo,
-        img_suffix='.png',
-        reduce_zero_label=True,
-        data_root=data_root,
+        **dataset,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
         pipeline=train_pipeline))
 val_dataloader = dict(
@@ -47,13 +45,10 @@ val_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='BaseSegDataset',
-        metainfo=metainfo,
-        img_suffix='.png',
-        reduce_zero_label=True,
-        data_root=data_root,
+        **dataset,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
         pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
+del dataset

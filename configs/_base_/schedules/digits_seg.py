@@ -1,7 +1,7 @@
 """A few minutes on two CPU cores."""
 _base_ = '../default_runtime_seg.py'
 
-max_iters, interval = 1600, 400
+max_iters, interval = 1200, 400
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05),
