@@ -13,6 +13,7 @@ model = dict(
         arch='nano',
         img_size=32,
         patch_size=4,  # 8x8 tokens
+        window_pad='none',  # searched windows of 7x7 would make 196 steps of 64 tokens
         drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
     head=dict(num_classes=10, in_channels=64, topk=(1, )))

@@ -1,7 +1,6 @@
 """Demo: direction search for LocalVim-nano on handwritten digits, on a CPU: logits and weights together.
 
 Retrain with localvim-nano_digits.py --cfg-options model.backbone.directions=WORK_DIR/directions.json
-model.backbone.window_pad=none
 """
 _base_ = './localvim-nano_digits.py'
 
@@ -10,7 +9,6 @@ pretrained = None  # path or URL of weights to start from
 model = dict(
     backbone=dict(
         directions='search',
-        window_pad='none',  # windows of 7x7 would make 196 steps of 64 tokens
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
 # Workers that persist would make a resumed search see other augmentations.
 train_dataloader = dict(persistent_workers=False)

@@ -20,6 +20,6 @@ model = dict(
         out_type='featmap',
         drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
-    # a pyramid of strides 2 to 16, for the strokes
-    neck=dict(type='Feature2Pyramid', embed_dim=64, norm_cfg=dict(type='BN')),
+    # a pyramid of strides 4 to 32, for the strokes
+    neck=dict(type='Feature2Pyramid', embed_dim=64, rescales=[2, 1, 0.5, 0.25], norm_cfg=dict(type='BN')),
     decode_head=dict(in_channels=[64, 64, 64, 64]))

@@ -19,9 +19,6 @@ from mmlocalmamba.search import CANDIDATES
 ROOT = Path(__file__).resolve().parents[2]
 DEPTHS = {'localvim': LOCAL_VIM['nano']['num_layers'], 'localvmamba': sum(LOCAL_VMAMBA['nano']['depths'])}
 
-# As in the search's configuration.
-OPTIONS = {'localvim': ['model.backbone.window_pad=none'], 'localvmamba': []}
-
 
 def train(config, work_dir, epochs, seed, options=()):
     """Accuracy at the end."""
@@ -60,7 +57,7 @@ def main():
                             ('random four in every block', args.out / f'random-{seed}.json')):
             work_dir = args.out / f'{name.replace(", ", "-").replace(" ", "-")}-{seed}'
             accuracy = train(f'{args.model}-nano_digits', work_dir, args.epochs, seed,
-                             [f'model.backbone.directions={value}', *OPTIONS[args.model]])
+                             [f'model.backbone.directions={value}'])
             results.setdefault(name, []).append(accuracy)
             print(f'seed {seed}, {name}: {accuracy:.2f}', flush=True)
     print('| directions | ' + ' | '.join(f'seed {seed}' for seed in args.seeds) + ' | mean | standard deviation |')
