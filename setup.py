@@ -48,7 +48,7 @@ def cpu_kernel():
     kernel = CppExtension(
         f'{PACKAGE}.ops._cpu',
         sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f'{PACKAGE}/ops/csrc/*.cpp')),
-        depends=[f'{PACKAGE}/ops/csrc/scan.h', f'{PACKAGE}/ops/csrc/scan_kernel.h'],
+        depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f'{PACKAGE}/ops/csrc/*.h')),
         extra_compile_args=['-O3', '-g0', *openmp], extra_link_args=openmp, optional=True)
     return [kernel], {'build_ext': BuildKernel}
 

@@ -12,7 +12,8 @@ BACKENDS = [name for name in ALL_BACKENDS if name != 'reference']
 DIRECTIONS = ('h', 'v_flip', 'w2', 'w3_flip')
 
 
-def directional_inputs(batch=2, H=5, W=7, D=3, N=4, pad=True, shared=True, scan_order=False, dtype=torch.float64):
+def directional_inputs(batch=2, H=5, W=7, D=3, N=4, pad=True, shared=True, scan_order=False, rank=None,
+                       dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     tables = scan_tables(DIRECTIONS, H, W, pad=pad)
     K, S = len(DIRECTIONS), tables.src.shape[1] if scan_order else H * W
@@ -22,12 +23,14 @@ def directional_inputs(batch=2, H=5, W=7, D=3, N=4, pad=True, shared=True, scan_
 
     inputs = dict(
         u=randn(batch, S, D) if shared and not scan_order else randn(batch, K, S, D),
-        delta=randn(batch, K, S, D),
+        delta=randn(batch, K, S, rank or D),
         A=(-torch.rand(K, D, N, generator=generator, dtype=torch.float64) * 3).to(dtype).requires_grad_(),
         B=randn(batch, K, S, N),
         C=randn(batch, K, S, N),
         D=randn(K, D),
         delta_bias=randn(K, D))
+    if rank:
+        inputs['dt_weight'] = randn(K, D, rank)
     return inputs, tables
 
 
@@ -49,10 +52,11 @@ def assert_same(ours, reference, rtol):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('rank', [None, 2])
 @pytest.mark.parametrize('pad,shared,scan_order', [(True, True, False), (False, True, False), (True, False, False),
                                                    (True, False, True)])
-def test_directional_scan_equals_reference(backend, pad, shared, scan_order):
-    inputs, tables = directional_inputs(pad=pad, shared=shared, scan_order=scan_order)
+def test_directional_scan_equals_reference(backend, pad, shared, scan_order, rank):
+    inputs, tables = directional_inputs(pad=pad, shared=shared, scan_order=scan_order, rank=rank)
     kwargs = dict(tables=tables, in_scan_order=scan_order)
     assert_same(run(inputs, directional_scan, backend=backend, **kwargs),
                 run(inputs, directional_scan, backend='reference', **kwargs), 1e-12)

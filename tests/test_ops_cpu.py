@@ -21,10 +21,10 @@ def instruction_set(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize('N', [1, 2, 7, 16, 64])
+@pytest.mark.parametrize('N,rank', [(1, None), (2, 1), (7, 5), (16, None), (64, 48)])
 @pytest.mark.parametrize('dtype,y_rtol,rtol', [(torch.float64, 1e-14, 1e-13), (torch.float32, 1e-6, 1e-5)])
-def test_equals_reference(instruction_set, N, dtype, y_rtol, rtol):
-    inputs, tables = directional_inputs(**ODD, N=N, dtype=dtype)
+def test_equals_reference(instruction_set, N, rank, dtype, y_rtol, rtol):
+    inputs, tables = directional_inputs(**ODD, N=N, rank=rank, dtype=dtype)
     exact = run({name: x.double() for name, x in inputs.items()}, directional_scan, backend='reference', tables=tables)
     ours = run(inputs, directional_scan, backend='cpu', tables=tables)
     assert_same(ours, exact, rtol)
@@ -39,6 +39,8 @@ def test_equals_reference(instruction_set, N, dtype, y_rtol, rtol):
     dict(H=5, W=7, D=5, N=5, pad=False),
     dict(H=5, W=7, D=2, N=3, scan_order=True),
     dict(H=2, W=3, D=2, N=2, shared=False, batch=2),
+    dict(H=3, W=5, D=3, N=2, batch=2, rank=2),
+    dict(H=3, W=3, D=3, N=2, rank=2, scan_order=True),
 ])
 def test_gradcheck(kwargs):
     inputs, tables = directional_inputs(**{'batch': 1, **kwargs})
@@ -215,7 +217,7 @@ def test_backward_under_autocast():
 def test_backward_without_saved_states():
     inputs, tables = directional_inputs(H=9, W=9)
     arguments = (*(inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')), tables.src, 81, inputs['delta_bias'],
-                 True, False)
+                 None, True, False)
     grads = [torch.autograd.grad(torch.ops.mmlocalmamba.directional_scan(*arguments, save)[0].square().sum(),
                                  list(inputs.values())) for save in (True, False)]
     for ours, expected in zip(*grads, strict=True):
@@ -228,21 +230,26 @@ def test_opcheck():
     tensors = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')]
     op = torch.ops.mmlocalmamba.directional_scan.default
     for save in (True, False):
-        torch.library.opcheck(op, (*tensors, tables.src, 45, inputs['delta_bias'], True, False, save))
+        torch.library.opcheck(op, (*tensors, tables.src, 45, inputs['delta_bias'], None, True, False, save))
     in_order = directional_inputs(scan_order=True)[0]
     torch.library.opcheck(op, (*(in_order[name] for name in ('u', 'delta', 'A', 'B', 'C')), None, None,
-                               in_order['u'].shape[2], None, False, True, True))
+                               in_order['u'].shape[2], None, None, False, True, True))
+
+    factored = directional_inputs(H=5, W=9, D=3, N=2, rank=2)[0]
+    torch.library.opcheck(op, (*(factored[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')), tables.src, 45,
+                               factored['delta_bias'], factored['dt_weight'], True, False, True))
 
     tensors = [x.detach() for x in tensors]
-    y, last, checkpoints = op(*tensors, tables.src, 45, inputs['delta_bias'].detach(), True, False, True)
+    y, last, checkpoints = op(*tensors, tables.src, 45, inputs['delta_bias'].detach(), None, True, False, True)
     torch.library.opcheck(
         torch.ops.mmlocalmamba.directional_scan_backward.default,
-        (torch.randn_like(y), None, *tensors, tables.src, 45, inputs['delta_bias'].detach(), checkpoints, True, False))
+        (torch.randn_like(y), None, *tensors, tables.src, 45, inputs['delta_bias'].detach(), None, checkpoints, True,
+         False))
 
 
 @built
 def test_compiles_without_a_graph_break():
-    inputs, _ = directional_inputs(H=6, W=6, dtype=torch.float32)
+    inputs, _ = directional_inputs(H=6, W=6, rank=2, dtype=torch.float32)
 
     def model(inputs):
         tables = scan_tables(('h', 'v_flip', 'w2', 'w3_flip'), 6, 6)
@@ -277,8 +284,8 @@ def test_bad_input_is_an_error_not_a_crash(monkeypatch):
     op = torch.ops.mmlocalmamba.directional_scan
     detached = {name: x.detach() for name, x in inputs.items()}
     arguments = [detached[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')]
-    rest = (tables.src, 35, detached['delta_bias'], True, False, False)
-    with pytest.raises(TypeError, match='A must be Double like u, got Float'):
+    rest = (tables.src, 35, detached['delta_bias'], None, True, False, False)
+    with pytest.raises(TypeError, match='A must be Double like the first argument, got Float'):
         op(*arguments[:2], arguments[2].float(), *arguments[3:], *rest)
     with pytest.raises(ValueError, match='B must have shape'):
         op(*arguments[:3], arguments[3][..., :1], *arguments[4:], *rest)

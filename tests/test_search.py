@@ -120,7 +120,7 @@ def test_only_what_is_sampled_is_scanned(kind, monkeypatch):
     seen = []
 
     def scan(u, delta, A, B, C, D, tables, *args, **kwargs):
-        seen.append((tables.src.shape[0], delta.shape[-1]))
+        seen.append((tables.src.shape[0], u.shape[-1]))
         return original(u, delta, A, B, C, D, tables, *args, **kwargs)
 
     original = mixers.directional_scan

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlocalmamba.layers.scattn import SCAttn
-from mmlocalmamba.ops import directional_scan
-from mmlocalmamba.ops.common import to_scan_order
+from mmlocalmamba.ops import directional_conv, directional_scan, linear
 from mmlocalmamba.scans import ScanTables, check_scan, scan_tables
 
 WINDOW_PADS = ('zero', 'none')
@@ -80,15 +79,21 @@ class DirectionalSSM(nn.Module):
         if channels is not None:  # a part of the sum over channels stands for all of it
             x_proj_weight = x_proj_weight * (self.x_proj_weight.shape[2] / x_proj_weight.shape[2])
         if in_scan_order:
-            projected = torch.einsum('bktd,kcd->bktc', x, x_proj_weight)
+            projected = torch.stack([linear(x[:, k], weight) for k, weight in enumerate(x_proj_weight)], dim=1)
         else:
-            projected = F.linear(x, x_proj_weight.flatten(0, 1))
+            projected = linear(x, x_proj_weight.flatten(0, 1))
             projected = projected.unflatten(-1, x_proj_weight.shape[:2]).transpose(1, 2)
         dt, B, C = projected.split(self.splits, dim=-1)
-        delta = torch.einsum('bktr,kdr->bktd', dt, dt_proj_weight)
         A = -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
-        return directional_scan(x, delta, A, B, C, D, tables, dt_proj_bias,
-                                delta_softplus=True, in_scan_order=in_scan_order)
+        return directional_scan(x, dt, A, B, C, D, tables, dt_proj_bias, delta_softplus=True,
+                                in_scan_order=in_scan_order, dt_weight=dt_proj_weight)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by :func:`mmlocalmamba.ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class _Mixer(nn.Module):
@@ -105,12 +110,12 @@ class _Mixer(nn.Module):
         self.directions = tuple(directions)
         self.pad = window_pad == 'zero'
         inner = int(expand * channels)
-        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
+        self.in_proj = Linear(channels, 2 * inner, bias=False)
         self.ssm = DirectionalSSM(inner, len(self.directions), d_state,
                                   math.ceil(channels / 16) if dt_rank == 'auto' else dt_rank)
         self.scattn = SCAttn(inner, **(scattn if isinstance(scattn, dict) else {})) if scattn else None
         self.mixed_scan = mixed_scan
-        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.out_proj = Linear(inner, channels, bias=False)
         nn.init.trunc_normal_(self.in_proj.weight, std=0.02)
         nn.init.trunc_normal_(self.out_proj.weight, std=0.02)
         if self.scattn is not None:
@@ -123,16 +128,23 @@ class _Mixer(nn.Module):
         """What this step scans: everything, but in a search."""
         return _ALL if self.mixed_scan is None else self.mixed_scan.select(self.out_proj.in_features)
 
-    def merge(self, y: Tensor, selection: Selection, unscanned: Tensor | None) -> Tensor:
-        """Weigh the directions' features (B, K, L, D) and sum them: (B, L, D). Channels that were not scanned, if
-        there are any, come from ``unscanned`` (B, L, D), normalised like a branch of the search."""
+    def merge(self, y: Tensor, x: Tensor, z: Tensor | None = None, selection: Selection = _ALL) -> Tensor:
+        """Gate the directions' features y (B, K, L, D) by silu(z), weigh them and sum them: (B, L, D). Channels that
+        were not scanned come from x (B, L, D), gated as well and normalised like a branch of the search."""
+        if self.mixed_scan is None:
+            if self.scattn is not None:
+                return self.scattn.sum_directions(y, z)
+            return y.sum(1) if z is None else y.sum(1) * F.silu(z)
+        gate = None if z is None else F.silu(z)
+        if gate is not None:
+            y = y * _pick(gate, -1, selection.channels)[:, None]
         if self.scattn is not None:
             y = self.scattn(y, selection.channels)
-        y = y.sum(1) if self.mixed_scan is None else self.mixed_scan(y, selection.weights)
+        y = self.mixed_scan(y, selection.weights)
         if selection.channels is None:
             return y
-        rest = F.layer_norm(unscanned, unscanned.shape[-1:]).to(y.dtype)
-        return rest.index_copy(-1, selection.channels, y)
+        rest = x if gate is None else x * gate
+        return F.layer_norm(rest, rest.shape[-1:]).to(y.dtype).index_copy(-1, selection.channels, y)
 
     def extra_repr(self) -> str:
         return f'directions={", ".join(self.directions)}'
@@ -169,7 +181,7 @@ class LocalVMambaMixer(_Mixer):
         tables = scan_tables(self.directions, *size, pad=self.pad, device=x.device)
         tables = ScanTables(*(_pick(table, 0, selection.directions) for table in tables))
         y = self.ssm(_pick(x, -1, selection.channels), tables, selection=selection)
-        return self.out_proj(self.out_norm(self.merge(y, selection, x)) * F.silu(z))
+        return self.out_proj(self.out_norm(self.merge(y, x, selection=selection)) * F.silu(z))
 
 
 class LocalVimMixer(_Mixer):
@@ -194,24 +206,15 @@ class LocalVimMixer(_Mixer):
         for parameter in (self.conv_weight, self.conv_bias):  # as nn.Conv1d with one input channel a group
             nn.init.uniform_(parameter, -d_conv ** -0.5, d_conv ** -0.5)
 
-    def _conv(self, x: Tensor, selection: Selection) -> Tensor:
-        """Causal depthwise convolution along the scans x (B, K, T, D)."""
-        batch, K, T, inner = x.shape
-        weight, bias = (_pick(_pick(parameter, 0, selection.directions), 1, selection.channels)
-                        for parameter in (self.conv_weight, self.conv_bias))
-        x = F.conv1d(x.transpose(2, 3).reshape(batch, K * inner, T), weight.flatten(0, 1)[:, None],
-                     bias.flatten(), padding=weight.shape[-1] - 1, groups=K * inner)
-        return x[..., :T].unflatten(1, (K, inner)).transpose(2, 3)
-
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, L, C), size (H, W), L = H*W (+ 1 with a middle token) -> (B, L, C)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         tables = scan_tables(self.directions, *size, pad=self.pad, middle_token=self.middle_token, device=x.device)
         selection = self.select()
         tables = ScanTables(*(_pick(table, 0, selection.directions) for table in tables))
-        gate = F.silu(z)
-        scanned = to_scan_order(_pick(x, -1, selection.channels), *tables)
-        y = self.ssm(F.silu(self._conv(scanned, selection)), tables, in_scan_order=True, selection=selection)
-        y = y * _pick(gate, -1, selection.channels)[:, None]
-        unscanned = None if selection.channels is None else F.silu(x) * gate
-        return self.out_proj(self.merge(y, selection, unscanned))
+        weight, bias = (_pick(_pick(parameter, 0, selection.directions), 1, selection.channels)
+                        for parameter in (self.conv_weight, self.conv_bias))
+        scanned = directional_conv(_pick(x, -1, selection.channels), weight, bias, tables)
+        y = self.ssm(scanned, tables, in_scan_order=True, selection=selection)
+        unscanned = x if selection.channels is None else F.silu(x)
+        return self.out_proj(self.merge(y, unscanned, z, selection))

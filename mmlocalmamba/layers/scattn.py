@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmlocalmamba.ops import cpu, runs_native
 from mmlocalmamba.registry import MODELS
 
 
@@ -61,3 +62,11 @@ class SCAttn(nn.Module):
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         """x (..., L, C) -> same shape; ``channels`` as in :meth:`gate`."""
         return x * self.gate(x, channels)
+
+    def sum_directions(self, y: Tensor, z: Tensor | None = None) -> Tensor:
+        """Sum over K of ``forward(y * silu(z))``: y (B, K, L, C), z (B, L, C) or None -> (B, L, C)."""
+        weights = [parameter for module in (self.norm, self.global_reduce, self.channel_select)
+                   for parameter in (module.weight, module.bias)]
+        if self.spatial_select is None and runs_native(y, *weights):
+            return cpu.scattn_sum(y, z, *weights[:2], self.norm.eps, *weights[2:])
+        return self(y if z is None else y * F.silu(z)[:, None]).sum(1)

@@ -1,4 +1,4 @@
-"""Selective scans: two public ops, several backends, one dispatcher. Needs torch alone.
+"""Selective scans, and what stands around them in a mixer: several backends, one dispatcher. Needs torch alone.
 
 ``backend=None`` takes the fastest backend that can run the tensors at hand; the environment variable
 ``MMLOCALMAMBA_BACKEND`` or the argument names one instead, and naming one that cannot run is an error. Backends
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmlocalmamba.ops import chunked, cpu, reference
+from mmlocalmamba.ops.common import to_scan_order
 from mmlocalmamba.scans import ScanTables
 
 # Fastest first. A backend is a module with scan(...) and unavailable(u) -> None or the reason why it cannot run.
@@ -64,14 +65,22 @@ def _check_dtypes(**tensors: Tensor | None) -> None:
 
 def _run(backend: str | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
          tables: ScanTables | None, delta_bias: Tensor | None, delta_softplus: bool,
-         in_scan_order: bool) -> tuple[Tensor, Tensor]:
+         in_scan_order: bool, dt_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    module = _choose(u, backend)
+    optional = {}
+    if dt_weight is not None:
+        if module is cpu:
+            optional['dt_weight'] = dt_weight
+        else:
+            delta = torch.einsum('bklr,kdr->bkld', delta, dt_weight)
     compute = torch.float64 if u.dtype == torch.float64 else torch.float32
     # Autocast would take the recurrence to 16 bits.
     with torch.autocast(u.device.type, enabled=False):
         u, delta, A, B, C, D, delta_bias = (
             None if x is None else x.to(compute) for x in (u, delta, A, B, C, D, delta_bias))
+        optional = {name: x.to(compute) for name, x in optional.items()}
         src, inv = tables if tables is not None else (None, None)
-        return _choose(u, backend).scan(u, delta, A, B, C, D, src, inv, delta_bias, delta_softplus, in_scan_order)
+        return module.scan(u, delta, A, B, C, D, src, inv, delta_bias, delta_softplus, in_scan_order, **optional)
 
 
 def directional_scan(u: Tensor,
@@ -84,6 +93,7 @@ def directional_scan(u: Tensor,
                      delta_bias: Tensor | None = None,
                      delta_softplus: bool = False,
                      in_scan_order: bool = False,
+                     dt_weight: Tensor | None = None,
                      return_last_state: bool = False,
                      backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scans of the same L tokens along K directions, without permuted copies at the interface.
@@ -94,7 +104,7 @@ def directional_scan(u: Tensor,
 
     Args:
         u: (B, L, D) tokens shared by all directions, or (B, K, L, D).
-        delta: (B, K, L, D) step sizes before bias and softplus.
+        delta: (B, K, L, D) step sizes before bias and softplus; with ``dt_weight`` (B, K, L, R), their low-rank factor.
         A: (K, D, N) state matrices, diagonal, real, negative for a stable scan.
         B, C: (B, K, L, N).
         D: (K, D) skip weights, or None.
@@ -104,6 +114,7 @@ def directional_scan(u: Tensor,
         in_scan_order: u (B, K, T, D), delta, B and C are given step by step, pads included, with the values that
             these steps shall have (LocalVim's come out of a convolution along the scan). Outputs stand at original
             positions all the same. ``tables`` may be None: then T = L and outputs stay in scan order.
+        dt_weight: (K, D, R) or None: the step sizes are delta times its transpose, which no backend has to write down.
         return_last_state: also return the state after the last step.
         backend: a name of :data:`BACKENDS`; None chooses.
 
@@ -116,11 +127,12 @@ def directional_scan(u: Tensor,
         TypeError, NotImplementedError: integer or complex tensors.
         RuntimeError: the backend that was named cannot run here.
     """
-    _check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    _check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, dt_weight=dt_weight)
     if delta.dim() != 4 or A.dim() != 3:
         raise ValueError(f'delta must be (B, K, L, D) and A (K, D, N), got {tuple(delta.shape)} and {tuple(A.shape)}')
-    batch, K, S, width = delta.shape
-    N = A.shape[-1]
+    batch, K, S, rank = delta.shape
+    width, N = A.shape[1:] if dt_weight is not None else (rank, A.shape[-1])
+    _expect('dt_weight', dt_weight, (K, width, rank), '(K, D, R)')
     _expect('A', A, (K, width, N), '(K, D, N)')
     _expect('B', B, (batch, K, S, N), '(B, K, L, N)')
     _expect('C', C, (batch, K, S, N), '(B, K, L, N)')
@@ -139,7 +151,8 @@ def directional_scan(u: Tensor,
         steps = tables.src.shape[1] if in_scan_order else tables.inv.shape[1]
         if steps != S:
             raise ValueError(f'tables are for {steps} {"steps" if in_scan_order else "tokens"}, delta holds {S}')
-    y, last = _run(backend, u, delta, A, B, C, D, tables, delta_bias, delta_softplus, in_scan_order)
+    y, last = _run(backend, u, delta, A, B, C, D, tables, delta_bias, delta_softplus, in_scan_order,
+                   dt_weight)
     y = y.to(u.dtype)
     return (y, last) if return_last_state else y
 
@@ -209,3 +222,38 @@ def selective_scan(u: Tensor,
         y = y * F.silu(z.to(y.dtype))
     y = y.to(u.dtype)
     return (y, last.reshape(batch, width, N)) if return_last_state else y
+
+
+def runs_native(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the CPU kernels, which know no mixed precision, are to be used for these tensors."""
+    return (_choose(x, None) is cpu and x.dtype in (torch.float32, torch.float64)
+            and all(weight is None or weight.dtype == x.dtype for weight in weights))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I) times weight (O, I) transposed, plus bias (O,): torch's ``F.linear``, by its faster way on a CPU."""
+    if x.dim() > 1 and runs_native(x, weight, bias) and not torch.is_autocast_enabled('cpu'):
+        return cpu.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables) -> Tensor:
+    """Causal depthwise convolution along K scans, and SiLU: silu(bias + sum_j weight[j] x[t - W + 1 + j]).
+
+    Args:
+        x: (B, L, D) tokens shared by all directions. Pads, and what lies before the first step, are zeros.
+        weight: (K, D, W).
+        bias: (K, D) or None.
+        tables: :func:`mmlocalmamba.scans.scan_tables` for these tokens, on the device of x.
+
+    Returns:
+        (B, K, T, D), in scan order: what ``directional_scan(in_scan_order=True)`` takes.
+    """
+    if runs_native(x, weight, bias):
+        return cpu.directional_conv(x, weight, bias, tables.src)
+    K, width, taps = weight.shape
+    x = to_scan_order(x, *tables)
+    batch, _, T, _ = x.shape
+    x = F.conv1d(x.transpose(2, 3).reshape(batch, K * width, T), weight.flatten(0, 1)[:, None],
+                 None if bias is None else bias.flatten(), padding=taps - 1, groups=K * width)
+    return F.silu(x[..., :T].unflatten(1, (K, width)).transpose(2, 3))

@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#include "scan.h"
+#include "interface.h"
 // Only what follows may use the wider registers; the rest of the library must run anywhere.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -11,7 +11,7 @@
 #define ISA_NAME "avx2"
 #define ISA_BYTES 32
 #define ISA_STATES 8
-#include "scan_kernel.h"
+#include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -3,4 +3,4 @@
 #define ISA_NAME "portable"
 #define ISA_BYTES 16
 #define ISA_STATES 8
-#include "scan_kernel.h"
+#include "kernels.h"

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "scan.h"
+#include "interface.h"
 // Only what follows may use the wider registers; the rest of the library must run anywhere.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
@@ -16,7 +16,7 @@
 #define ISA_BYTES 64
 #define ISA_STATES 16
 #define ISA_AVX512
-#include "scan_kernel.h"
+#include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

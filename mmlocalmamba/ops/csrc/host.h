@@ -1,0 +1,92 @@
+// What the operators for the CPU share: instruction sets, threads, checks of arguments, sums in a fixed order.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "interface.h"
+
+namespace mmlocalmamba {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The best that this machine has, or the one that the environment names.
+const InstructionSet& instruction_set();
+
+template <typename T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() { return instruction_set().f32; }
+template <>
+inline const Kernels<double>& kernels<double>() { return instruction_set().f64; }
+
+// Decaying states end as denormal numbers, which take some processors a hundred times longer: they count as zero here.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned int saved_;
+#endif
+};
+
+// Calls run(i, scratch) for 0 <= i < count on all threads, with `bytes` of aligned memory for each thread.
+template <typename Function>
+void for_each(int64_t count, int64_t bytes, Function run) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<char[]> memory(new char[bytes + 64]);
+    void* scratch = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+    FlushDenormals flush;
+    for (int64_t i = begin; i < end; ++i) run(i, scratch);
+  });
+}
+
+inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+inline Tensor with_contiguous_channels(const Tensor& x) {
+  // A stride of 0 or of other elements in the last dimension cannot be loaded as a vector.
+  return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
+}
+
+inline Strides strides(const Tensor& x) {
+  return x.dim() == 3 ? Strides{x.stride(0), 0, x.stride(1)} : Strides{x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, const Tensor& like) {
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), " like the first argument, got ",
+                   x.scalar_type());
+  TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
+}
+
+// The table of K directions, checked against the number of tokens.
+inline Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens) {
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == directions && table.scalar_type() == at::kInt && table.is_cpu(),
+                    "src must be an int32 table of ", directions, " rows on the CPU");
+  Tensor whole = table.contiguous();
+  const int32_t* entry = whole.const_data_ptr<int32_t>();
+  int32_t lowest = 0, highest = -1;
+  for (int64_t i = 0; i < whole.numel(); ++i) {
+    lowest = std::min(lowest, entry[i]);
+    highest = std::max(highest, entry[i]);
+  }
+  TORCH_CHECK_INDEX(lowest >= -1 && highest < tokens, "src holds tokens from ", lowest, " to ", highest, ", there are ",
+                    tokens);
+  return whole;
+}
+
+// Sum over the first dimension in ascending order, whatever the number of threads.
+Tensor ordered_sum(const Tensor& x);
+
+}  // namespace mmlocalmamba

@@ -1,0 +1,135 @@
+// What the kernels (one translation unit per instruction set) and their caller share. Plain data only: a kernel's
+// translation unit must not instantiate inline library code, or the linker could take its copy for older machines.
+#pragma once
+
+#include <cstdint>
+
+namespace mmlocalmamba {
+
+// Steps between two saved states. Their memory is states * steps / kChunk; the backward pass recomputes a chunk into
+// buffers of kChunk steps, which must stay in cache.
+constexpr int64_t kChunk = 32;
+// Vectors of channels that one work item scans side by side, so that whole cache lines of u and delta are used and
+// the rows of B and C are fetched once. A constant: sums over channels do not depend on the number of threads.
+constexpr int64_t kBlocks = 4;
+
+// Element strides of (batch, direction, row); channels and states are contiguous unless said otherwise.
+struct Strides {
+  int64_t batch = 0, direction = 0, row = 0;
+};
+
+// One scan of all directions; see directional_scan in ops/__init__.py for the meaning of the arrays. Row r of an array
+// is a token, or a step if in_scan_order.
+template <typename T>
+struct ScanProblem {
+  int64_t batch, directions, steps, rows, tokens, channels, states;
+  int64_t dt_rank;        // of delta; 0: delta is given in full
+  bool in_scan_order, softplus;
+  const int32_t* table;  // (K, steps): token of each step or -1; null: step t is token t
+
+  const T *u, *delta, *B, *C;  // delta: (B, K, rows, D), or (B, K, rows, dt_rank)
+  Strides u_strides, delta_strides, B_strides, C_strides;
+  int64_t B_state_stride, C_state_stride;
+  const T *A;             // (K, D, N)
+  const T *dt_weight;     // (K, D, dt_rank), with delta (B, K, rows, dt_rank)
+  const T *D, *bias;      // (K, D) or null
+  T *y;                   // (B, K, tokens, D)
+  T *last;                // (B, K, N, D)
+  T *checkpoints;         // (B, K, chunks - 1, N, D): states at the start of every chunk but the first; null: none
+
+  // Backward only.
+  const T *dy;            // channels contiguous
+  Strides dy_strides;
+  const T *dlast;         // (B, K, N, D) or null
+  T *ddelta;              // (B, K, rows, D), also where delta is given by a factor
+  Strides ddelta_strides;
+  T *dA;                  // (B, K, D, N)
+  // Sums over directions, and over the items of a sequence: either in place, which needs the summands to be computed
+  // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later.
+  T *du;
+  bool du_in_parts;
+  T *dB, *dC;
+  bool dB_in_parts;
+  T *dD, *dbias;          // (B, K, D)
+};
+
+// Channels of sequence (batch, direction) that one call works on: all blocks of one work item.
+struct Item {
+  int64_t batch, direction, index;
+};
+
+// The causal depthwise convolution along every scan, and SiLU: y[k, t] = silu(bias + sum_j weight[j] x[t - W + 1 + j]),
+// where x[t] is the token that step t reads, zero for pads and before the first step.
+template <typename T>
+struct ConvProblem {
+  int64_t batch, directions, steps, tokens, channels, width;
+  const int32_t* table;   // (K, steps): token of each step or -1; null: step t is token t
+  const T* x;             // (B, tokens, D), the same for all directions
+  Strides x_strides;
+  const T *weight, *bias; // (K, D, W), (K, D)
+  T* y;                   // (K, B, steps, D)
+
+  // Backward only. A work item's directions run one after the other: dx is summed in place.
+  const T* dy;
+  Strides dy_strides;
+  T* dx;                  // (B, tokens, D)
+  T *dweight, *dbias;     // (B, K, D, W), (B, K, D)
+};
+
+// Tokens that one work item of a merge handles.
+constexpr int64_t kPiece = 64;
+
+// Sum over directions of gated features: with f = y * silu(z), or y if there is no z,
+//   statistics  mean over tokens of f normalised over channels, in parts (pieces, B, K, D)
+//   forward     out = sum over k of f[k] * gate[k]
+//   reduce      gradient of the gate, in parts (pieces, B, K, D)
+//   backward    dy = (dout * gate[k] + gradient through the normalised mean) * silu(z), and dz
+template <typename T>
+struct MergeProblem {
+  int64_t batch, directions, tokens, channels;
+  T eps;
+  const T* y;             // (B, K, tokens, D)
+  const T* z;             // (B, tokens, D), channels contiguous, or null
+  Strides z_strides;
+  T *mean, *inverse;      // (B, K, tokens): mean and 1 / standard deviation over channels
+  T* parts;
+  const T* gate;          // (B, K, D)
+  T* out;                 // (B, tokens, D)
+  const T* dout;          // (B, tokens, D)
+  const T* dmean;         // (B, K, D): gradient of the sum over tokens of the normalised features
+  T *dy, *dz;
+};
+
+template <typename T>
+struct Kernels {
+  struct {
+    int64_t channels;  // per work item
+    int64_t (*scratch)(int64_t states, int64_t dt_rank, bool backward);  // bytes, to be aligned to 64
+    void (*forward)(const ScanProblem<T>&, Item, void* scratch);
+    void (*backward)(const ScanProblem<T>&, Item, void* scratch);
+  } scan;
+  struct {
+    int64_t channels;
+    int64_t (*scratch)(int64_t width);
+    void (*forward)(const ConvProblem<T>&, Item, void* scratch);
+    void (*backward)(const ConvProblem<T>&, Item, void* scratch);
+  } conv;
+  struct {
+    int64_t (*scratch)(int64_t directions, int64_t channels);
+    // One batch item and piece of tokens.
+    void (*statistics)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*forward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*reduce)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*backward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+  } merge;
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+extern const InstructionSet kAvx512, kAvx2, kPortable;
+
+}  // namespace mmlocalmamba

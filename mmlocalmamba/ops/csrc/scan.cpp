@@ -1,0 +1,211 @@
+// The selective scan on the CPU: argument checks, memory, the order of summation.
+
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "host.h"
+
+namespace mmlocalmamba {
+namespace {
+
+template <typename T>
+int64_t items_of_sequence(const ScanProblem<T>& p) {
+  return pieces(p.channels, kernels<T>().scan.channels);
+}
+
+// Runs over all items, in parallel but for the dimensions named, along which a thread goes in ascending order.
+template <typename T, typename Function>
+void for_each_item(const ScanProblem<T>& p, bool backward, Function run, bool directions_in_order = false,
+                   bool items_in_order = false) {
+  const int64_t items = items_of_sequence(p), bytes = kernels<T>().scan.scratch(p.states, p.dt_rank, backward);
+  const int64_t inner_items = items_in_order ? items : 1, inner_directions = directions_in_order ? p.directions : 1;
+  const int64_t outer_items = items_in_order ? 1 : items, outer_directions = directions_in_order ? 1 : p.directions;
+  for_each(p.batch * outer_directions * outer_items, bytes, [&](int64_t i, void* scratch) {
+    const int64_t sequence = i / outer_items;
+    for (int64_t direction = 0; direction < inner_directions; ++direction) {
+      for (int64_t index = 0; index < inner_items; ++index) {
+        run(p, Item{sequence / outer_directions, sequence % outer_directions + direction, i % outer_items + index},
+            scratch);
+      }
+    }
+  });
+}
+
+// Owns what a ScanProblem points to.
+struct Arguments {
+  Tensor u, delta, A, B, C, D, bias, dt_weight, table;
+  int64_t batch, directions, steps, rows, tokens, channels, states, dt_rank;
+  bool in_scan_order, softplus;
+
+  Arguments(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
+            const OptionalTensor& D_, const OptionalTensor& table_, int64_t tokens_, const OptionalTensor& bias_,
+            const OptionalTensor& dt_weight_, bool softplus_, bool in_scan_order_)
+      : tokens(tokens_), in_scan_order(in_scan_order_), softplus(softplus_) {
+    TORCH_CHECK_TYPE(u_.scalar_type() == at::kFloat || u_.scalar_type() == at::kDouble,
+                     "u must be float32 or float64, got ", u_.scalar_type());
+    TORCH_CHECK_VALUE(delta_.dim() == 4 && A_.dim() == 3, "delta must be (B, K, L, D) and A (K, D, N), got ",
+                      delta_.sizes(), " and ", A_.sizes());
+    batch = delta_.size(0), directions = delta_.size(1), rows = delta_.size(2), channels = A_.size(1);
+    states = A_.size(2), dt_rank = dt_weight_ ? dt_weight_->size(-1) : 0;
+    if (u_.dim() == 3 && !in_scan_order) {
+      check(u_, "u", {batch, rows, channels}, u_);
+    } else {
+      check(u_, "u", {batch, directions, rows, channels}, u_);
+    }
+    check(delta_, "delta", {batch, directions, rows, dt_weight_ ? dt_rank : channels}, u_);
+    check(A_, "A", {directions, channels, states}, u_);
+    check(B_, "B", {batch, directions, rows, states}, u_);
+    check(C_, "C", {batch, directions, rows, states}, u_);
+    steps = rows;
+    if (table_) {
+      table = checked_table(*table_, directions, tokens);
+      steps = table.size(1);
+    }
+    TORCH_CHECK_VALUE((in_scan_order ? steps : tokens) == rows, "delta has ", rows, " rows for ", steps, " steps and ",
+                      tokens, " tokens");
+    TORCH_CHECK_VALUE(table_ || tokens == steps, tokens, " tokens for ", steps, " steps need src");
+    u = with_contiguous_channels(u_);
+    delta = with_contiguous_channels(delta_);
+    A = A_.contiguous();
+    if (dt_weight_) {
+      TORCH_CHECK_VALUE(dt_rank > 0, "dt_weight needs a rank of at least 1");
+      check(*dt_weight_, "dt_weight", {directions, channels, dt_rank}, u_);
+      dt_weight = dt_weight_->contiguous();
+    }
+    B = B_;
+    C = C_;
+    if (D_) check(*D_, "D", {directions, channels}, u_), D = D_->contiguous();
+    if (bias_) check(*bias_, "delta_bias", {directions, channels}, u_), bias = bias_->contiguous();
+  }
+
+  template <typename T>
+  ScanProblem<T> problem() const {
+    ScanProblem<T> p{};
+    p.batch = batch, p.directions = directions, p.steps = steps, p.rows = rows, p.tokens = tokens;
+    p.channels = channels, p.states = states, p.dt_rank = dt_rank;
+    p.in_scan_order = in_scan_order, p.softplus = softplus;
+    p.table = table.defined() ? table.const_data_ptr<int32_t>() : nullptr;
+    p.u = u.const_data_ptr<T>(), p.u_strides = strides(u);
+    p.delta = delta.const_data_ptr<T>(), p.delta_strides = strides(delta);
+    p.B = B.const_data_ptr<T>(), p.B_strides = strides(B), p.B_state_stride = B.stride(3);
+    p.C = C.const_data_ptr<T>(), p.C_strides = strides(C), p.C_state_stride = C.stride(3);
+    p.A = A.const_data_ptr<T>();
+    p.dt_weight = dt_weight.defined() ? dt_weight.const_data_ptr<T>() : nullptr;
+    p.D = D.defined() ? D.const_data_ptr<T>() : nullptr;
+    p.bias = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+    return p;
+  }
+
+  int64_t checkpoints() const { return std::max<int64_t>((steps + kChunk - 1) / kChunk - 1, 0); }
+};
+
+std::tuple<Tensor, Tensor, Tensor> directional_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                    const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                    const OptionalTensor& src, int64_t tokens,
+                                                    const OptionalTensor& delta_bias,
+                                                    const OptionalTensor& dt_weight, bool delta_softplus,
+                                                    bool in_scan_order, bool save) {
+  const Arguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
+  Tensor y = at::empty({a.batch, a.directions, a.tokens, a.channels}, u.options());
+  Tensor last = at::empty({a.batch, a.directions, a.states, a.channels}, u.options());
+  Tensor checkpoints =
+      at::empty({a.batch, a.directions, save ? a.checkpoints() : 0, a.states, a.channels}, u.options());
+  AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "directional_scan", [&] {
+    ScanProblem<scalar_t> p = a.problem<scalar_t>();
+    p.y = y.mutable_data_ptr<scalar_t>();
+    p.last = last.mutable_data_ptr<scalar_t>();
+    p.checkpoints = save ? checkpoints.mutable_data_ptr<scalar_t>() : nullptr;
+    for_each_item(p, false, kernels<scalar_t>().scan.forward);
+  });
+  return {y, last, checkpoints};
+}
+
+// Sum over the second dimension in ascending order: (B, K, ...) -> (B, ...).
+Tensor sum_directions(const Tensor& x) {
+  if (x.size(1) == 1) return x.squeeze(1);
+  Tensor sum = at::empty({x.size(0), x.size(2), x.size(3)}, x.options());
+  const int64_t count = x.size(1), size = x.size(2) * x.size(3), pieces = (size + 1023) / 1024;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sum_directions", [&] {
+    at::parallel_for(0, x.size(0) * pieces, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t batch = piece / pieces, first = piece % pieces * 1024, last = std::min(size, first + 1024);
+        const scalar_t* from = x.const_data_ptr<scalar_t>() + batch * count * size;
+        scalar_t* to = sum.mutable_data_ptr<scalar_t>() + batch * size;
+        for (int64_t j = first; j < last; ++j) to[j] = count ? from[j] : scalar_t(0);
+        for (int64_t i = 1; i < count; ++i) {
+          for (int64_t j = first; j < last; ++j) to[j] += from[i * size + j];
+        }
+      }
+    });
+  });
+  return sum;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_scan_backward(
+    const OptionalTensor& dy_, const OptionalTensor& dlast_, const Tensor& u, const Tensor& delta, const Tensor& A,
+    const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& src, int64_t tokens,
+    const OptionalTensor& delta_bias, const OptionalTensor& dt_weight, const Tensor& checkpoints_, bool delta_softplus, bool in_scan_order) {
+  const Arguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
+  const auto options = u.options();
+  const int64_t batch = a.batch, K = a.directions, N = a.states, width = a.channels;
+  Tensor dy = at::zeros({1, 1, 1, 1}, options).expand({batch, K, tokens, width});
+  if (dy_) {
+    check(*dy_, "grad_y", {batch, K, tokens, width}, u);
+    dy = *dy_;
+  }
+  dy = with_contiguous_channels(dy);
+  Tensor dlast;
+  if (dlast_) {
+    check(*dlast_, "grad_last", {batch, K, N, width}, u);
+    dlast = dlast_->contiguous();
+  }
+  Tensor checkpoints = checkpoints_.contiguous();
+  check(checkpoints, "checkpoints", {batch, K, a.checkpoints(), N, width}, u);
+
+  Tensor du;
+  // With a factor of delta, all rows of a direction lie together, for the products that follow.
+  Tensor ddelta = dt_weight ? at::empty({K, batch, a.rows, width}, options).transpose(0, 1)
+                            : at::empty({batch, K, a.rows, width}, options);
+  Tensor dA = at::empty({batch, K, width, N}, options);
+  Tensor dD = at::empty({batch, K, width}, options);
+  Tensor dbias = at::empty({batch, K, width}, options);
+  Tensor dB, dC;
+  AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "directional_scan_backward", [&] {
+    ScanProblem<scalar_t> p = a.problem<scalar_t>();
+    // Sums in place save memory, above all the time to have it mapped; the order of summation is the same.
+    const int64_t items = items_of_sequence(p), enough = 4 * at::get_num_threads();
+    const bool shared = u.dim() == 3;
+    p.dB_in_parts = batch * (shared ? 1 : K) < enough;
+    p.du_in_parts = !shared || (p.dB_in_parts && batch * items < enough);
+    du = p.du_in_parts ? at::empty({batch, K, a.rows, width}, options) : at::empty({batch, a.rows, width}, options);
+    dB = at::empty({p.dB_in_parts ? items : 1, batch, K, a.rows, N}, options);
+    dC = at::empty_like(dB);
+    p.checkpoints = checkpoints.mutable_data_ptr<scalar_t>();
+    p.dy = dy.const_data_ptr<scalar_t>(), p.dy_strides = strides(dy);
+    p.dlast = dlast.defined() ? dlast.const_data_ptr<scalar_t>() : nullptr;
+    p.du = du.mutable_data_ptr<scalar_t>(), p.ddelta = ddelta.mutable_data_ptr<scalar_t>(), p.ddelta_strides = strides(ddelta);
+    p.dA = dA.mutable_data_ptr<scalar_t>();
+    p.dB = dB.mutable_data_ptr<scalar_t>(), p.dC = dC.mutable_data_ptr<scalar_t>();
+    p.dD = dD.mutable_data_ptr<scalar_t>(), p.dbias = dbias.mutable_data_ptr<scalar_t>();
+    for_each_item(p, true, kernels<scalar_t>().scan.backward, !p.du_in_parts, !p.dB_in_parts);
+    if (shared && p.du_in_parts) du = sum_directions(du);
+    if (width == 0) dB.zero_(), dC.zero_();
+  });
+  return {du,
+          ddelta,
+          ordered_sum(dA),
+          ordered_sum(dB),
+          ordered_sum(dC),
+          ordered_sum(dD),
+          ordered_sum(dbias)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmlocalmamba, CPU, m) {
+  m.impl("directional_scan", directional_scan);
+  m.impl("directional_scan_backward", directional_scan_backward);
+}
+
+}  // namespace mmlocalmamba

@@ -1,0 +1,244 @@
+// Vectors of channels, elementary functions on them, and scratch memory, for the instruction set that kernels.h is
+// included for. Everything has internal linkage and nothing from the standard library is called.
+#include <utility>
+
+#include "interface.h"
+
+#define INLINE __attribute__((always_inline)) inline
+
+namespace mmlocalmamba {
+namespace {
+
+template <typename T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(ISA_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(ISA_BYTES)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(ISA_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(ISA_BYTES)));
+};
+template <typename T>
+using V = typename Vector<T>::type;
+template <typename T>
+using Bits = typename Vector<T>::bits;
+template <typename T>
+constexpr int kLanes = ISA_BYTES / sizeof(T);
+
+template <typename T>
+INLINE V<T> splat(T x) {
+  return x - V<T>{};
+}
+
+template <typename T>
+INLINE V<T> load(const T* from) {
+  V<T> x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// The last channels may not fill a vector: the other lanes read zero and are not written.
+template <typename T>
+INLINE V<T> load(const T* from, int lanes) {
+  if (__builtin_expect(lanes == kLanes<T>, 1)) return load(from);
+  V<T> x{};
+  for (int i = 0; i < lanes; ++i) x[i] = from[i];
+  return x;
+}
+
+template <typename T>
+INLINE void store(T* to, V<T> x, int lanes) {
+  if (__builtin_expect(lanes == kLanes<T>, 1)) {
+    __builtin_memcpy(to, &x, sizeof x);
+  } else {
+    for (int i = 0; i < lanes; ++i) to[i] = x[i];
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Elementary functions
+
+template <typename T>
+struct Constants;
+template <>
+struct Constants<float> {
+  static constexpr int mantissa = 23;
+  static constexpr float log2e = 1.44269504f;
+  static constexpr float ln2 = 0.693147181f;
+  // ln 2 in two parts; an integer times the first is exact.
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  // Adding this rounds to an integer n and leaves n + the exponent's bias in the lowest bits.
+  static constexpr float round = 12582912.f + 127.f;
+  static constexpr float lowest = -126.f, highest = 127.f;
+  static constexpr int32_t sqrt_half = 0x3f3504f3;
+  // 2^r - 1 on [-1/2, 1/2] divided by r, highest power first; relative error of 2^r 2e-9.
+  static constexpr float exp2[] = {1.53533619e-4f, 1.33988744e-3f, 9.61843736e-3f,
+                                   5.55033247e-2f, 2.40226479e-1f, 6.93147203e-1f};
+  // log((1 + s) / (1 - s)) = 2 s (1 + s^2 / 3 + ...) for |s| <= 0.172.
+  static constexpr float atanh[] = {1.f / 11, 1.f / 9, 1.f / 7, 1.f / 5, 1.f / 3};
+};
+template <>
+struct Constants<double> {
+  static constexpr int mantissa = 52;
+  static constexpr double log2e = 1.4426950408889634;
+  static constexpr double ln2 = 0.6931471805599453;
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double round = 6755399441055744. + 1023.;
+  static constexpr double lowest = -1022., highest = 1023.;
+  static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr double exp2[] = {
+      1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,   7.054911620801121e-09,
+      1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
+      0.0013333558146428441,  0.009618129107628477,   0.055504108664821576,   0.2402265069591007,
+      0.6931471805599453};
+  static constexpr double atanh[] = {1. / 23, 1. / 21, 1. / 19, 1. / 17, 1. / 15, 1. / 13,
+                                     1. / 11, 1. / 9,  1. / 7,  1. / 5,  1. / 3};
+};
+
+// Polynomial without its constant term, divided by the argument.
+template <typename T, int n>
+INLINE V<T> polynomial(V<T> x, const T (&coefficients)[n]) {
+  V<T> p = splat(coefficients[0]);
+  for (int i = 1; i < n; ++i) p = p * x + coefficients[i];
+  return p;
+}
+
+template <typename T>
+INLINE V<T> fraction_exp2(V<T> r) {
+  return polynomial<T>(r, Constants<T>::exp2) * r + T(1);
+}
+
+#ifdef ISA_AVX512
+INLINE V<float> nearest(V<float> x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE V<double> nearest(V<double> x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE V<float> scale(V<float> x, V<float> n) { return _mm512_scalef_ps(x, n); }
+INLINE V<double> scale(V<double> x, V<double> n) { return _mm512_scalef_pd(x, n); }
+
+template <typename T>
+INLINE V<T> exp2(V<T> x) {
+  const V<T> n = nearest(x);
+  return scale(fraction_exp2<T>(x - n), n);
+}
+
+template <typename T>
+INLINE V<T> exp(V<T> x) {
+  const V<T> n = nearest(x * Constants<T>::log2e);
+  const V<T> r = (x - n * Constants<T>::ln2_high) - n * Constants<T>::ln2_low;
+  return scale(fraction_exp2<T>(r * Constants<T>::log2e), n);
+}
+#else
+// Results below the smallest normal number come out as that number. NaN stays NaN: it fails both comparisons.
+template <typename T>
+INLINE V<T> clamp(V<T> x) {
+  const V<T> lowest = splat(Constants<T>::lowest), highest = splat(Constants<T>::highest);
+  x = x < lowest ? lowest : x;
+  return x > highest ? highest : x;
+}
+
+template <typename T>
+INLINE V<T> power(V<T> rounded) {
+  return (V<T>)((Bits<T>)rounded << Constants<T>::mantissa);
+}
+
+template <typename T>
+INLINE V<T> exp2(V<T> x) {
+  x = clamp<T>(x);
+  const V<T> rounded = x + Constants<T>::round;
+  return fraction_exp2<T>(x - (rounded - Constants<T>::round)) * power<T>(rounded);
+}
+
+template <typename T>
+INLINE V<T> exp(V<T> x) {
+  const V<T> rounded = clamp<T>(x * Constants<T>::log2e) + Constants<T>::round;
+  const V<T> n = rounded - Constants<T>::round;
+  V<T> r = ((x - n * Constants<T>::ln2_high) - n * Constants<T>::ln2_low) * Constants<T>::log2e;
+  // Where the exponent was clamped the fraction must not run away.
+  r = r < T(-0.5) ? splat(T(-0.5)) : r;
+  return fraction_exp2<T>(r) * power<T>(rounded);
+}
+#endif
+
+// log(1 + e) for e >= 0, accurate where 1 + e rounds: log w + (what the rounding of w = 1 + e lost) / w.
+template <typename T>
+INLINE V<T> log1p(V<T> e) {
+  using K = Constants<T>;
+  const V<T> w = e + T(1);
+  const V<T> lost = e - (w - T(1));
+  const Bits<T> k = ((Bits<T>)w - K::sqrt_half) >> K::mantissa;
+  const Bits<T> shift = k << K::mantissa;
+  const V<T> one = splat(T(1));
+  const V<T> inverse_power = (V<T>)((Bits<T>)one - shift);
+  const V<T> f = ((V<T>)((Bits<T>)w - shift) - T(1)) + lost * inverse_power;  // w / 2^k - 1
+  const V<T> s = f / (f + T(2)), z = s * s;
+  const V<T> log_f = T(2) * s * (polynomial<T>(z, K::atanh) * z + T(1));
+  const V<T> exponent = __builtin_convertvector(k, V<T>);
+  return exponent * K::ln2_high + (exponent * K::ln2_low + log_f);
+}
+
+// softplus as in torch and mamba_ssm: the identity beyond 20.
+template <typename T>
+INLINE V<T> softplus(V<T> x, V<T>* derivative = nullptr) {
+  const V<T> limit = splat(T(20)), one = splat(T(1));
+  const auto large = x > limit;
+  const V<T> e = exp<T>(large ? limit : x);
+  if (derivative) *derivative = large ? one : e / (e + T(1));
+  return large ? x : log1p<T>(e);
+}
+
+// x / (1 + exp(-x)) and its derivative. The limit keeps exp finite, where sigmoid is 0 or 1 already.
+template <typename T>
+INLINE V<T> silu(V<T> x, V<T>* derivative = nullptr) {
+  const V<T> limit = splat(Constants<T>::highest * Constants<T>::ln2 - 1);
+  x = x < -limit ? -limit : x;
+  const V<T> near = x > limit ? limit : x, sigmoid = T(1) / (exp<T>(-near) + T(1));
+  if (derivative) *derivative = sigmoid + near * sigmoid * (T(1) - sigmoid);
+  return x * sigmoid;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory
+
+constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Hands out pieces of the scratch memory; with a null pointer it only counts.
+struct Scratch {
+  char* memory;
+  int64_t used = 0;
+
+  template <typename U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(memory + used);
+    used += aligned(count * sizeof(U));
+    return piece;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Items of work
+
+// The channels of one item.
+template <typename T>
+struct Channels {
+  int64_t first, blocks, total;
+
+  Channels(int64_t channels, Item item) : first(item.index * kBlocks * kLanes<T>), total(channels) {
+    blocks = (total - first + kLanes<T> - 1) / kLanes<T>;
+    blocks = blocks < kBlocks ? blocks : kBlocks;
+  }
+  int64_t begin(int64_t block) const { return first + block * kLanes<T>; }
+  int lanes(int64_t block) const {
+    const int64_t left = total - begin(block);
+    return left < kLanes<T> ? int(left) : kLanes<T>;
+  }
+};
+
+INLINE int64_t offset(const Strides& s, Item item) { return item.batch * s.batch + item.direction * s.direction; }
+
+#define PREFETCH(array, row, stride, for_writing) \
+  if ((row) >= 0) __builtin_prefetch((array) + (row) * (stride), for_writing)
+
+}  // namespace
+}  // namespace mmlocalmamba
