@@ -57,6 +57,7 @@ def sum_case(D=70, gated=True):
 
 CASES = {
     'linear': linear_case,
+    'linear-per-direction': lambda: (ops.linear, dict(x=randn(2, 3, 5, 13), weight=randn(3, 7, 13, seed=1))),
     'conv': conv_case,
     'conv-odd': lambda: conv_case(D=17, taps=3, pad=False),
     'conv-1': lambda: conv_case(D=1, taps=1),
@@ -113,7 +114,7 @@ def test_opcheck(case, monkeypatch):
 @built
 @pytest.mark.parametrize('case', CASES)
 def test_same_bits_whatever_the_threads(case, monkeypatch):
-    if case == 'linear':
+    if case.startswith('linear'):
         pytest.skip("the order of summation is oneDNN's")
     threads = torch.get_num_threads()
     try:
@@ -178,6 +179,10 @@ def test_bad_input_is_an_error_not_a_crash(monkeypatch):
         ops.directional_conv(x, weight[:, :2], bias, tables())
     with pytest.raises(IndexError, match='src holds tokens'):
         ops.directional_conv(x[:, :5], weight, bias, tables())
+    with pytest.raises(ValueError, match=r'weight \(O, I\) and bias \(O,\), got \[2, 77, 3\], \[7, 4\]'):
+        ops.linear(x, torch.ones(7, 4, dtype=x.dtype))
+    with pytest.raises(ValueError, match=r'weight \(K, O, I\) without bias'):
+        ops.linear(x[:, None], torch.ones(2, 7, 3, dtype=x.dtype))
     with pytest.raises(ValueError, match='z must have shape'):
         torch.ops.mmlocalmamba.scattn_sum(x[:, None], x[:1], *[bias[0]] * 2, 1e-5, *[bias[0]] * 4)
 

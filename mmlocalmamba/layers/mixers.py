@@ -79,7 +79,7 @@ class DirectionalSSM(nn.Module):
         if channels is not None:  # a part of the sum over channels stands for all of it
             x_proj_weight = x_proj_weight * (self.x_proj_weight.shape[2] / x_proj_weight.shape[2])
         if in_scan_order:
-            projected = torch.stack([linear(x[:, k], weight) for k, weight in enumerate(x_proj_weight)], dim=1)
+            projected = linear(x, x_proj_weight)
         else:
             projected = linear(x, x_proj_weight.flatten(0, 1))
             projected = projected.unflatten(-1, x_proj_weight.shape[:2]).transpose(1, 2)

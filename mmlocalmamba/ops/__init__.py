@@ -231,10 +231,19 @@ def runs_native(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., I) times weight (O, I) transposed, plus bias (O,): torch's ``F.linear``, by its faster way on a CPU."""
+    """torch's ``F.linear``, by its faster way on a CPU.
+
+    Args:
+        x: (..., I), or (B, K, T, I) for K weights.
+        weight: (O, I), or (K, O, I).
+        bias: (O,) or None; None for K weights.
+
+    Returns:
+        (..., O), or (B, K, T, O).
+    """
     if x.dim() > 1 and runs_native(x, weight, bias) and not torch.is_autocast_enabled('cpu'):
         return cpu.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return torch.einsum('bkti,koi->bkto', x, weight) if weight.dim() == 3 else F.linear(x, weight, bias)
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables) -> Tensor:

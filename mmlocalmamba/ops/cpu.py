@@ -89,10 +89,7 @@ def _backward(ctx, grad_y, grad_last, _):
 
 def _backward_of_factor(grad, factor, weight):
     """Gradients of delta = factor (B, K, L, R) times weight (K, D, R), from that of delta (B, K, L, D)."""
-    pairs = [(grad[:, k], factor[:, k], weight[k]) for k in range(len(weight))]
-    grad_factor = torch.stack([_product(g, w.t()) for g, _, w in pairs], dim=1)
-    grad_weight = torch.stack([_grad_weight(g, f) for g, f, _ in pairs])
-    return grad_factor, grad_weight
+    return _product(grad, weight.mT), _grad_weight(grad, factor, 3)
 
 
 def _twice(ctx, *grads):
@@ -111,11 +108,15 @@ _product = torch.ops.mmlocalmamba.linear
 
 @torch.library.register_fake('mmlocalmamba::linear')
 def _fake_linear(x, weight, bias=None):
+    if weight.dim() == 3:
+        return x.new_empty(weight.shape[0], x.shape[0], *x.shape[2:-1], weight.shape[1]).transpose(0, 1)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _grad_weight(grad, x):
-    """Of a product x (..., I) times weight (O, I)^T, from its gradient (..., O)."""
+def _grad_weight(grad, x, weight_dim=2):
+    """Of a product x (..., I) times weight (O, I)^T, from its gradient (..., O); or of K products."""
+    if grad.dim() == 4 and weight_dim == 3:
+        return torch.stack([_grad_weight(grad[:, k], x[:, k]) for k in range(grad.shape[1])])
     # In this order oneDNN is fast at every shape; the result is a transposed view.
     return _product(x.flatten(0, -2).t(), grad.flatten(0, -2).t()).t()
 
@@ -123,7 +124,8 @@ def _grad_weight(grad, x):
 def _linear_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    return (_product(grad, weight.t()) if needs[0] else None, _grad_weight(grad, x) if needs[1] else None,
+    return (_product(grad, weight.mT) if needs[0] else None,
+            _grad_weight(grad, x, weight.dim()) if needs[1] else None,
             grad.flatten(0, -2).sum(0) if len(needs) > 2 and needs[2] else None)
 
 

@@ -31,7 +31,19 @@ const std::optional<c10::TypedOperatorHandle<MkldnnLinear>>& mkldnn_linear() {
   return handle;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+Tensor multiply(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  if (weight.dim() == 3) {  // a product for each direction, whose rows lie together
+    TORCH_CHECK_VALUE(!bias && x.dim() == 4 && x.size(1) == weight.size(0), "x must be (B, K, T, I) and weight (K, O, I) ",
+                      "without bias, got ", x.sizes(), " and ", weight.sizes());
+    std::vector<Tensor> y;
+    for (int64_t k = 0; k < weight.size(0); ++k) y.push_back(multiply(x.select(1, k), weight[k], std::nullopt));
+    return at::stack(y).transpose(0, 1);
+  }
+  // oneDNN would not ask.
+  TORCH_CHECK_VALUE(weight.dim() == 2 && x.dim() >= 2 && x.size(-1) == weight.size(1) &&
+                        (!bias || bias->sizes() == at::IntArrayRef({weight.size(0)})),
+                    "x must be (..., I), weight (O, I) and bias (O,), got ", x.sizes(), ", ", weight.sizes(), " and ",
+                    bias ? bias->sizes() : at::IntArrayRef());
   const auto& product = mkldnn_linear();
   if (!product || x.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat || x.numel() == 0 ||
       weight.numel() == 0) {
@@ -216,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scatt
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mmlocalmamba, CPU, m) {
-  m.impl("linear", linear);
+  m.impl("linear", multiply);
   m.impl("directional_conv", directional_conv);
   m.impl("directional_conv_backward", directional_conv_backward);
   m.impl("scattn_sum", scattn_sum);
