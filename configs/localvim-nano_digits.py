@@ -17,4 +17,4 @@ model = dict(
         drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
     head=dict(num_classes=10, in_channels=64, topk=(1, )))
-train_cfg = dict(max_epochs=28)
+train_cfg = dict(max_epochs=24)
