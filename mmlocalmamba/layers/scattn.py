@@ -67,6 +67,7 @@ class SCAttn(nn.Module):
         """Sum over K of ``forward(y * silu(z))``: y (B, K, L, C), z (B, L, C) or None -> (B, L, C)."""
         weights = [parameter for module in (self.norm, self.global_reduce, self.channel_select)
                    for parameter in (module.weight, module.bias)]
-        if self.spatial_select is None and runs_native(y, *weights):
+        hooked = self._forward_hooks or self._forward_pre_hooks  # they want to see the call
+        if self.spatial_select is None and not hooked and runs_native(y, *weights):
             return cpu.scattn_sum(y, z, *weights[:2], self.norm.eps, *weights[2:])
         return self(y if z is None else y * F.silu(z)[:, None]).sum(1)
