@@ -387,7 +387,8 @@ def test_ablations_differ_where_they_say(name, blocks, directions, scattn):
     assert backbone.directions == [tuple(directions.split())] * blocks
     assert load(name).model.backbone.get('scattn', True) == scattn
     gate = backbone.layers[0].mixer.scattn
-    assert (gate is not None) == bool(scattn) and (not gate or (gate.spatial_select is not None) == (scattn is not True))
+    assert (gate is not None) == bool(scattn)
+    assert gate is None or (gate.spatial_select is not None) == isinstance(scattn, dict)
 
 
 # one configuration of each data set
