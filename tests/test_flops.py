@@ -2,6 +2,7 @@
 import json
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ from mmlocalmamba.ops.flops import HANDLES, SCAN, check_all_known, scan_flops
 ROOT = Path(__file__).resolve().parents[1]
 with mock.patch.object(sys, 'path', [str(ROOT / 'tools'), *sys.path]):
     import get_flops
+    import reproduce_tables
 
 ARCH = dict(embed_dims=8, num_layers=1, d_state=2, expand=2, dt_rank=3)
 
@@ -25,7 +27,9 @@ ARCH = dict(embed_dims=8, num_layers=1, d_state=2, expand=2, dt_rank=3)
 def count(name, shape, convention='exact', **backbone):
     cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
     cfg.model.backbone.update(backbone)
-    return get_flops.count_flops(get_flops.build(cfg), shape, convention)
+    model = get_flops.build(cfg)
+    exact = get_flops.count_flops(model, shape)
+    return exact if convention == 'exact' else get_flops.as_in_the_paper(exact, model, shape)
 
 
 @pytest.mark.parametrize('backend', ['cpu', 'chunked'])
@@ -134,3 +138,25 @@ def test_command_line(capsys):
     assert output['params'] == sum(module['params'] for module in output['modules'].values())
     text = run(capsys, config, '--shape', '32', '32', '--convention', 'paper', '--modules')
     assert 'backbone.layers' in text and '32x32, paper:' in text
+
+
+def test_paper_beside_ours(monkeypatch):
+    """docs/tables.md is what the tool writes, and a row that nothing explains needs a note."""
+    written = (ROOT / 'docs' / 'tables.md').read_text()
+    lines = [line.split(' | ') for line in written.splitlines() if line.startswith('| ')]
+    rows = [row for table in reproduce_tables.TABLES for row in table.rows]
+    assert all(f'## {table.title}\n' in written for table in reproduce_tables.TABLES)
+    for row in rows:
+        line, = (cells for cells in lines if cells[0] == f'| {row.model}' and row.accuracy in cells[-1])
+        assert line[2] == f'{row.params} M' and line[4] == f'{row.flops:g}' and line[7] in ('exact', "authors'")
+        assert row.config in line[1]
+
+    params = Counter({'': 25_527_160, 'backbone': 24_758_160})
+    flops = dict.fromkeys(get_flops.CONVENTIONS, 5_720_000_000)
+    monkeypatch.setattr(reproduce_tables, 'measure', lambda row, known: (params, flops))
+    row = next(row for row in rows if row.model == 'LocalVMamba-T')
+    cells, wrong = reproduce_tables.compare(row, {})
+    assert not wrong and cells[3:] == ['25.53 M', '5.7', '5.72 (+0.4%)', 'the same', 'exact', '82.7']
+    assert reproduce_tables.compare(row._replace(params=25), {})[1] == []  # without the classes of ImageNet
+    assert reproduce_tables.compare(row._replace(params=24, flops=5.), {})[1] == ['parameters', 'FLOPs']
+    assert reproduce_tables.compare(row._replace(flops=5., note='why'), {})[1] == []

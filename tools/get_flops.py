@@ -68,26 +68,9 @@ def detector_forward(model):
     return forward
 
 
-def authors_count(model, shape):
-    """{name: FLOPs} of the LocalVim mixers by the authors' counters."""
-    counts = {}
-    dense = getattr(model.backbone, 'out_type', None) == 'featmap'
-    for name, mixer in model.named_modules():
-        if isinstance(mixer, LocalVimMixer):
-            size = [-(-side // model.backbone.patch_size) for side in shape]
-            token = int(mixer.middle_token)
-            inner, channels = mixer.out_proj.in_features, mixer.out_proj.out_features
-            rank, state, _ = mixer.ssm.splits
-            steps = [len(scan_index(direction, *size, pad=mixer.pad)) + token for direction in mixer.directions]
-            counts[name] = authors_mixer_flops(
-                size[0] * size[1] + token, steps, channels, inner, len(mixer.directions), state, rank,
-                mixer.conv_weight.shape[-1], mixer.scattn.global_reduce.out_features if mixer.scattn else 0, dense)
-    return counts
-
-
 @torch.no_grad()
-def count_flops(model, shape, convention='exact'):
-    """FLOPs and parameters of a model of :func:`build` for one image of ``shape`` (H, W).
+def count_flops(model, shape):
+    """Exact FLOPs and parameters of a model of :func:`build` for one image of ``shape`` (H, W).
 
     Raises:
         NotImplementedError: an op of ours has no handle.
@@ -108,20 +91,35 @@ def count_flops(model, shape, convention='exact'):
             raise RuntimeError(f'the scans of {name} were not counted: mmlocalmamba.ops.flops.HANDLES does not know '
                                'the op that runs them')
     flops = Counter({name: int(value) for name, value in analyzer.by_module().items()})
-    if convention == 'paper':
-        for mixer, value in authors_count(model, shape).items():
-            difference = value - flops[mixer]
-            for name in list(flops):
-                if name == '' or f'{mixer}.'.startswith(f'{name}.'):
-                    flops[name] += difference
-                elif name.startswith(f'{mixer}.'):
-                    del flops[name]  # the authors' formulas have no such parts
     params = Counter()
     for name, parameter in model.named_parameters():
         parts = name.split('.')
         for depth in range(len(parts)):
             params['.'.join(parts[:depth])] += parameter.numel()
     return Count(flops, params)
+
+
+def as_in_the_paper(count, model, shape):
+    """An exact count with the mixers of LocalVim as the authors' counters take them."""
+    flops = count.flops.copy()
+    dense = getattr(model.backbone, 'out_type', None) == 'featmap'
+    for name, mixer in model.named_modules():
+        if isinstance(mixer, LocalVimMixer):
+            size = [-(-side // model.backbone.patch_size) for side in shape]
+            token = int(mixer.middle_token)
+            inner, channels = mixer.out_proj.in_features, mixer.out_proj.out_features
+            rank, state, _ = mixer.ssm.splits
+            steps = [len(scan_index(direction, *size, pad=mixer.pad)) + token for direction in mixer.directions]
+            value = authors_mixer_flops(
+                size[0] * size[1] + token, steps, channels, inner, len(mixer.directions), state, rank,
+                mixer.conv_weight.shape[-1], mixer.scattn.global_reduce.out_features if mixer.scattn else 0, dense)
+            difference = value - flops[name]
+            for part in count.flops:
+                if part == '' or f'{name}.'.startswith(f'{part}.'):
+                    flops[part] += difference
+                elif part.startswith(f'{name}.'):
+                    del flops[part]  # the authors' formulas have no such parts
+    return Count(flops, count.params)
 
 
 def main():
@@ -138,7 +136,9 @@ def main():
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     shape = tuple(args.shape or SHAPES[cfg.default_scope])
-    flops, params = count_flops(build(cfg), shape, args.convention)
+    model = build(cfg)
+    count = count_flops(model, shape)
+    flops, params = count if args.convention == 'exact' else as_in_the_paper(count, model, shape)
     modules = [name for name in flops if name and name.count('.') < args.modules and (flops[name] or params[name])]
     if args.json:
         print(json.dumps(dict(
