@@ -24,8 +24,8 @@ MODELS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/ablation'))
-    parser.add_argument('--epochs', type=int, default=20)
-    parser.add_argument('--search-epochs', type=int, default=15)
+    parser.add_argument('--epochs', type=int, default=15)
+    parser.add_argument('--search-epochs', type=int, default=6)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS), metavar='NAME',
                         help=f'only these of: {"; ".join(MODELS)}')
