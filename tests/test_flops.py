@@ -106,11 +106,33 @@ def test_detectors_count_every_part():
     assert all(flops[part] > 0 for part in parts) and flops[''] == sum(flops[part] for part in parts)
 
 
-def test_the_count_does_not_depend_on_the_backend(monkeypatch):
-    expected = count('localvim-nano_digits', (32, 32)).flops['']
-    for backend in ('chunked', 'reference'):
+@pytest.mark.parametrize('model', [
+    lambda: LocalVim('nano', img_size=32, patch_size=4, directions=['h', 'w3', 'v_flip']),
+    lambda: LocalVim('nano', img_size=32, patch_size=4, cls_token='middle', rope=False, out_type='cls_token'),
+    lambda: LocalVMamba('nano', directions=['w7', 'h']),
+])
+@torch.no_grad()
+def test_backends_cost_the_same(model, monkeypatch):
+    """Native ops, which hold several of PyTorch's each, and the PyTorch backend."""
+    reason = available_backends(torch.zeros(1))['cpu']
+    if reason:
+        pytest.skip(reason)
+    counts, model = {}, model().eval()
+    for backend in ('cpu', 'chunked'):
         monkeypatch.setenv(BACKEND_VARIABLE, backend)
-        assert count('localvim-nano_digits', (32, 32)).flops[''] == expected
+        analyzer = FlopAnalyzer(model, torch.zeros(1, 3, 32, 32)).set_op_handle(**HANDLES)
+        counts[backend] = analyzer.unsupported_ops_warnings(False).by_operator()
+        check_all_known(analyzer.unsupported_ops())
+    assert counts['cpu'][SCAN] == counts['chunked'][SCAN]
+    # Taps over the end of PyTorch's padded convolution, and the digits of MMEngine's einsum.
+    assert counts['cpu'].total() == pytest.approx(counts['chunked'].total(), rel=0.005)
+
+
+def test_the_reference_is_not_traced(monkeypatch):
+    """It has no op to count."""
+    expected = count('localvim-nano_digits', (32, 32)).flops['']
+    monkeypatch.setenv(BACKEND_VARIABLE, 'reference')
+    assert count('localvim-nano_digits', (32, 32)).flops[''] == expected
 
 
 def test_nothing_of_ours_is_left_out(monkeypatch):

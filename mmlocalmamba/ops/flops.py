@@ -10,6 +10,7 @@ Handles get the values of a traced graph, of which only shapes matter.
 """
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -37,7 +38,28 @@ def _native_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
     shapes = _arguments('directional_scan', inputs)
     (batch, K, rows, _), (_, width, N) = shapes['delta'], shapes['A']
     steps = shapes['src'][1] if shapes['src'] else rows
-    return Counter({SCAN: scan_flops(batch * K, steps, width, N)})
+    counts = Counter({SCAN: scan_flops(batch * K, steps, width, N)})
+    if shapes.get('dt_weight'):  # step sizes from their low-rank factor
+        counts['linear'] = prod(shapes['delta']) * width
+    return counts
+
+
+def _native_linear(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    shapes = _arguments('linear', inputs)
+    return prod(shapes['x']) * shapes['weight'][-2]
+
+
+def _native_conv(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    shapes = _arguments('directional_conv', inputs)
+    batch, steps = shapes['x'][0], (shapes['src'] or shapes['x'])[1]
+    return Counter(conv=batch * steps * prod(shapes['weight']))
+
+
+def _native_scattn(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    shapes = _arguments('scattn_sum', inputs)
+    batch, K = shapes['y'][:2]
+    gates = batch * K * (prod(shapes['reduce_weight']) + prod(shapes['select_weight']))
+    return Counter(layer_norm=5 * prod(shapes['y']), linear=gates)  # 5 as in MMEngine
 
 
 def _chunked_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
@@ -49,6 +71,9 @@ def _chunked_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
 # backend (_Read, _Write) only move data.
 HANDLES: dict[str, Callable] = {
     f'{NAMESPACE}directional_scan': _native_scan,
+    f'{NAMESPACE}linear': _native_linear,
+    f'{NAMESPACE}directional_conv': _native_conv,
+    f'{NAMESPACE}scattn_sum': _native_scattn,
     'prim::PythonOp._Scan': _chunked_scan,
 }
 
