@@ -31,6 +31,6 @@ except ModuleNotFoundError:
     # mmlocalmamba.ops and mmlocalmamba.scans need torch alone.
     pass
 else:
-    from mmlocalmamba.compat import allow_mmengine_checkpoints, register_scope
+    from mmlocalmamba.compat import allow_checkpoints, register_scope
     register_scope()
-    allow_mmengine_checkpoints()
+    allow_checkpoints()

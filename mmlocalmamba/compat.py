@@ -1,4 +1,6 @@
 """The only file that knows versions: OpenMMLab and OneDL packages, MMEngine, torch."""
+from argparse import Namespace
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,14 +15,23 @@ def _restricted_getattr(owner: Any, name: str) -> Any:
     raise RuntimeError(f'a checkpoint asks for attribute {name!r} of {owner!r}: refused')
 
 
-def allow_mmengine_checkpoints() -> None:
-    """Let torch.load(weights_only=True), the default since torch 2.6, read what MMEngine writes: its message hub holds
-    HistoryBuffers of numpy scalars. Only these are allowed, and a getattr that serves HistoryBuffer alone."""
+class _PlainDict:
+    """Stands in for yacs' configuration in pickles: a dictionary without methods of its own."""
+
+    def __new__(cls) -> OrderedDict:
+        return OrderedDict()
+
+
+def allow_checkpoints() -> None:
+    """Let torch.load(weights_only=True), the default since torch 2.6, read what MMEngine, Vim and VMamba write.
+
+    MMEngine's message hub holds HistoryBuffers of numpy scalars, Vim's files hold an argparse.Namespace, VMamba's a
+    configuration of yacs. Only these are allowed, and a getattr that serves HistoryBuffer alone."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
     core = np._core if hasattr(np, '_core') else np.core
     allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype,
-               (_restricted_getattr, 'builtins.getattr')]
+               (_restricted_getattr, 'builtins.getattr'), Namespace, (_PlainDict, 'yacs.config.CfgNode')]
     # numpy pickles a scalar with the class of its dtype; the module was renamed in numpy 2.
     allowed += [(core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
                 (core.multiarray.scalar, 'numpy.core.multiarray.scalar')]

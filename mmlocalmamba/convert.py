@@ -1,4 +1,5 @@
-"""State dicts of the authors' implementation (hunto/LocalMamba) <-> ours: two pure functions over names and tensors.
+"""State dicts of the authors' implementation (hunto/LocalMamba) <-> ours, and of Vim (hustvl/Vim) and VMamba, version 0
+(MzeroMiko/VMamba) -> ours: pure functions over names and tensors.
 
 Ours are those of an mmpretrain classifier: ``backbone.*`` and ``head.fc.*``. What differs besides names: K directions
 are stacked in one tensor; mmcv's PatchMerging unfolds a 2x2 patch channel by channel, the authors' code position by
@@ -68,9 +69,66 @@ _STACKED = {
 }
 
 
+# A name that only this model's authors have.
+_MARKS = {
+    'LocalVim': 'layers.0.mixer.A_log_0',
+    'LocalVMamba': 'layers.0.blocks.0.op.A_logs',
+    'Vim': 'layers.0.mixer.A_b_log',
+    'VMamba': 'layers.0.blocks.0.self_attention.A_logs',
+}
+_VIM = re.compile(r'(layers\.\d+\.mixer)\.(A_log|A_b_log|D|D_b|(?:conv1d|x_proj|dt_proj)(?:_b)?)(\.\w+)?')
+_VMAMBA = [(r'\.ln_1\.', '.norm.'), (r'\.self_attention\.', '.op.'), (r'^patch_embed\.proj\.', 'patch_embed.0.'),
+           (r'^patch_embed\.norm\.', 'patch_embed.2.'), (r'^(norm|head)\.', r'classifier.\1.')]
+
+
+def _official_arch(state_dict: Mapping[str, Tensor]) -> str | None:
+    return next((arch for arch, name in _MARKS.items() if name in state_dict), None)
+
+
 def is_official(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the names are those of the authors' LocalVim or LocalVMamba."""
-    return 'layers.0.mixer.A_log_0' in state_dict or 'layers.0.blocks.0.op.A_logs' in state_dict
+    """Whether the names are those of LocalMamba's, Vim's or VMamba's authors."""
+    return _official_arch(state_dict) is not None
+
+
+def _vim_name(name: str) -> str:
+    """Vim's name -> LocalVim's: scans h and h_flip are numbers 0 and 1 there, and without or with ``_b`` here."""
+    match = _VIM.fullmatch(name)
+    if match is None:
+        return name
+    mixer, part, leaf = match.groups()
+    return f'{mixer}.{part.replace("_b", "")}_{int("_b" in part)}{leaf or ""}'
+
+
+def _vmamba_name(name: str) -> str:
+    """VMamba's name -> LocalVMamba's."""
+    for pattern, replacement in _VMAMBA:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _vim_tensor(name: str, tensor: Tensor) -> Tensor:
+    """Vim's released models (``..._div2``) halve the sum of both directions before the output projection, which is
+    linear: half of its weight does the same, exactly, 2 being a power of two."""
+    return tensor / 2 if name.endswith('.mixer.out_proj.weight') else tensor
+
+
+def architecture(weights: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+    """(class, blocks, channels) of a backbone's weights under our names; a stage is one entry; None for other weights.
+
+    Args:
+        weights: names as in the backbone's own state dict.
+    """
+    for arch, pattern in (('LocalVim', r'(layers)\.(\d+)\.mixer\.out_proj\.weight'),
+                          ('LocalVMamba', r'stages\.(\d+)\.blocks\.(\d+)\.mixer\.out_proj\.weight')):
+        found = [(match, weights[name]) for name in weights if (match := re.fullmatch(pattern, name))]
+        if found:
+            blocks, channels = {}, {}
+            for match, weight in found:
+                stage = match.group(1)
+                blocks[stage] = max(blocks.get(stage, 0), int(match.group(2)) + 1)
+                channels[stage] = len(weight)
+            return arch, tuple(blocks.values()), tuple(channels.values())
+    return None
 
 
 def _merging_order(channels: int, to_ours: bool) -> Tensor:
@@ -100,19 +158,35 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str
     """The authors' state dict -> ours.
 
     Args:
-        state_dict: of a classifier, a backbone with output norms, or a supernet of the direction search.
+        state_dict: of LocalMamba's authors: a classifier, a backbone with output norms, or a supernet of the direction
+            search; or of Vim's released classifiers (class token in the middle) or VMamba's, version 0. Vim becomes a
+            LocalVim with directions h, h_flip, VMamba a LocalVMamba with h, v, h_flip, v_flip, both without SCAttn.
 
     Returns:
         (weights under our names, names that were not understood). Rotary tables are dropped: they are computed.
 
     Raises:
-        ValueError: these are not the authors' names, or the tensors of some direction are missing.
+        ValueError: these are not the authors' names, the tensors of some direction are missing, or it is one of the
+            first Vim models (RoPE, class token in front).
     """
-    if not is_official(state_dict):
-        raise ValueError("this is not a state dict of the authors' LocalVim or LocalVMamba: it has neither "
-                         "'layers.0.mixer.A_log_0' nor 'layers.0.blocks.0.op.A_logs', but e.g. "
+    arch = _official_arch(state_dict)
+    if arch is None:
+        raise ValueError("this is not a state dict of the authors' LocalVim or LocalVMamba, nor of Vim or VMamba: it "
+                         f'has neither {" nor ".join(_MARKS.values())}, but e.g. '
                          f'{", ".join(list(state_dict)[:3]) or "nothing"}')
-    arch = 'LocalVim' if 'layers.0.mixer.A_log_0' in state_dict else 'LocalVMamba'
+    names = {name: name for name in state_dict}  # as hunto/LocalMamba would have them -> as they are in the file
+    if arch == 'Vim':
+        if 'rope.freqs_cos' in state_dict or 'cls_token' not in state_dict:
+            raise ValueError('this is a Vim with rotary positions or without a class token: only the released models '
+                             'with a class token in the middle (midclstok, div2) are converted; others combine their '
+                             'directions and tokens differently')
+        names = {_vim_name(name): name for name in names}
+        state_dict = {name: _vim_tensor(name, state_dict[own]) for name, own in names.items()}
+        arch = 'LocalVim'
+    elif arch == 'VMamba':
+        names = {_vmamba_name(name): name for name in names}
+        state_dict = {name: state_dict[own] for name, own in names.items()}
+        arch = 'LocalVMamba'
     ours, unmatched, directions = {}, [], {}
     last = max(int(name.split('.')[1]) for name in state_dict if name.startswith('layers.'))
     for name, tensor in state_dict.items():
@@ -140,7 +214,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str
                 tensor = tensor.flatten()
             ours[f'backbone.stages.{match.group(1)}.blocks.{match.group(2)}.mixer.{_STACKED[match.group(3)]}'] = tensor
         else:
-            unmatched.append(name)
+            unmatched.append(names[name])
     for target, tensors in directions.items():
         block = target.split('.mixer.')[0]
         K = len(directions[f'{block}.mixer.ssm.A_log'])

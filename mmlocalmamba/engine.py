@@ -8,8 +8,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from mmlocalmamba.backbones.base import LocalMambaBackbone
-from mmlocalmamba.convert import find_state_dict, from_official, is_official
+from mmlocalmamba.backbones.base import LocalMambaBackbone, check_architecture
+from mmlocalmamba.convert import backbone_state_dict, find_state_dict, from_official, is_official
 from mmlocalmamba.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS
 
 
@@ -80,7 +80,8 @@ class OfficialCheckpointHook(Hook):
         """Convert ``checkpoint`` in place.
 
         Raises:
-            RuntimeError: with ``strict``, weights of the backbone are missing or have another shape.
+            RuntimeError: the checkpoint is of the other backbone; with ``strict``, weights of the backbone are missing
+                or have another shape.
         """
         prefix, backbone = _find_backbone(runner.model)
         if backbone is None:
@@ -91,6 +92,7 @@ class OfficialCheckpointHook(Hook):
             print_log(f"converted {len(converted)} weights of the authors' format"
                       + (f'; not understood: {", ".join(unmatched)}' if unmatched else ''), logger='current')
             weights = {**converted, **{name: weights[name] for name in unmatched}}
+        check_architecture(backbone_state_dict(weights, prefix), backbone, 'the checkpoint')
         own = {f'{prefix}.{name}' if prefix else name: value for name, value in backbone.state_dict().items()
                if not backbone.is_new_for_task(name)}
         bad = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]

@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmlocalmamba.engine  # noqa: F401
-from mmlocalmamba.backbones import LocalVMamba
+from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.convert import to_official
 
 ARCH = dict(embed_dims=[8, 16], depths=[1, 1], d_state=1)
@@ -108,6 +108,11 @@ def test_official_checkpoints_load_from_and_foreign_ones_are_refused(tmp_path):
     torch.save(dict(state_dict={'backbone.conv.weight': torch.zeros(1)}), tmp_path / 'other.pth')
     with pytest.raises(RuntimeError, match='weights of LocalVMamba are missing in the checkpoint'):
         runner(tmp_path, 'other', load_from=str(tmp_path / 'other.pth')).load_or_resume()
+
+    vim = LocalVim(dict(embed_dims=8, num_layers=1, d_state=1), img_size=16, patch_size=8, directions=['h'])
+    torch.save(dict(model=to_official(vim.state_dict())[0]), tmp_path / 'vim.pth')
+    with pytest.raises(RuntimeError, match='holds a LocalVim of 1 blocks and 8 channels: it is not of this backbone'):
+        runner(tmp_path, 'vim', load_from=str(tmp_path / 'vim.pth')).load_or_resume()
 
 
 def test_scope_is_found_without_custom_imports():

@@ -67,6 +67,30 @@ def test_model_index():
     assert index.check(silent=True) == []
     assert sorted(model.config for model in index.models) == CONFIGS
     assert all(model.name == Path(model.config).stem for model in index.models)
+    collections = {collection.name for collection in index.collections}
+    for model in index.models:
+        assert model.in_collection in collections
+        assert {'Training Data', 'Task', 'Parameters'} <= set(model.metadata.data)
+        # Figures of accuracy stand beside the file that they were reported for, and nowhere else.
+        assert (model.weights is None) == (not model.results)
+    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models if model.weights}
+    assert released == {
+        'localvim-t_8xb128_in1k': 'local_vim_tiny.ckpt',
+        'localvim-t-midcls_8xb128_in1k': 'local_vim_tiny_middle_cls_token.ckpt',
+        'localvmamba-s_8xb128_in1k': 'local_vssm_small.ckpt',
+    }
+
+
+def test_mim_search_and_download_read_the_metadata():
+    """What `mim search` filters and prints, and what `mim download` looks up: weights and configuration."""
+    search = pytest.importorskip('mim.commands.search')
+    table = search.convert2df(search.load(str(ROOT / 'model-index.yml')))
+    assert sorted(table['config']) == CONFIGS
+    found = search.filter_by_training_datasets(table, ['ImageNet-1k'])
+    found = search.filter_by_conditions(found, 'parameters<8000000')
+    assert {'localvim-t_8xb128_in1k', 'vim-t_8xb128_in1k'} <= set(found.index) and len(found) < len(table)
+    row = search.select_by(table, shown_fields=['weight', 'config']).loc['localvmamba-s_8xb128_in1k']
+    assert row['weight'].endswith('local_vssm_small.ckpt') and (ROOT / row['config']).is_file()
 
 
 def test_mim_finds_the_package():

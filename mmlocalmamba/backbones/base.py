@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.convert import backbone_state_dict
+from mmlocalmamba.convert import architecture, backbone_state_dict
 from mmlocalmamba.scans import check_scan
 from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
 
 Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
+_LOCALVMAMBA_S = ('LocalVMamba', (2, 2, 27, 2), (96, 192, 384, 768))
 
 
 def resolve_arch(arch: str | dict, variants: dict[str, dict], required: Sequence[str]) -> dict:
@@ -158,14 +159,16 @@ class LocalMambaBackbone(BaseModule):
         """Load the backbone's weights from a file or URL; see the class docstring.
 
         Raises:
-            RuntimeError: with ``strict``, weights that are missing or do not fit.
+            RuntimeError: weights of the other backbone; with ``strict``, weights that are missing or do not fit.
         """
         if checkpoint is None:
             print_log(f'{type(self).__name__}: no pre-trained weights were given (init_cfg.checkpoint=None), '
                       'the backbone starts from scratch', logger='current', level=logging.WARNING)
             return
         loaded = load_checkpoint(checkpoint, map_location)
-        weights = self.adapt_state_dict(backbone_state_dict(loaded, prefix=prefix))
+        weights = backbone_state_dict(loaded, prefix=prefix)
+        check_architecture(weights, self, checkpoint)
+        weights = self.adapt_state_dict(weights)
         own = self.state_dict()
         unfit = {name: f'{tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} here'
                  for name in weights if name in own and weights[name].shape != own[name].shape}
@@ -215,6 +218,30 @@ class LocalMambaBackbone(BaseModule):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+def check_architecture(weights: dict[str, Tensor], backbone: nn.Module, source: str) -> None:
+    """Refuse weights of the other backbone, of which nothing fits.
+
+    Args:
+        weights: of a backbone, under our names.
+        source: where they come from, for the message.
+
+    Raises:
+        RuntimeError: they are of another class than ``backbone``.
+    """
+
+    def describe(name: str, blocks: Sequence[int], channels: Sequence[int]) -> str:
+        return f'a {name} of {", ".join(map(str, blocks))} blocks and {", ".join(map(str, channels))} channels'
+
+    found, own = architecture(weights), architecture(backbone.state_dict())
+    if found is None or found[0] == own[0]:
+        return
+    message = f'{source} holds {describe(*found)}: it is not of this backbone, {describe(*own)}.'
+    if found == _LOCALVMAMBA_S:
+        message += (' It is the file of LocalVMamba-S, which the README of hunto/LocalMamba links for LocalVim-S as '
+                    'well: weights of LocalVim-S are not linked there.')
+    raise RuntimeError(message)
 
 
 def check_frozen_stages(frozen_stages: int, count: int) -> int:

@@ -1,4 +1,5 @@
-"""Convert checkpoints of the authors' implementation (hunto/LocalMamba) to ours, or back.
+"""Convert checkpoints of the authors' implementation (hunto/LocalMamba), of Vim (hustvl/Vim, the released models with a
+class token in the middle) and of VMamba, version 0 (MzeroMiko/VMamba), to ours, or ours to LocalMamba's.
 
     python tools/model_converters/official_to_mmlocalmamba.py SRC DST
     python tools/model_converters/official_to_mmlocalmamba.py --to-official SRC DST
@@ -17,7 +18,7 @@ import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.convert import STATE_DICT_KEYS, find_state_dict, from_official, to_official
+from mmlocalmamba.convert import STATE_DICT_KEYS, architecture, find_state_dict, from_official, to_official
 from mmlocalmamba.files import write_whole
 
 
@@ -27,42 +28,39 @@ def expected_shapes(weights):
     scattn = any('.scattn.' in name for name in names)
     spatial = any('.spatial_select.' in name for name in names)
     search = any(name.endswith('mixed_scan.alphas') for name in names)
+    found = architecture({name[len('backbone.'):]: weights[name] for name in names if name.startswith('backbone.')})
+    if found is None:
+        raise ValueError('it has no blocks')
+    arch, depths, channels = found
+    prefix = 'layers' if arch == 'LocalVim' else 'stages.{}.blocks'
+    blocks = [f'backbone.{prefix.format(stage)}.{block}.mixer.'
+              for stage, depth in enumerate(depths) for block in range(depth)]
 
     def directions(block):
-        K = len(weights[f'backbone.{block}.mixer.ssm.D'])
+        K = len(weights[f'{block}ssm.D'])
         return [f'w{index + 1}' for index in range(K)]  # any names: they do not change the shapes
 
-    def common(block):
-        channels, inner = weights[f'backbone.{block}.mixer.out_proj.weight'].shape
-        dt_rank = weights[f'backbone.{block}.mixer.ssm.dt_proj_weight'].shape[-1]
-        return dict(d_state=weights[f'backbone.{block}.mixer.ssm.A_log'].shape[-1], expand=inner / channels,
-                    dt_rank='auto' if dt_rank == math.ceil(channels / 16) else dt_rank)
-
-    scattn = dict(spatial=spatial) if scattn else False
+    inner = weights[f'{blocks[0]}out_proj.weight'].shape[1]
+    dt_rank = weights[f'{blocks[0]}ssm.dt_proj_weight'].shape[-1]
+    sizes = dict(d_state=weights[f'{blocks[0]}ssm.A_log'].shape[-1], expand=inner / channels[0],
+                 dt_rank='auto' if dt_rank == math.ceil(channels[0] / 16) else dt_rank)
     patch = weights['backbone.patch_embed.projection.weight'].shape
-    kwargs = dict(scattn=scattn, in_channels=patch[1], patch_size=patch[2])
+    kwargs = dict(scattn=dict(spatial=spatial) if scattn else False, in_channels=patch[1], patch_size=patch[2],
+                  directions='search' if search else [directions(block) for block in blocks])
     with torch.device('meta'):
-        if 'backbone.layers.0.mixer.ssm.D' in weights:
-            depth = 1 + max(int(name.split('.')[2]) for name in names if name.startswith('backbone.layers.'))
+        if arch == 'LocalVim':
             cls_token = 'backbone.cls_token' in weights
             taps = sum(name.startswith('backbone.out_norms.') and name.endswith('weight') for name in names)
             tokens = weights['backbone.pos_embed'].shape[1] - int(cls_token)
             backbone = LocalVim(
-                dict(embed_dims=patch[0], num_layers=depth, **common('layers.0')),
-                img_size=patch[2] * round(tokens ** 0.5),
-                directions='search' if search else [directions(f'layers.{i}') for i in range(depth)],
+                dict(embed_dims=channels[0], num_layers=depths[0], **sizes), img_size=patch[2] * round(tokens ** 0.5),
                 cls_token='middle' if cls_token else 'none', rope=False,
                 out_indices=tuple(range(taps)) if taps else -1,
                 out_type='featmap' if taps else 'cls_token' if cls_token else 'avg_featmap', **kwargs)
         else:
-            stages = 1 + max(int(name.split('.')[2]) for name in names if name.startswith('backbone.stages.'))
-            depths = [1 + max(int(name.split('.')[4]) for name in names
-                              if name.startswith(f'backbone.stages.{stage}.blocks.')) for stage in range(stages)]
-            blocks = [f'stages.{stage}.blocks.{block}' for stage in range(stages) for block in range(depths[stage])]
             backbone = LocalVMamba(
-                dict(embed_dims=[patch[0] * 2 ** stage for stage in range(stages)], depths=depths, **common(blocks[0])),
-                directions='search' if search else [directions(block) for block in blocks],
-                out_indices=[stage for stage in range(stages) if f'backbone.norm{stage}.weight' in weights] or -1,
+                dict(embed_dims=channels, depths=depths, **sizes),
+                out_indices=[stage for stage in range(len(depths)) if f'backbone.norm{stage}.weight' in weights] or -1,
                 **kwargs)
     shapes = {f'backbone.{name}': value.shape for name, value in backbone.state_dict().items()}
     if 'head.fc.weight' in weights:
@@ -88,7 +86,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('src', metavar='SRC')
     parser.add_argument('dst', metavar='DST')
-    parser.add_argument('--to-official', action='store_true', help="write the authors' format from ours")
+    parser.add_argument('--to-official', action='store_true', help="write the format of LocalMamba's authors from ours")
     parser.add_argument('--key', help=f'entry of SRC that holds the state dict (default: first of '
                         f'{", ".join(STATE_DICT_KEYS)}, or the top)')
     args = parser.parse_args()

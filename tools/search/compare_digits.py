@@ -36,6 +36,16 @@ def train(config, work_dir, epochs, seed, options=()):
     return json.loads(done.read_text())
 
 
+def print_results(title, seeds, results):
+    """A Markdown table of {name: accuracy of every seed}."""
+    print(f'| {title} | ' + ' | '.join(f'seed {seed}' for seed in seeds) + ' | mean | standard deviation |')
+    print('|---' * (len(seeds) + 3) + '|')
+    for name, values in results.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.
+        print(f'| {name} | ' + ' | '.join(f'{value:.2f}' for value in values)
+              + f' | {statistics.mean(values):.2f} | {spread:.2f} |')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/compare'))
@@ -60,12 +70,7 @@ def main():
                              [f'model.backbone.directions={value}'])
             results.setdefault(name, []).append(accuracy)
             print(f'seed {seed}, {name}: {accuracy:.2f}', flush=True)
-    print('| directions | ' + ' | '.join(f'seed {seed}' for seed in args.seeds) + ' | mean | standard deviation |')
-    print('|---' * (len(args.seeds) + 3) + '|')
-    for name, values in results.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.
-        print(f'| {name} | ' + ' | '.join(f'{value:.2f}' for value in values)
-              + f' | {statistics.mean(values):.2f} | {spread:.2f} |')
+    print_results('directions', args.seeds, results)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,127 @@
+"""FLOPs of our ops for MMEngine's analyzer: a multiply-add counts once, element-wise work outside of a scan not at all.
+
+A scan costs 9*B*L*D*N for the recurrence and its output, and B*L*D for the skip, per direction, L being the steps that
+run, pads included (state-spaces/mamba issue 110; what VMamba and LocalVMamba report)::
+
+    from mmengine.analysis import FlopAnalyzer
+    analyzer = FlopAnalyzer(model, images).set_op_handle(**HANDLES)
+
+Handles get the values of a traced graph, of which only shapes matter.
+"""
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+NAMESPACE = 'mmlocalmamba::'
+SCAN = 'directional_scan'
+
+
+def scan_flops(sequences: int, steps: int, channels: int, d_state: int) -> int:
+    """Of ``sequences`` selective scans (images times directions) with skip connection."""
+    return sequences * steps * channels * (9 * d_state + 1)
+
+
+def _shape(value: Any) -> list[int] | None:
+    return value.type().sizes() if value.isCompleteTensor() else None
+
+
+def _arguments(op: str, inputs: Sequence[Any]) -> dict[str, list[int] | None]:
+    """{argument: shape} by the names in the op's schema, which outlive their order."""
+    schema = getattr(torch.ops.mmlocalmamba, op).default._schema
+    return {argument.name: _shape(value) for argument, value in zip(schema.arguments, inputs)}
+
+
+def _native_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    shapes = _arguments('directional_scan', inputs)
+    (batch, K, rows, _), (_, width, N) = shapes['delta'], shapes['A']
+    steps = shapes['src'][1] if shapes['src'] else rows
+    counts = Counter({SCAN: scan_flops(batch * K, steps, width, N)})
+    if shapes.get('dt_weight'):  # step sizes from their low-rank factor
+        counts['linear'] = prod(shapes['delta']) * width
+    return counts
+
+
+def _native_linear(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    shapes = _arguments('linear', inputs)
+    return prod(shapes['x']) * shapes['weight'][-2]
+
+
+def _native_conv(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    shapes = _arguments('directional_conv', inputs)
+    batch, steps = shapes['x'][0], (shapes['src'] or shapes['x'])[1]
+    return Counter(conv=batch * steps * prod(shapes['weight']))
+
+
+def _native_scattn(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    shapes = _arguments('scattn_sum', inputs)
+    batch, K = shapes['y'][:2]
+    gates = batch * K * (prod(shapes['reduce_weight']) + prod(shapes['select_weight']))
+    return Counter(layer_norm=5 * prod(shapes['y']), linear=gates)  # 5 as in MMEngine
+
+
+def _chunked_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    (batch, K, steps, width), N = _shape(inputs[0]), _shape(inputs[2])[-1]
+    return Counter({SCAN: scan_flops(batch * K, steps, width, N)})
+
+
+# Ops of a traced graph. One of ours that is not here is an error, see check_all_known; the gathers of the chunked
+# backend (_Read, _Write) only move data.
+HANDLES: dict[str, Callable] = {
+    f'{NAMESPACE}directional_scan': _native_scan,
+    f'{NAMESPACE}linear': _native_linear,
+    f'{NAMESPACE}directional_conv': _native_conv,
+    f'{NAMESPACE}scattn_sum': _native_scattn,
+    'prim::PythonOp._Scan': _chunked_scan,
+}
+
+
+def check_all_known(unsupported: Sequence[str]) -> None:
+    """Refuse a count that leaves out an op of ours.
+
+    Args:
+        unsupported: names of ops without handle, ``analyzer.unsupported_ops()``.
+
+    Raises:
+        NotImplementedError: one of them is ours.
+    """
+    ours = [name for name in unsupported if name.startswith(NAMESPACE)]
+    if ours:
+        raise NotImplementedError(f'FLOPs of {", ".join(ours)} are not known: add a handle to '
+                                  'mmlocalmamba.ops.flops.HANDLES')
+
+
+def authors_mixer_flops(tokens: int, steps: Sequence[int], channels: int, inner: int, directions: int, d_state: int,
+                        dt_rank: int, d_conv: int, reduced: int, per_direction: bool) -> int:
+    """A LocalVim or Vim block as the authors' counters take it, for one image.
+
+    They count the convolution, the projections and SCAttn of one direction, and all K scans at 5*L*D*N + 2*L*D. In
+    classification they do that once a block; in detection and segmentation once for every direction, which counts
+    every scan K times, and SCAttn twice (hunto/LocalMamba: ``flops`` in local_vim.py, ``mamba_get_flops.py``).
+
+    Args:
+        tokens: L.
+        steps: what each direction scans, pads included; only with ``per_direction``.
+        channels, inner: C and D.
+        directions: K.
+        d_state, dt_rank, d_conv: N, R and taps.
+        reduced: channels inside SCAttn, 0 without it.
+        per_direction: the dense tasks' way.
+    """
+    gate = 2 * inner * reduced
+
+    def call(length: int) -> int:
+        convolution = (length + d_conv - 1) * inner * d_conv
+        projections = length * inner * (dt_rank + 2 * d_state) + length * dt_rank * inner
+        scans = directions * length * inner * (5 * d_state + 2)
+        return convolution + projections + scans + gate
+
+    linear = tokens * channels * 2 * inner + tokens * inner * channels
+    if not per_direction:
+        return linear + tokens * channels + call(tokens)
+    # Traced besides: the block's LayerNorm, and SCAttn's LayerNorm and products.
+    norm = 5 * tokens * channels
+    attention = directions * (gate + 5 * tokens * inner) if reduced else 0
+    return linear + norm + attention + sum(call(length) for length in steps)
