@@ -285,8 +285,8 @@ def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]):
         gates: of :func:`scattn_gates`.
 
     Returns:
-        A matplotlib Figure: the mean over the channels, 0.5 being what a gate of unknowing weights is, and the standard
-        deviation over the channels. White: the block does not scan along that direction.
+        A matplotlib Figure: the mean over the channels, about 0.5 in an untrained module, and the standard deviation
+        over the channels. Grey: the block does not scan along that direction.
     """
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
@@ -294,12 +294,16 @@ def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]):
     names = _used_names([list(block) for _, block in gates])
     mean, spread = (np.array([[function(block[name]) if name in block else np.nan for _, block in gates]
                               for name in names]) for function in (np.mean, np.std))
-    panels = (('mean over channels', mean, dict(cmap='RdBu_r', norm=CenteredNorm(0.5))),
-              ('standard deviation over channels', spread, dict(cmap='Purples', vmin=0)))
+    least = 0.05  # smaller differences stay pale
+    halfrange = max(least, np.nanmax(np.abs(mean - 0.5)))
+    panels = (('mean over channels', mean, dict(cmap='RdBu_r', norm=CenteredNorm(0.5, halfrange))),
+              ('standard deviation over channels', spread, dict(cmap='Purples', vmin=0,
+                                                                vmax=max(least, np.nanmax(spread)))))
     figure = Figure(figsize=(max(4.5, 0.3 * len(gates) + 2.4), 2 * (0.3 * len(names) + 0.7)), layout='constrained')
     for axes, (title, values, style) in zip(figure.subplots(2, 1, sharex=True), panels):
         picture = axes.imshow(values, aspect='auto', **style)
         figure.colorbar(picture, ax=axes).ax.tick_params(labelsize=7)
+        axes.set_facecolor('0.88')
         axes.set_title(title, fontsize=9)
         _grid_of_blocks(axes, len(gates), names)
     axes.set_xlabel('block')
