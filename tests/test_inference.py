@@ -1,6 +1,7 @@
 """The inferencers of mmpretrain, mmdet and mmsegmentation with our configurations and a checkpoint, on one image."""
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,12 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+
+
+@pytest.fixture(autouse=True)
+def no_scope(monkeypatch):
+    """As in a new process: inferencers keep the default scope that an earlier test has left."""
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.fixture
