@@ -22,13 +22,14 @@ OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
 
-.PHONY: help install demo test smoke lint clean
+.PHONY: help install demo test smoke docs lint clean
 
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
 	@echo "make test      install, run the tests; PYTEST_ARGS='-k scans' passes arguments on"
 	@echo "make smoke     install, build every configuration; train, resume and test each task on tiny data"
 	@echo "make install   install only"
+	@echo "make docs      the documentation, into docs/_build (Python >= 3.11; an environment of its own, 10 s)"
 	@echo "make lint      ruff"
 	@echo "make clean     remove what these commands have made"
 	@echo "STACK=onedl after any of them takes the OneDL stack instead of OpenMMLab."
@@ -52,8 +53,22 @@ test: install
 smoke: install
 	@PATH="$(BIN):$$PATH" $(BIN)/python tools/smoke.py
 
+# The package is not imported, so neither torch nor the stack is needed.
+DOCS_BIN := .venv-docs/bin
+DOCS_PYTHON = $(or $(PYTHON),$(shell command -v python3.11 || command -v python3))
+
+.venv-docs/.stamp: requirements/docs.txt
+	@echo "Installing Sphinx into .venv-docs"
+	@$(DOCS_PYTHON) -m venv --clear .venv-docs
+	@$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
+docs: .venv-docs/.stamp
+	@$(DOCS_BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
+	@echo "docs/_build/index.html"
+
 lint: install
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-onedl $(DEMO_DATA) $(DEMO_DIR) mmlocalmamba/.mim mmlocalmamba/ops/*.so
+	rm -rf .venv .venv-onedl .venv-docs docs/_build $(DEMO_DATA) $(DEMO_DIR) mmlocalmamba/.mim mmlocalmamba/ops/*.so

@@ -1,9 +1,14 @@
-"""Pictures of scan orders (the paper's Fig. 1) and of the direction search (Figs. 4 and 5)."""
+"""Pictures of scan orders (the paper's Fig. 1), of the direction search (Figs. 4 and 5), and of what a trained
+backbone does: its effective receptive fields and the gates of its SCAttn modules."""
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from mmlocalmamba.layers import SCAttn
 from mmlocalmamba.scans import scan_index
+from mmlocalmamba.search import CANDIDATES
 
 
 def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | None = None, columns: int = 4):
@@ -44,23 +49,44 @@ def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | N
     return figure
 
 
+def _grid_of_blocks(axes, blocks: int, names: Sequence[str]) -> None:
+    """Ticks and cell borders of a matrix with a column a block and a row a direction."""
+    axes.set_xticks(range(0, blocks, max(1, blocks // 20)))
+    axes.set_yticks(range(len(names)), labels=names, family='monospace', fontsize=8)
+    axes.set_xticks(np.arange(blocks + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    axes.grid(which='minor', color='0.85', linewidth=0.5)
+    axes.tick_params(which='minor', length=0)
+
+
+def _base_names(names: Sequence[str]) -> list[str]:
+    """The names without _flip, each once: a direction and its flip share a colour."""
+    return list(dict.fromkeys(name.removesuffix('_flip') for name in names))
+
+
+def _used_names(directions: Sequence[Sequence[str]]) -> list[str]:
+    """The names that occur in any block, the paper's candidates first, in their order."""
+    used = list(dict.fromkeys(name for block in directions for name in block))
+    return [name for name in CANDIDATES if name in used] + [name for name in used if name not in CANDIDATES]
+
+
 def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[str] | None = None,
-                    probabilities: np.ndarray | None = None):
+                    probabilities: np.ndarray | None = None, stages: Sequence[int] | None = None):
     """Draw which directions each block has, like the paper's Figs. 4 and 5.
 
     Args:
         directions: scan names of every block.
         candidates: rows of the picture; by default the names that occur.
         probabilities: (blocks, candidates), shown as the shade of each cell.
+        stages: number of blocks of every stage; lines are drawn between stages.
 
     Returns:
-        A matplotlib Figure: one column a block, one row a candidate, a disc for each chosen direction.
+        A matplotlib Figure: one column a block, one row a candidate, a disc for each chosen direction. A direction and
+        its flip share a colour.
     """
     from matplotlib.figure import Figure
 
-    if candidates is None:
-        candidates = list(dict.fromkeys(name for block in directions for name in block))
-    candidates = list(candidates)
+    candidates = _used_names(directions) if candidates is None else list(candidates)
     blocks, rows = len(directions), len(candidates)
     figure = Figure(figsize=(max(3.5, 0.3 * blocks + 1.6), 0.3 * rows + 1.1), layout='constrained')
     axes = figure.subplots()
@@ -69,13 +95,12 @@ def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[st
     if probabilities is not None:
         figure.colorbar(image, ax=axes, label='probability')
     x, y = zip(*((block, candidates.index(name)) for block, names in enumerate(directions) for name in names))
-    axes.scatter(x, y, s=42, color='tab:orange', edgecolors='black', linewidths=0.6)
-    axes.set_xticks(range(0, blocks, max(1, blocks // 20)))
-    axes.set_yticks(range(rows), labels=candidates, family='monospace', fontsize=8)
-    axes.set_xticks(np.arange(blocks + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
-    axes.grid(which='minor', color='0.85', linewidth=0.5)
-    axes.tick_params(which='minor', length=0)
+    bases = _base_names(candidates)
+    colors = [f'C{bases.index(candidates[row].removesuffix("_flip")) % 10}' for row in y]
+    axes.scatter(x, y, s=60, c=colors, edgecolors='black', linewidths=0.6)
+    for first in np.cumsum(stages or [])[:-1]:
+        axes.axvline(first - 0.5, color='0.3', linewidth=1.2)
+    _grid_of_blocks(axes, blocks, candidates)
     axes.set_xlabel('block')
     return figure
 
@@ -100,7 +125,7 @@ def draw_alphas(steps: Sequence[int], probabilities: np.ndarray, candidates: Seq
     rows = -(-len(blocks) // columns)
     figure = Figure(figsize=(2.4 * columns + 1.2, 1.7 * rows + 0.4), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
-    bases = list(dict.fromkeys(name.removesuffix('_flip') for name in candidates))
+    bases = _base_names(candidates)
     for index, (axes, block) in enumerate(zip(panels, blocks)):
         for k, name in enumerate(candidates):
             axes.plot(steps, probabilities[:, index, k], '--' if name.endswith('_flip') else '-', linewidth=1.1,
@@ -111,4 +136,175 @@ def draw_alphas(steps: Sequence[int], probabilities: np.ndarray, candidates: Seq
     for axes in figure.axes[len(blocks):]:
         axes.set_axis_off()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=7)
+    return figure
+
+
+def receptive_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
+    """Effective receptive field of every output of a backbone (Luo et al., arXiv 1701.04128).
+
+    For each image, the feature vector at the centre of the map is projected on a random direction, and the gradient of
+    the projection with respect to the image is taken; absolute values are summed over the image's channels and over
+    images. (The usual sum over channels is constant after a LayerNorm, its gradient rounding errors.)
+
+    Args:
+        backbone: gives a tuple of maps (B, C_i, H_i, W_i); used in evaluation mode.
+        images: (B, 3, H, W), normalised as for training.
+
+    Returns:
+        For every output, (H, W) with sum 1. The centre of a map of even size is the token at the lower right of it.
+
+    Raises:
+        ValueError: an output is no map.
+    """
+    training = backbone.training
+    backbone.eval()
+    generator = torch.Generator().manual_seed(0)
+    fields = None
+    for image in images:  # one at a time: the graph of a large backbone is held for one image only
+        image = image[None].clone().requires_grad_()
+        outs = backbone(image)
+        if any(out.dim() != 4 for out in outs):
+            raise ValueError('receptive fields need maps (B, C, H, W), but the backbone gives '
+                             f'{[tuple(out.shape) for out in outs]}; LocalVim has them with out_type="featmap"')
+        fields = fields or [0] * len(outs)
+        for index, out in enumerate(outs):
+            centre = out[0, :, out.shape[2] // 2, out.shape[3] // 2]
+            direction = torch.randn(len(centre), generator=generator).to(centre)
+            gradient, = torch.autograd.grad(centre @ direction, image, retain_graph=index < len(outs) - 1)
+            fields[index] = fields[index] + gradient[0].abs().sum(0).double().cpu().numpy()
+    backbone.train(training)
+    return [field / field.sum() for field in fields]
+
+
+def square_of_share(field: np.ndarray, share: float, stride: int = 1) -> tuple[int, int, int]:
+    """(row, column, side) of the smallest square around the centre of a receptive field that holds ``share`` of it.
+
+    The centre is the token of ``stride`` pixels at the middle of the map. Where the square leaves the image, the image
+    is all there is.
+    """
+    row, col = ((size // stride // 2) * stride + stride // 2 for size in field.shape)
+    sums = np.pad(field.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    for half in range(max(field.shape) + 1):
+        top, left = max(0, row - half), max(0, col - half)
+        bottom, right = (min(size, centre + half) for size, centre in zip(field.shape, (row, col)))
+        inside = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+        if inside >= share * sums[-1, -1] * (1 - 1e-9):
+            return row, col, 2 * half
+    raise AssertionError('a square of twice the image holds all of it')
+
+
+def draw_receptive_fields(fields: Sequence[np.ndarray], titles: Sequence[str], strides: Sequence[int],
+                          shares: Sequence[float] = (0.5, 0.9), columns: int = 4):
+    """Draw effective receptive fields, a panel an output.
+
+    Args:
+        fields: of :func:`receptive_fields`.
+        titles: of the panels.
+        strides: of the outputs, in pixels.
+        shares: a square around the centre is drawn for each, which holds that share of the field.
+        columns: panels per row.
+
+    Returns:
+        A matplotlib Figure. Brightness is logarithmic over four decades from the 99.9th percentile down, which leaves
+        single bright pixels out; the sides of the squares stand below each panel.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    columns = min(columns, len(fields))
+    rows = -(-len(fields) // columns)
+    height, width = fields[0].shape
+    figure = Figure(figsize=(2.6 * columns + 0.6, (2.6 * height / width + 0.6) * rows), layout='constrained')
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes, field, title, stride in zip(panels.flat, fields, titles, strides):
+        shown = field / np.percentile(field, 99.9)
+        picture = axes.imshow(np.maximum(shown, 1e-4), cmap='magma', norm=LogNorm(1e-4, 1),
+                              extent=(0, width, height, 0), interpolation='nearest')
+        texts = []
+        for share, style in zip(shares, ('-', '--', ':')):
+            row, col, side = square_of_share(field, share, stride)
+            axes.add_patch(Rectangle((col - side / 2, row - side / 2), side, side, fill=False, edgecolor='white',
+                                     linestyle=style, linewidth=1.0))
+            texts.append(f'{share:.0%} in {side} px')
+        axes.set(title=title, xlim=(0, width), ylim=(height, 0), xticks=(), yticks=())
+        axes.title.set_fontsize(10)
+        axes.set_xlabel(', '.join(texts), fontsize=8)
+    for axes in list(panels.flat)[len(fields):]:
+        axes.set_axis_off()
+    bar = figure.colorbar(picture, ax=panels, shrink=0.8, aspect=30, ticks=(1e-4, 1e-2, 1))
+    bar.set_label('gradient, relative', fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+@torch.no_grad()
+def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """What SCAttn multiplies the channels of each direction with.
+
+    Args:
+        backbone: LocalVim or LocalVMamba; used in evaluation mode.
+        images: (B, 3, H, W), normalised as for training.
+
+    Returns:
+        For every block, from the input to the output, its name and for each of its directions the gates (D,) of its
+        inner channels, averaged over images, and over tokens if there is a spatial branch.
+
+    Raises:
+        ValueError: the backbone has no SCAttn.
+    """
+    training = backbone.training
+    backbone.eval()
+    mixers = {name: module for name, module in backbone.named_modules() if hasattr(module, 'directions')
+              and isinstance(getattr(module, 'scattn', None), SCAttn)}
+    if not mixers:
+        raise ValueError(f'{type(backbone).__name__} has no SCAttn module: was it built with scattn=False?')
+    sums = {}
+
+    def add(name):
+        def hook(scattn, inputs):
+            sums[name] = sums.get(name, 0) + scattn.gate(*inputs).mean(dim=(0, 2)).double().cpu().numpy()
+        return hook
+
+    hooks = [mixer.scattn.register_forward_pre_hook(add(name)) for name, mixer in mixers.items()]
+    try:
+        for image in images:
+            backbone(image[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+        backbone.train(training)
+    return [(name.removesuffix('.mixer'), dict(zip(mixer.directions, sums[name] / len(images))))
+            for name, mixer in mixers.items()]
+
+
+def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]):
+    """Draw SCAttn's gates: a column a block, a row a direction.
+
+    Args:
+        gates: of :func:`scattn_gates`.
+
+    Returns:
+        A matplotlib Figure: the mean over the channels, about 0.5 in an untrained module, and the standard deviation
+        over the channels. Grey: the block does not scan along that direction.
+    """
+    from matplotlib.colors import CenteredNorm
+    from matplotlib.figure import Figure
+
+    names = _used_names([list(block) for _, block in gates])
+    mean, spread = (np.array([[function(block[name]) if name in block else np.nan for _, block in gates]
+                              for name in names]) for function in (np.mean, np.std))
+    least = 0.05  # smaller differences stay pale
+    halfrange = max(least, np.nanmax(np.abs(mean - 0.5)))
+    panels = (('mean over channels', mean, dict(cmap='RdBu_r', norm=CenteredNorm(0.5, halfrange))),
+              ('standard deviation over channels', spread, dict(cmap='Purples', vmin=0,
+                                                                vmax=max(least, np.nanmax(spread)))))
+    figure = Figure(figsize=(max(4.5, 0.3 * len(gates) + 2.4), 2 * (0.3 * len(names) + 0.7)), layout='constrained')
+    for axes, (title, values, style) in zip(figure.subplots(2, 1, sharex=True), panels):
+        picture = axes.imshow(values, aspect='auto', **style)
+        figure.colorbar(picture, ax=axes).ax.tick_params(labelsize=7)
+        axes.set_facecolor('0.88')
+        axes.set_title(title, fontsize=9)
+        _grid_of_blocks(axes, len(gates), names)
+    axes.set_xlabel('block')
     return figure

@@ -6,6 +6,10 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'))
 
+# Before anything loads a checkpoint: inferencers do so before they build the model, and torch would
+# refuse what MMEngine writes into its checkpoints.
+custom_imports = dict(imports=['mmlocalmamba'])
+
 # Converts the authors' checkpoints, and refuses one that does not fill the backbone.
 custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook')]
 

@@ -3,7 +3,13 @@
 Written by tools/dataset_converters/digits.py.
 """
 data_root = 'data/digits/ade/'
-metainfo = dict(classes=('background', *'0123456789'))
+metainfo = dict(
+    classes=('background', *'0123456789'),
+    # mmseg's visualizer and inferencer want a colour for each class
+    palette=[
+        [128, 128, 128], [31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40], [148, 103, 189],
+        [140, 86, 75], [227, 119, 194], [255, 255, 0], [188, 189, 34], [23, 190, 207],
+    ])
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),

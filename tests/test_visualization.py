@@ -1,0 +1,142 @@
+"""What the pictures show is what the models do; the commands that draw them run."""
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.backbones.archs import SEARCHED
+from mmlocalmamba.scans import scan_index
+from mmlocalmamba.visualization import (
+    draw_directions,
+    draw_gates,
+    draw_receptive_fields,
+    draw_scan_orders,
+    receptive_fields,
+    scattn_gates,
+    square_of_share,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = dict(arch=dict(embed_dims=16, num_layers=1, d_state=2), img_size=24, patch_size=4, window_pad='none')
+
+
+def backbone(**kwargs):
+    torch.manual_seed(0)
+    return LocalVim(**PLAIN, **kwargs).eval()
+
+
+def test_receptive_field_of_a_convolution_is_its_kernel():
+    class Convolution(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return (self.conv(x), )
+
+    field, = receptive_fields(Convolution(), torch.rand(2, 3, 9, 9))
+    rows, cols = np.nonzero(field)
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (3, 5, 3, 5)
+    assert field.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize('direction', ['h', 'v_flip', 'w3'])
+def test_receptive_field_of_one_scan_is_what_was_read_before(direction):
+    model = backbone(directions=[direction], scattn=False, out_type='featmap')
+    field, = receptive_fields(model, torch.rand(1, 3, 24, 24))
+    tokens = field.reshape(6, 4, 6, 4).sum((1, 3)).flatten()
+    order = scan_index(direction, 6, 6).tolist()
+    until = order.index(3 * 6 + 3)
+    assert not tokens[order[until + 1:]].any()
+    assert tokens[order[:until + 1]].all()
+
+
+def test_receptive_fields_need_maps():
+    with pytest.raises(ValueError, match='out_type="featmap"'):
+        receptive_fields(backbone(directions=['h']), torch.rand(1, 3, 24, 24))
+
+
+def test_square_of_share():
+    field = np.zeros((8, 8))
+    field[4:6, 4:6] = 1  # the middle token of stride 2
+    assert square_of_share(field, 1.0, stride=2) == (5, 5, 2)
+    field[0, 0] = 4
+    assert square_of_share(field, 0.5, stride=2) == (5, 5, 2)
+    assert square_of_share(field, 1.0, stride=2) == (5, 5, 10)
+
+
+def test_gates_are_what_scattn_multiplies_with():
+    model = backbone(directions=['h', 'w2_flip'])
+    scattn = model.layers[0].mixer.scattn
+    nn.init.zeros_(scattn.channel_select.weight)
+    scattn.channel_select.bias.data = torch.linspace(-2, 2, 32)
+    (name, gates), = scattn_gates(model, torch.rand(2, 3, 24, 24))
+    assert name == 'layers.0' and list(gates) == ['h', 'w2_flip']
+    for gate in gates.values():
+        np.testing.assert_allclose(gate, torch.linspace(-2, 2, 32).sigmoid().numpy(), rtol=1e-5)
+    assert not scattn._forward_pre_hooks
+
+
+def test_gates_of_each_direction_on_their_own():
+    """By hand: y of the block's scans, gated one direction at a time, averaged over the images."""
+    model = backbone(directions=['h', 'v'])
+    images, seen = torch.rand(2, 3, 24, 24), []
+    model.layers[0].mixer.scattn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    (_, gates), = scattn_gates(model, images)
+    for k, name in enumerate(('h', 'v')):
+        with torch.no_grad():
+            expected = torch.cat([model.layers[0].mixer.scattn.gate(y[:, k]) for y in seen]).mean((0, 1))
+        np.testing.assert_allclose(gates[name], expected.numpy(), rtol=1e-5)
+
+
+def test_gates_need_scattn():
+    with pytest.raises(ValueError, match='scattn=False'):
+        scattn_gates(backbone(directions=['h'], scattn=False), torch.rand(1, 3, 24, 24))
+
+
+def test_directions_are_drawn_where_they_are_chosen():
+    chosen = SEARCHED['localvim']
+    axes = draw_directions(chosen).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ['h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip']
+    drawn = {(round(x), names[round(y)]) for x, y in axes.collections[0].get_offsets().tolist()}
+    assert drawn == {(block, name) for block, row in enumerate(chosen) for name in row}
+
+
+def test_pictures_have_a_panel_each():
+    fields = receptive_fields(LocalVMamba('nano', out_indices=(0, 1)), torch.rand(1, 3, 32, 32))
+    panels = draw_receptive_fields(fields, ['first', 'second'], [4, 8]).axes
+    assert [axes.get_title() for axes in panels[:2]] == ['first', 'second']
+    assert [axes.get_title() for axes in draw_scan_orders(['h', 'w2'], 4, 6).axes] == ['h', 'w2']
+    gates = scattn_gates(LocalVMamba('nano'), torch.rand(1, 3, 32, 32))
+    mean, *_ = draw_gates(gates).axes
+    assert [label.get_text() for label in mean.get_yticklabels()] == ['h', 'h_flip', 'w2', 'w2_flip']
+
+
+@pytest.mark.parametrize('arguments', [
+    'receptive_field localvmamba-nano_digits --size 32 32 --images .',
+    'receptive_field upernet_localvim-nano_digits --size 32 48 --images .',
+    'scattn_gates mask-rcnn_localvmamba-nano_digits checkpoint.pth --size 32 32 --images image.png',
+    'directions localvim-t_8xb128_in1k',
+    'scan_orders --directions h w3 --size 6 6 --image image.png',
+], ids=lambda arguments: ' '.join(arguments.split()[:2]))
+def test_commands(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (20, 30, 3), dtype=np.uint8)).save('image.png')
+    torch.save(dict(state_dict={f'backbone.{name}': value for name, value in LocalVMamba(
+        'nano', out_indices=(0, 1, 2, 3)).state_dict().items()}), 'checkpoint.pth')
+    tool, *arguments = arguments.split()
+    if tool != 'scan_orders':
+        arguments[0] = str(ROOT / 'configs' / f'{arguments[0]}.py')
+    script = ROOT / 'tools' / 'visualization' / f'{tool}.py'
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, 'argv', [str(script), *arguments, '--out', 'picture.png'])
+    runpy.run_path(str(script), run_name='__main__')
+    assert min(Image.open('picture.png').size) > 200
