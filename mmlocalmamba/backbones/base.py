@@ -140,6 +140,7 @@ class LocalMambaBackbone(BaseModule):
         super().__init__(init_cfg)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.register_load_state_dict_pre_hook(_warn_of_foreign_weights)
 
     def init_weights(self) -> None:
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
@@ -218,6 +219,14 @@ class LocalMambaBackbone(BaseModule):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+def _warn_of_foreign_weights(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """What loads a whole model without our hook, an inferencer for one, skips names it does not know."""
+    if not any(name.startswith(prefix) for name in state_dict):
+        print_log(f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}", the backbone stays as it '
+                  'is. If the file is of another project, convert it first: '
+                  'tools/model_converters/official_to_mmlocalmamba.py', logger='current', level=logging.WARNING)
 
 
 def check_architecture(weights: dict[str, Tensor], backbone: nn.Module, source: str) -> None:
