@@ -1,0 +1,353 @@
+"""The Triton kernels behind :mod:`mmlocalmamba.ops.triton`, which explains them. Imported on first use only.
+
+Shared conventions: a program owns a block of channels of one sequence (batch, direction), in one segment of its steps.
+Steps go in groups of GROUP: all loads of a group stand before its arithmetic, its stores behind it, so that latencies
+overlap. A row -1 is a pad, or a step behind the end: loads give zeros, nothing is stored. States are float32. Offsets
+of rows and sequences are 64 bit, since tensors may pass 2^31 elements.
+"""
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log(1 + z), z = exp(-|x|), which keeps its digits; and its derivative. The
+    polynomial is the float32 one of csrc/vector.h: Triton's logarithm would take longer."""
+    z = tl.exp2(-tl.abs(x) * _LOG2E)
+    p = z * -0.00317605702 + 0.0195425273
+    p = p * z - 0.0563736128
+    p = p * z + 0.105436238
+    p = p * z - 0.152696671
+    p = p * z + 0.196632743
+    p = p * z - 0.249516163
+    p = p * z + 0.333297105
+    p = p * z - 0.499998926
+    p = p * z + 1.
+    y = tl.maximum(x, 0.) + z * p
+    slope = tl.where(x > 0, 1., z) / (1. + z)
+    large = x > 20.
+    return tl.where(large, x, y), tl.where(large, 1., slope)
+
+
+@triton.jit
+def _rows(src, t, steps, IN_ORDER: tl.constexpr, HAS_SRC: tl.constexpr):
+    """Rows that step t reads and writes."""
+    inside = t < steps
+    if HAS_SRC:
+        write = tl.load(src + t, mask=inside, other=-1).to(tl.int64)
+    else:
+        write = tl.where(inside, t, -1).to(tl.int64)
+    if IN_ORDER:
+        read = tl.where(inside, t, -1).to(tl.int64)
+    else:
+        read = write
+    return read, write
+
+
+@triton.jit
+def _step(u, delta, read, inside, d, valid, bias, weight, u_row, delta_row, R: tl.constexpr, BLOCK_R: tl.constexpr,
+          SOFTPLUS: tl.constexpr):
+    """Input, step size and its slope of one step, (BLOCK_D,) each."""
+    mask = valid & (read >= 0)
+    x = tl.load(u + read * u_row + d, mask=mask, other=0).to(tl.float32)
+    if R:
+        r = tl.arange(0, BLOCK_R)
+        factor = tl.load(delta + read * delta_row + r, mask=(r < R) & (read >= 0), other=0).to(tl.float32)
+        dt = tl.sum(factor[:, None] * weight, axis=0) + bias
+    else:
+        dt = tl.load(delta + read * delta_row + d, mask=mask, other=0).to(tl.float32) + bias
+    slope = tl.full(dt.shape, 1., tl.float32)
+    if SOFTPLUS:
+        dt, slope = _softplus(dt)
+    # Behind the end: a step of size 0 leaves the state as it is.
+    return x, tl.where(inside, dt, 0.), tl.where(inside, slope, 0.)
+
+
+@triton.jit
+def _vector(x, read, n, row, N: tl.constexpr):
+    """B or C of one step, in the shape of n."""
+    return tl.load(x + read * row + n, mask=(n < N) & (read >= 0), other=0).to(tl.float32)
+
+
+@triton.jit
+def _channels(x, k, d, valid, channels, GIVEN: tl.constexpr):
+    """D or the bias of direction k."""
+    if GIVEN:
+        value = tl.load(x + k * channels + d, mask=valid, other=0).to(tl.float32)
+    else:
+        value = tl.zeros(d.shape, tl.float32)
+    return value
+
+
+@triton.jit
+def _weight(x, k, d, valid, channels, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """dt_weight of direction k, (BLOCK_R, BLOCK_D)."""
+    if R:
+        r = tl.arange(0, BLOCK_R)[:, None]
+        value = tl.load(x + (k * channels + d[None, :]) * R + r, mask=(r < R) & valid[None, :], other=0).to(tl.float32)
+    else:
+        value = 0.
+    return value
+
+
+@triton.jit
+def _program(K, channels, BLOCK_D: tl.constexpr):
+    """What this program owns: block of channels, sequence, batch, direction, channels."""
+    blocks = tl.cdiv(channels, BLOCK_D)
+    block = tl.program_id(0) % blocks
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    return block, sequence, sequence // K, sequence % K, d, d < channels
+
+
+@triton.jit
+def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkpoints,
+                 K, steps, tokens, channels, segment,
+                 u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
+                 B_batch, B_direction, B_row, C_batch, C_direction, C_row,
+                 N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                 CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
+                 SEGMENTED: tl.constexpr):
+    """Outputs and last states, (BLOCK_N, BLOCK_D) with channels in lanes: the sum over states needs no shuffle."""
+    _, sequence, b, k, d, valid = _program(K, channels, BLOCK_D)
+    part = tl.program_id(1)
+    n = tl.arange(0, BLOCK_N)
+    mask = (n < N)[:, None] & valid[None, :]
+    tile = n[:, None] * channels + d[None, :]
+    u += b * u_batch + k * u_direction
+    delta += b * delta_batch + k * delta_direction
+    B += b * B_batch + k * B_direction
+    C += b * C_batch + k * C_direction
+    y += sequence * tokens * channels
+    src += k * steps
+    rate = tl.load(A + (k * channels + d[None, :]) * N + n[:, None], mask=mask, other=0) * _LOG2E
+    skip, offset = _channels(D, k, d, valid, channels, HAS_D), _channels(bias, k, d, valid, channels, HAS_BIAS)
+    factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
+    if SEGMENTED:
+        h = tl.load(enter + (sequence * tl.num_programs(1) + part) * N * channels + tile, mask=mask, other=0)
+    else:
+        h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    first = part * segment
+    saved = (steps - 1) // CHUNK
+    for start in range(first, tl.minimum(first + segment, steps), GROUP):
+        if SAVE:
+            if (start % CHUNK == 0) & (start > 0):
+                tl.store(checkpoints + (sequence * saved + start // CHUNK - 1) * N * channels + tile, h, mask=mask)
+        xs, dts, Bs, Cs, ys, writes = (), (), (), (), (), ()
+        for s in tl.static_range(GROUP):
+            t = start + s
+            read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
+            x, dt, _ = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
+                             SOFTPLUS)
+            xs, dts, writes = xs + (x, ), dts + (dt, ), writes + (write, )
+            Bs, Cs = Bs + (_vector(B, read, n, B_row, N), ), Cs + (_vector(C, read, n, C_row, N), )
+        for s in tl.static_range(GROUP):
+            h = tl.exp2(dts[s][None, :] * rate) * h + (dts[s] * xs[s])[None, :] * Bs[s][:, None]
+            ys = ys + (tl.sum(h * Cs[s][:, None], axis=0) + skip * xs[s], )
+        for s in tl.static_range(GROUP):
+            tl.store(y + writes[s] * channels + d, ys[s].to(y.dtype.element_ty), mask=valid & (writes[s] >= 0))
+    if part == tl.num_programs(1) - 1:
+        tl.store(last + sequence * N * channels + tile, h, mask=mask)
+
+
+@triton.jit
+def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
+               K, steps, channels, segment,
+               u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
+               vectors_batch, vectors_direction, vectors_row, y_batch, y_direction, y_row,
+               N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+               GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
+               SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr):
+    """What a segment alone adds to the state (vectors: B), or REVERSE, to the state's gradient (vectors: C); and the
+    sum of its step sizes, which says by how much what enters it decays."""
+    _, sequence, b, k, d, valid = _program(K, channels, BLOCK_D)
+    part = tl.program_id(1)
+    n = tl.arange(0, BLOCK_N)
+    mask = (n < N)[:, None] & valid[None, :]
+    u += b * u_batch + k * u_direction
+    delta += b * delta_batch + k * delta_direction
+    vectors += b * vectors_batch + k * vectors_direction
+    grad_y += b * y_batch + k * y_direction
+    src += k * steps
+    rate = tl.load(A + (k * channels + d[None, :]) * N + n[:, None], mask=mask, other=0) * _LOG2E
+    offset = _channels(bias, k, d, valid, channels, HAS_BIAS)
+    factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
+    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    size = tl.zeros((BLOCK_D, ), tl.float32)
+    first = part * segment
+    stop = tl.minimum(first + segment, steps)
+    for group in range(tl.cdiv(stop - first, GROUP)):
+        inputs, dts, rows = (), (), ()
+        for s in tl.static_range(GROUP):
+            if REVERSE:
+                t = first + (tl.cdiv(stop - first, GROUP) - group) * GROUP - 1 - s
+            else:
+                t = first + group * GROUP + s
+            read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
+            x, dt, _ = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
+                             SOFTPLUS)
+            if REVERSE:
+                x = tl.load(grad_y + write * y_row + d, mask=valid & (write >= 0), other=0).to(tl.float32)
+            else:
+                x = dt * x
+            inputs, dts, rows = inputs + (x, ), dts + (dt, ), rows + (_vector(vectors, read, n, vectors_row, N), )
+        for s in tl.static_range(GROUP):
+            decay = tl.exp2(dts[s][None, :] * rate)
+            if REVERSE:
+                h = decay * (h + inputs[s][None, :] * rows[s][:, None])
+            else:
+                h = decay * h + inputs[s][None, :] * rows[s][:, None]
+            size += dts[s]
+    part = sequence * tl.num_programs(1) + part
+    tl.store(states + part * N * channels + n[:, None] * channels + d[None, :], h, mask=mask)
+    tl.store(sizes + part * channels + d, size, mask=valid)
+
+
+@triton.jit
+def scan_carry(states, sizes, A, leave, K, channels, segments,
+               N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr,
+               HAS_LEAVE: tl.constexpr):
+    """In place: from what each segment adds, to what enters it (REVERSE: from behind, beginning with ``leave``)."""
+    _, sequence, _, k, d, valid = _program(K, channels, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    mask = (n < N)[:, None] & valid[None, :]
+    tile = n[:, None] * channels + d[None, :]
+    rate = tl.load(A + (k * channels + d[None, :]) * N + n[:, None], mask=mask, other=0) * _LOG2E
+    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if HAS_LEAVE:
+        h = tl.load(leave + sequence * N * channels + tile, mask=mask, other=0)
+    for i in range(segments):
+        part = sequence * segments + (segments - 1 - i if REVERSE else i)
+        local = tl.load(states + part * N * channels + tile, mask=mask, other=0)
+        size = tl.load(sizes + part * channels + d, mask=valid, other=0)
+        tl.store(states + part * N * channels + tile, h, mask=mask)
+        h = tl.exp2(size[None, :] * rate) * h + local
+
+
+@triton.jit
+def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkpoints,
+                  grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+                  K, rows, steps, channels, segment,
+                  u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
+                  B_batch, B_direction, B_row, C_batch, C_direction, C_row, y_batch, y_direction, y_row,
+                  grad_delta_batch, grad_delta_direction,
+                  N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N1: tl.constexpr,
+                  BLOCK_N2: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+                  HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
+                  SOFTPLUS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, HAS_LEAVE: tl.constexpr):
+    """All gradients, backwards through the chunks of CHUNK steps. In each, the states at the starts of its groups are
+    found first, from the saved one at its own start.
+
+    States are (BLOCK_N1, BLOCK_D, BLOCK_N2): this way the default layout puts a few states and a few channels into
+    each thread, which keeps sums over states and sums over channels, of which there are two each, equally short.
+    """
+    GROUPS: tl.constexpr = CHUNK // GROUP
+    block, sequence, b, k, d, valid = _program(K, channels, BLOCK_D)
+    blocks = tl.cdiv(channels, BLOCK_D)
+    part = tl.program_id(1)
+    n = tl.arange(0, BLOCK_N1)[:, None] * BLOCK_N2 + tl.arange(0, BLOCK_N2)[None, :]
+    n3 = n[:, None, :]
+    mask = (n3 < N) & valid[None, :, None]
+    tile = n3 * channels + d[None, :, None]
+    u += b * u_batch + k * u_direction
+    delta += b * delta_batch + k * delta_direction
+    B += b * B_batch + k * B_direction
+    C += b * C_batch + k * C_direction
+    src += k * steps
+    grad_y += b * y_batch + k * y_direction
+    grad_u += sequence * rows * channels
+    grad_delta += b * grad_delta_batch + k * grad_delta_direction
+    sequences = tl.num_programs(0) // blocks
+    grad_B += (block.to(tl.int64) * sequences + sequence) * rows * N
+    grad_C += (block.to(tl.int64) * sequences + sequence) * rows * N
+    own = part.to(tl.int64) * sequences + sequence
+
+    A_ = tl.load(A + (k * channels + d[None, :, None]) * N + n3, mask=mask, other=0)
+    rate = A_ * _LOG2E
+    skip, offset = _channels(D, k, d, valid, channels, HAS_D), _channels(bias, k, d, valid, channels, HAS_BIAS)
+    factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
+    zero = tl.zeros((BLOCK_N1, BLOCK_D, BLOCK_N2), tl.float32)
+    # The gradient of the state, already decayed: what step t hands to step t - 1.
+    dh = zero
+    if HAS_LEAVE:
+        dh = tl.load(leave + (sequence * tl.num_programs(1) + part) * N * channels + tile, mask=mask, other=0)
+    dA = zero
+    dD = tl.zeros((BLOCK_D, ), tl.float32)
+    dbias = tl.zeros((BLOCK_D, ), tl.float32)
+    first = part * segment
+    stop = tl.minimum(first + segment, steps)
+    saved = (steps - 1) // CHUNK
+    chunks = tl.cdiv(stop - first, CHUNK)
+    for chunk in range(chunks):
+        start = first + (chunks - 1 - chunk) * CHUNK
+        h = tl.load(checkpoints + (sequence * saved + start // CHUNK - 1) * N * channels + tile,
+                    mask=mask & (start > 0), other=0)
+        starts = (h, )
+        for _ in tl.static_range(GROUPS - 1):
+            starts = starts + (zero, )
+        for group in range(GROUPS - 1):
+            dts, inputs, Bs = (), (), ()
+            for s in tl.static_range(GROUP):
+                t = start + group * GROUP + s
+                read, _ = _rows(src, t, steps, IN_ORDER, HAS_SRC)
+                x, dt, _ = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
+                                 SOFTPLUS)
+                dts, inputs, Bs = dts + (dt, ), inputs + (dt * x, ), Bs + (_vector(B, read, n, B_row, N), )
+            for s in tl.static_range(GROUP):
+                h = tl.exp2(dts[s][None, :, None] * rate) * h + inputs[s][None, :, None] * Bs[s][:, None, :]
+            filled = (starts[0], )
+            for i in tl.static_range(1, GROUPS):
+                filled = filled + (tl.where(group + 1 == i, h, starts[i]), )
+            starts = filled
+        for back in range(GROUPS):
+            group = GROUPS - 1 - back
+            h = starts[0]
+            for i in tl.static_range(1, GROUPS):
+                h = tl.where(group == i, starts[i], h)
+            reads, xs, dts, slopes, dys, Bs, Cs = (), (), (), (), (), (), ()
+            for s in tl.static_range(GROUP):
+                t = start + group * GROUP + s
+                read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
+                x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
+                                     BLOCK_R, SOFTPLUS)
+                if HAS_GRAD_Y:
+                    dy = tl.load(grad_y + write * y_row + d, mask=valid & (write >= 0), other=0).to(tl.float32)
+                else:
+                    dy = tl.zeros((BLOCK_D, ), tl.float32)
+                reads, xs, dts, slopes, dys = reads + (read, ), xs + (x, ), dts + (dt, ), slopes + (slope, ), dys + (dy, )
+                Bs, Cs = Bs + (_vector(B, read, n, B_row, N), ), Cs + (_vector(C, read, n, C_row, N), )
+            decays, decayed = (), ()
+            for s in tl.static_range(GROUP):
+                a = tl.exp2(dts[s][None, :, None] * rate)
+                decays, decayed = decays + (a, ), decayed + (a * h, )
+                h = decayed[s] + (dts[s] * xs[s])[None, :, None] * Bs[s][:, None, :]
+            dus, ddeltas, dBs, dCs = (), (), (), ()
+            for i in tl.static_range(GROUP):
+                s: tl.constexpr = GROUP - 1 - i
+                dy, input = dys[s], dts[s] * xs[s]
+                h = decayed[s] + input[None, :, None] * Bs[s][:, None, :]
+                dCs = dCs + (tl.sum(h * dy[None, :, None], axis=1), )
+                dh += dy[None, :, None] * Cs[s][:, None, :]
+                dBs = dBs + (tl.sum(dh * input[None, :, None], axis=1), )
+                dinput = tl.sum(tl.sum(dh * Bs[s][:, None, :], axis=2), axis=0)
+                da = dh * decayed[s]
+                dA += da * dts[s][None, :, None]
+                ddelta = (tl.sum(tl.sum(da * A_, axis=2), axis=0) + dinput * xs[s]) * slopes[s]
+                dh *= decays[s]
+                dus, ddeltas = dus + (dinput * dts[s] + dy * skip, ), ddeltas + (ddelta, )
+                dbias += ddelta
+                dD += dy * xs[s]
+            for i in tl.static_range(GROUP):
+                read = reads[GROUP - 1 - i]
+                kept = valid & (read >= 0)
+                tl.store(grad_u + read * channels + d, dus[i].to(grad_u.dtype.element_ty), mask=kept)
+                tl.store(grad_delta + read * channels + d, ddeltas[i].to(grad_delta.dtype.element_ty), mask=kept)
+                tl.store(grad_B + read * N + n, dBs[i], mask=(n < N) & (read >= 0))
+                tl.store(grad_C + read * N + n, dCs[i], mask=(n < N) & (read >= 0))
+    tl.store(grad_A + own * N * channels + tile, dA, mask=mask)
+    tl.store(grad_D + own * channels + d, dD, mask=valid)
+    tl.store(grad_bias + own * channels + d, dbias, mask=valid)
