@@ -4,6 +4,11 @@ Shared conventions: a program owns a block of channels of one sequence (batch, d
 Steps go in groups of GROUP: all loads of a group stand before its arithmetic, its stores behind it, so that latencies
 overlap. A row -1 is a pad, or a step behind the end: loads give zeros, nothing is stored. States are float32. Offsets
 of rows and sequences are 64 bit, since tensors may pass 2^31 elements.
+
+A and all states are stored with channels last. Triton derives from its loads of tiles of states which thread works on
+what, and would choose wide loads, though such tiles are loaded once and computed with often. Two arguments hide what it
+looks for: ``zero`` (0), how tiles are aligned: a thread gets all states of one channel, so the sum over states needs no
+shuffle; ``unit`` (1), along which dimension they are contiguous: a thread gets a few states of a few channels.
 """
 import triton
 import triton.language as tl
@@ -94,18 +99,18 @@ def _weight(x, k, d, valid, channels, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _program(K, channels, BLOCK_D: tl.constexpr):
+def _program(first_sequence, K, channels, BLOCK_D: tl.constexpr):
     """What this program owns: block of channels, sequence, batch, direction, channels."""
     blocks = tl.cdiv(channels, BLOCK_D)
     block = tl.program_id(0) % blocks
-    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    sequence = first_sequence + (tl.program_id(0) // blocks).to(tl.int64)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     return block, sequence, sequence // K, sequence % K, d, d < channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['zero'])
 def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkpoints,
-                 K, steps, tokens, channels, segment,
+                 K, steps, tokens, channels, segment, zero,
                  u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
                  B_batch, B_direction, B_row, C_batch, C_direction, C_row,
                  N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -113,18 +118,18 @@ def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkp
                  HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
                  SEGMENTED: tl.constexpr):
     """Outputs and last states, (BLOCK_N, BLOCK_D) with channels in lanes: the sum over states needs no shuffle."""
-    _, sequence, b, k, d, valid = _program(K, channels, BLOCK_D)
+    block, sequence, b, k, d, valid = _program(0, K, channels, BLOCK_D)
     part = tl.program_id(1)
     n = tl.arange(0, BLOCK_N)
     mask = (n < N)[:, None] & valid[None, :]
-    tile = n[:, None] * channels + d[None, :]
+    tile = n[:, None] * channels + d[None, :] + zero
     u += b * u_batch + k * u_direction
     delta += b * delta_batch + k * delta_direction
     B += b * B_batch + k * B_direction
     C += b * C_batch + k * C_direction
     y += sequence * tokens * channels
     src += k * steps
-    rate = tl.load(A + (k * channels + d[None, :]) * N + n[:, None], mask=mask, other=0) * _LOG2E
+    rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
     skip, offset = _channels(D, k, d, valid, channels, HAS_D), _channels(bias, k, d, valid, channels, HAS_BIAS)
     factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
     if SEGMENTED:
@@ -141,7 +146,7 @@ def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkp
         for s in tl.static_range(GROUP):
             t = start + s
             read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
-            x, dt, _ = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
+            x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
                              SOFTPLUS)
             xs, dts, writes = xs + (x, ), dts + (dt, ), writes + (write, )
             Bs, Cs = Bs + (_vector(B, read, n, B_row, N), ), Cs + (_vector(C, read, n, C_row, N), )
@@ -154,9 +159,9 @@ def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkp
         tl.store(last + sequence * N * channels + tile, h, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['zero'])
 def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
-               K, steps, channels, segment,
+               K, steps, channels, segment, zero,
                u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
                vectors_batch, vectors_direction, vectors_row, y_batch, y_direction, y_row,
                N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -164,16 +169,17 @@ def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
                SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr):
     """What a segment alone adds to the state (vectors: B), or REVERSE, to the state's gradient (vectors: C); and the
     sum of its step sizes, which says by how much what enters it decays."""
-    _, sequence, b, k, d, valid = _program(K, channels, BLOCK_D)
+    block, sequence, b, k, d, valid = _program(0, K, channels, BLOCK_D)
     part = tl.program_id(1)
     n = tl.arange(0, BLOCK_N)
     mask = (n < N)[:, None] & valid[None, :]
+    tile = n[:, None] * channels + d[None, :] + zero
     u += b * u_batch + k * u_direction
     delta += b * delta_batch + k * delta_direction
     vectors += b * vectors_batch + k * vectors_direction
     grad_y += b * y_batch + k * y_direction
     src += k * steps
-    rate = tl.load(A + (k * channels + d[None, :]) * N + n[:, None], mask=mask, other=0) * _LOG2E
+    rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
     offset = _channels(bias, k, d, valid, channels, HAS_BIAS)
     factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -188,7 +194,7 @@ def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
             else:
                 t = first + group * GROUP + s
             read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
-            x, dt, _ = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
+            x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
                              SOFTPLUS)
             if REVERSE:
                 x = tl.load(grad_y + write * y_row + d, mask=valid & (write >= 0), other=0).to(tl.float32)
@@ -203,20 +209,20 @@ def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
                 h = decay * h + inputs[s][None, :] * rows[s][:, None]
             size += dts[s]
     part = sequence * tl.num_programs(1) + part
-    tl.store(states + part * N * channels + n[:, None] * channels + d[None, :], h, mask=mask)
+    tl.store(states + part * N * channels + tile, h, mask=mask)
     tl.store(sizes + part * channels + d, size, mask=valid)
 
 
-@triton.jit
-def scan_carry(states, sizes, A, leave, K, channels, segments,
+@triton.jit(do_not_specialize=['zero'])
+def scan_carry(states, sizes, A, leave, K, channels, segments, zero,
                N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr,
                HAS_LEAVE: tl.constexpr):
     """In place: from what each segment adds, to what enters it (REVERSE: from behind, beginning with ``leave``)."""
-    _, sequence, _, k, d, valid = _program(K, channels, BLOCK_D)
+    block, sequence, b, k, d, valid = _program(0, K, channels, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     mask = (n < N)[:, None] & valid[None, :]
-    tile = n[:, None] * channels + d[None, :]
-    rate = tl.load(A + (k * channels + d[None, :]) * N + n[:, None], mask=mask, other=0) * _LOG2E
+    tile = n[:, None] * channels + d[None, :] + zero
+    rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if HAS_LEAVE:
         h = tl.load(leave + sequence * N * channels + tile, mask=mask, other=0)
@@ -228,10 +234,10 @@ def scan_carry(states, sizes, A, leave, K, channels, segments,
         h = tl.exp2(size[None, :] * rate) * h + local
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['unit'])
 def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkpoints,
-                  grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
-                  K, rows, steps, channels, segment,
+                  starts, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+                  K, rows, steps, channels, segment, sequences, first_sequence, unit,
                   u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
                   B_batch, B_direction, B_row, C_batch, C_direction, C_row, y_batch, y_direction, y_row,
                   grad_delta_batch, grad_delta_direction,
@@ -240,19 +246,17 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
                   HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
                   SOFTPLUS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, HAS_LEAVE: tl.constexpr):
     """All gradients, backwards through the chunks of CHUNK steps. In each, the states at the starts of its groups are
-    found first, from the saved one at its own start.
+    found first, from the saved one at its own start, and put into ``starts``, which is small enough to stay in cache.
 
     States are (BLOCK_N1, BLOCK_D, BLOCK_N2): this way the default layout puts a few states and a few channels into
     each thread, which keeps sums over states and sums over channels, of which there are two each, equally short.
     """
-    GROUPS: tl.constexpr = CHUNK // GROUP
-    block, sequence, b, k, d, valid = _program(K, channels, BLOCK_D)
-    blocks = tl.cdiv(channels, BLOCK_D)
+    block, sequence, b, k, d, valid = _program(first_sequence, K, channels, BLOCK_D)
     part = tl.program_id(1)
     n = tl.arange(0, BLOCK_N1)[:, None] * BLOCK_N2 + tl.arange(0, BLOCK_N2)[None, :]
     n3 = n[:, None, :]
     mask = (n3 < N) & valid[None, :, None]
-    tile = n3 * channels + d[None, :, None]
+    tile = n3 * channels + d[None, :, None] * unit
     u += b * u_batch + k * u_direction
     delta += b * delta_batch + k * delta_direction
     B += b * B_batch + k * B_direction
@@ -261,13 +265,11 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
     grad_y += b * y_batch + k * y_direction
     grad_u += sequence * rows * channels
     grad_delta += b * grad_delta_batch + k * grad_delta_direction
-    sequences = tl.num_programs(0) // blocks
     grad_B += (block.to(tl.int64) * sequences + sequence) * rows * N
     grad_C += (block.to(tl.int64) * sequences + sequence) * rows * N
     own = part.to(tl.int64) * sequences + sequence
 
-    A_ = tl.load(A + (k * channels + d[None, :, None]) * N + n3, mask=mask, other=0)
-    rate = A_ * _LOG2E
+    rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
     skip, offset = _channels(D, k, d, valid, channels, HAS_D), _channels(bias, k, d, valid, channels, HAS_BIAS)
     factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
     zero = tl.zeros((BLOCK_N1, BLOCK_D, BLOCK_N2), tl.float32)
@@ -282,32 +284,32 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
     stop = tl.minimum(first + segment, steps)
     saved = (steps - 1) // CHUNK
     chunks = tl.cdiv(stop - first, CHUNK)
-    for chunk in range(chunks):
-        start = first + (chunks - 1 - chunk) * CHUNK
+    size: tl.constexpr = BLOCK_N1 * BLOCK_D * BLOCK_N2
+    starts += (part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // GROUP * size)
+    place = (n3 * BLOCK_D + (d - block * BLOCK_D)[None, :, None]) * unit
+    for back in range(chunks):
+        start = first + (chunks - 1 - back) * CHUNK
+        groups = tl.cdiv(tl.minimum(start + CHUNK, stop) - start, GROUP)
         h = tl.load(checkpoints + (sequence * saved + start // CHUNK - 1) * N * channels + tile,
                     mask=mask & (start > 0), other=0)
-        starts = (h, )
-        for _ in tl.static_range(GROUPS - 1):
-            starts = starts + (zero, )
-        for group in range(GROUPS - 1):
+        # Other threads may read what these have written, and still be at the last chunk.
+        tl.debug_barrier()
+        for group in range(groups - 1):
+            tl.store(starts + group * size + place, h)
             dts, inputs, Bs = (), (), ()
             for s in tl.static_range(GROUP):
                 t = start + group * GROUP + s
-                read, _ = _rows(src, t, steps, IN_ORDER, HAS_SRC)
-                x, dt, _ = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
-                                 SOFTPLUS)
+                read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
+                x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
+                                     BLOCK_R, SOFTPLUS)
                 dts, inputs, Bs = dts + (dt, ), inputs + (dt * x, ), Bs + (_vector(B, read, n, B_row, N), )
             for s in tl.static_range(GROUP):
                 h = tl.exp2(dts[s][None, :, None] * rate) * h + inputs[s][None, :, None] * Bs[s][:, None, :]
-            filled = (starts[0], )
-            for i in tl.static_range(1, GROUPS):
-                filled = filled + (tl.where(group + 1 == i, h, starts[i]), )
-            starts = filled
-        for back in range(GROUPS):
-            group = GROUPS - 1 - back
-            h = starts[0]
-            for i in tl.static_range(1, GROUPS):
-                h = tl.where(group == i, starts[i], h)
+        tl.debug_barrier()
+        for rest in range(groups):
+            group = groups - 1 - rest
+            if rest > 0:
+                h = tl.load(starts + group * size + place)
             reads, xs, dts, slopes, dys, Bs, Cs = (), (), (), (), (), (), ()
             for s in tl.static_range(GROUP):
                 t = start + group * GROUP + s
@@ -318,7 +320,8 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
                     dy = tl.load(grad_y + write * y_row + d, mask=valid & (write >= 0), other=0).to(tl.float32)
                 else:
                     dy = tl.zeros((BLOCK_D, ), tl.float32)
-                reads, xs, dts, slopes, dys = reads + (read, ), xs + (x, ), dts + (dt, ), slopes + (slope, ), dys + (dy, )
+                reads, xs, dts = reads + (read, ), xs + (x, ), dts + (dt, )
+                slopes, dys = slopes + (slope, ), dys + (dy, )
                 Bs, Cs = Bs + (_vector(B, read, n, B_row, N), ), Cs + (_vector(C, read, n, C_row, N), )
             decays, decayed = (), ()
             for s in tl.static_range(GROUP):
@@ -326,8 +329,7 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
                 decays, decayed = decays + (a, ), decayed + (a * h, )
                 h = decayed[s] + (dts[s] * xs[s])[None, :, None] * Bs[s][:, None, :]
             dus, ddeltas, dBs, dCs = (), (), (), ()
-            for i in tl.static_range(GROUP):
-                s: tl.constexpr = GROUP - 1 - i
+            for s in tl.static_range(GROUP - 1, -1, -1):
                 dy, input = dys[s], dts[s] * xs[s]
                 h = decayed[s] + input[None, :, None] * Bs[s][:, None, :]
                 dCs = dCs + (tl.sum(h * dy[None, :, None], axis=1), )
@@ -336,7 +338,7 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
                 dinput = tl.sum(tl.sum(dh * Bs[s][:, None, :], axis=2), axis=0)
                 da = dh * decayed[s]
                 dA += da * dts[s][None, :, None]
-                ddelta = (tl.sum(tl.sum(da * A_, axis=2), axis=0) + dinput * xs[s]) * slopes[s]
+                ddelta = (tl.sum(tl.sum(da * rate, axis=2), axis=0) * _LN2 + dinput * xs[s]) * slopes[s]
                 dh *= decays[s]
                 dus, ddeltas = dus + (dinput * dts[s] + dy * skip, ), ddeltas + (ddelta, )
                 dbias += ddelta

@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from mmlocalmamba.ops import library
-from mmlocalmamba.ops.library import CHUNK
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels and warps of a program, and steps whose loads go out together.
 _FORWARD = dict(channels=32, warps=1, group=4)
-_BACKWARD = dict(channels=32, warps=2, group=4)
+_BACKWARD = dict(channels=32, warps=1, group=2)
 # State elements a thread can hold: programs with more states take fewer channels.
 _FORWARD_STATES, _BACKWARD_STATES = 32, 16
+# Programs of the backward pass that are launched together: some times what runs at once, since each has memory of its
+# own for the states of a chunk.
+_BACKWARD_PROGRAMS = 8192
 # The step sizes' low-rank product runs inside the kernels up to this rank; beyond it a matrix product is cheaper.
 _MAX_RANK = 16
 # Programs of one warp that keep a multiprocessor busy; with fewer than half of them, sequences are cut into segments,
@@ -77,10 +79,10 @@ def _multiprocessors(device: torch.device) -> int:
 def _segment(sequences: int, blocks: int, steps: int, warps: int, device: torch.device) -> tuple[int, int]:
     """Number of segments, and steps in each: a multiple of CHUNK."""
     wanted = _PROGRAMS * _multiprocessors(device) // max(1, sequences * blocks * warps)
-    chunks = -(-steps // CHUNK)
+    chunks = -(-steps // library.CHUNK)
     segments = max(1, min(wanted, chunks // _MIN_CHUNKS))
-    length = -(-chunks // segments) * CHUNK
-    return max(1, -(-steps // length)), max(CHUNK, length)
+    length = -(-chunks // segments) * library.CHUNK
+    return max(1, -(-steps // length)), max(library.CHUNK, length)
 
 
 class _Problem:
@@ -114,11 +116,12 @@ class _Problem:
         self.steps = rows if src is None else src.shape[1]
         if (self.steps if in_scan_order else tokens) != rows or (src is None and tokens != rows):
             raise ValueError(f'delta has {rows} rows for {self.steps} steps and {tokens} tokens')
-        # Channels in lanes: they must lie together. Rows of B and C may then be read in one piece each.
+        # Channels in lanes: they must lie together. B and C are small, but every thread reads them: in one piece, and
+        # without conversion.
         self.u = u if u.stride(-1) == 1 else u.contiguous()
         self.delta = delta if delta.stride(-1) == 1 else delta.contiguous()
-        self.B, self.C = B.contiguous(), C.contiguous()
-        self.A = A.float().contiguous()
+        self.B, self.C = B.float().contiguous(), C.float().contiguous()
+        self.A = A.float().transpose(1, 2).contiguous()
         # Whatever is missing is never read; a pointer has to be there all the same.
         self.D, self.bias, self.weight, self.src = (self.A if x is None else x.contiguous()
                                                     for x in (D, bias, weight, src))
@@ -149,13 +152,13 @@ class _Problem:
         grad_y = self.u if grad_y is None else grad_y
         states = self.partial(self.batch * self.K, self.segments, self.N, self.channels)
         sizes = self.partial(self.batch * self.K, self.segments, self.channels)
-        _kernels().scan_local[*self.grid, self.segments](
+        _kernels().scan_local[(*self.grid, self.segments)](
             self.u, self.delta, self.A, vectors, grad_y, self.src, self.bias, self.weight, states, sizes,
-            self.K, self.steps, self.channels, self.segment,
+            self.K, self.steps, self.channels, self.segment, 0,
             *self.strides(self.u), *self.strides(self.delta), *self.strides(vectors), *self.strides(grad_y),
             BLOCK_N=self.block_N, REVERSE=reverse, **self.flags)
         _kernels().scan_carry[self.grid](
-            states, sizes, self.A, states if leave is None else leave, self.K, self.channels, self.segments,
+            states, sizes, self.A, states if leave is None else leave, self.K, self.channels, self.segments, 0,
             N=self.N, BLOCK_D=self.block_D, BLOCK_N=self.block_N, REVERSE=reverse, HAS_LEAVE=leave is not None,
             num_warps=self.warps)
         return states
@@ -173,17 +176,17 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
                  _FORWARD_STATES)
     y = _empty(p.batch, p.K, tokens, p.channels, dtype=u.dtype, device=u.device)
     last = p.partial(p.batch, p.K, p.N, p.channels)
-    checkpoints = p.partial(p.batch, p.K, max(0, (p.steps - 1) // CHUNK) if save else 0, p.N, p.channels)
+    checkpoints = p.partial(p.batch, p.K, max(0, (p.steps - 1) // library.CHUNK) if save else 0, p.N, p.channels)
     if p.empty:
         return y.zero_(), last.zero_(), checkpoints.zero_()
     with _on(u.device):
         segmented = p.segments > 1
         enter = p.entering(p.B, None, None) if segmented else last
-        _kernels().scan_forward[*p.grid, p.segments](
+        _kernels().scan_forward[(*p.grid, p.segments)](
             p.u, p.delta, p.A, p.B, p.C, p.D, p.src, p.bias, p.weight, enter, y, last, checkpoints,
-            p.K, p.steps, tokens, p.channels, p.segment,
+            p.K, p.steps, tokens, p.channels, p.segment, 0,
             *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C),
-            BLOCK_N=p.block_N, CHUNK=CHUNK, HAS_D=p.has_D, SAVE=save, SEGMENTED=segmented, **p.flags)
+            BLOCK_N=p.block_N, CHUNK=library.CHUNK, HAS_D=p.has_D, SAVE=save, SEGMENTED=segmented, **p.flags)
     return y, last, checkpoints
 
 
@@ -216,16 +219,22 @@ def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta:
             if p.segments > 1:
                 leave = p.entering(p.C, grad_y, leave)
             dy = p.u if grad_y is None else grad_y
-            _kernels().scan_backward[*p.grid, p.segments](
-                p.u, p.delta, p.A, p.B, p.C, p.D, p.src, p.bias, p.weight, dy, p.A if leave is None else leave,
-                checkpoints.contiguous(), grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
-                K, rows, p.steps, channels, p.segment,
-                *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C), *p.strides(dy),
-                *grad_delta.stride()[:2],
-                BLOCK_N1=p.block_N // block_N2, BLOCK_N2=block_N2, CHUNK=CHUNK, HAS_D=p.has_D,
-                HAS_GRAD_Y=grad_y is not None, HAS_LEAVE=leave is not None, **p.flags)
+            sequences = batch * K
+            together = max(1, min(sequences, _BACKWARD_PROGRAMS // (p.blocks * p.segments)))
+            starts = p.partial(p.segments * together * p.blocks, library.CHUNK // p.flags['GROUP'],
+                               p.block_N * p.block_D)
+            checkpoints = checkpoints.contiguous()
+            for first in range(0, sequences, together):
+                _kernels().scan_backward[(min(together, sequences - first) * p.blocks, p.segments)](
+                    p.u, p.delta, p.A, p.B, p.C, p.D, p.src, p.bias, p.weight, dy, p.A if leave is None else leave,
+                    checkpoints, starts, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+                    K, rows, p.steps, channels, p.segment, sequences, first, 1,
+                    *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C), *p.strides(dy),
+                    *grad_delta.stride()[:2],
+                    BLOCK_N1=p.block_N // block_N2, BLOCK_N2=block_N2, CHUNK=library.CHUNK, HAS_D=p.has_D,
+                    HAS_GRAD_Y=grad_y is not None, HAS_LEAVE=leave is not None, **p.flags)
     return (grad_u.sum(1) if u.dim() == 3 else grad_u, grad_delta,
-            grad_A.sum((0, 1)).transpose(1, 2).to(A.dtype, memory_format=torch.contiguous_format).contiguous(),
+            grad_A.sum((0, 1)).transpose(1, 2).contiguous().to(A.dtype),
             grad_B.sum(0).to(B.dtype), grad_C.sum(0).to(C.dtype),
             grad_D.sum((0, 1)).to(A.dtype), grad_bias.sum((0, 1)).to(A.dtype))
 
