@@ -2,13 +2,17 @@
 
 The interpreter proves the arithmetic and the masks, not that threads do not race.
 """
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_ops import assert_same, directional_inputs, run
 
 from mmlocalmamba import ops
 from mmlocalmamba.ops import directional_scan, library, selective_scan, triton
-from mmlocalmamba.scans import ScanTables
+from mmlocalmamba.scans import ScanTables, scan_tables
 
 pytest.importorskip('triton')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -145,8 +149,8 @@ def test_gradient_of_one_output_only(plan):
         grads = []
         for backend, device in (('triton', DEVICE), ('reference', 'cpu')):
             leaves = [x.detach().to(device).requires_grad_() for x in inputs.values()]
-            outputs = directional_scan(**dict(zip(inputs, leaves, strict=True)), backend=backend,
-                                       delta_softplus=True, return_last_state=True, tables=ScanTables(*(x.to(device) for x in tables)))
+            outputs = directional_scan(**dict(zip(inputs, leaves, strict=True)), delta_softplus=True, backend=backend,
+                                       return_last_state=True, tables=ScanTables(*(x.to(device) for x in tables)))
             grads.append(torch.autograd.grad(outputs[pick].square().sum(), leaves, allow_unused=True))
         for ours, expected in zip(*grads, strict=True):
             ours = ours.cpu()
@@ -187,6 +191,65 @@ def test_empty(shape):
     assert not B.grad.any() and A.grad.shape == A.shape
 
 
+@pytest.mark.parametrize('dtype,rtol', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('case', [dict(), dict(taps=1, D=65), dict(pad=False, bias=False, W=12)], ids=str)
+def test_convolution(monkeypatch, case, dtype, rtol):
+    case = {**dict(taps=4, D=5, pad=True, bias=True, H=3, W=5), **case}
+    generator = torch.Generator().manual_seed(0)
+    tables = scan_tables(('h', 'w2_flip'), case['H'], case['W'], pad=case['pad'])
+    shapes = dict(x=(2, case['H'] * case['W'], case['D']), weight=(2, case['D'], case['taps']), bias=(2, case['D']))
+    inputs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    if not case['bias']:
+        del inputs['bias']
+    results = []
+    for backend, device, kind in (('triton', DEVICE, dtype), ('reference', 'cpu', torch.float64)):
+        monkeypatch.setenv(ops.BACKEND_VARIABLE, backend)
+        leaves = {name: x.detach().to(device, kind, copy=True).requires_grad_() for name, x in inputs.items()}
+        y = ops.directional_conv(leaves['x'], leaves['weight'], leaves.get('bias'),
+                                 ScanTables(*(table.to(device) for table in tables)))
+        (y * torch.linspace(-1, 1, y.numel(), device=device, dtype=kind).view(y.shape)).sum().backward()
+        results.append(dict(y=y.detach().cpu(), **{name: x.grad.cpu() for name, x in leaves.items()}))
+        assert y.dtype == kind
+    assert_same(*results, rtol)
+
+
+def test_opcheck():
+    """Shapes, strides and dtypes are as declared, which torch.compile relies on."""
+    utilities = ('test_schema', 'test_faketensor', 'test_autograd_registration')
+    for rank in (None, 2):
+        inputs, tables = directional_inputs(**{**ODD, 'H': 2}, rank=rank, dtype=torch.bfloat16)
+        inputs = {name: x.detach().to(DEVICE, torch.float32 if name == 'A' else x.dtype) for name, x in inputs.items()}
+        tensors, src = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')], tables.src.to(DEVICE)
+        rest = (src, tables.inv.shape[1], inputs['delta_bias'], inputs.get('dt_weight'))
+        op = triton._operator('directional_scan', src)
+        backward = triton._operator('directional_scan_backward', src)
+        torch.library.opcheck(op.default, (*tensors, *rest, True, False, True), test_utils=utilities)
+        y, last, checkpoints = op(*tensors, *rest, True, False, True)
+        torch.library.opcheck(backward.default, (y, last, *tensors, *rest, checkpoints, True, False),
+                              test_utils=utilities)
+    x, weight = inputs['u'], torch.randn(2, 5, 4, device=DEVICE)
+    conv = triton._operator('directional_conv', src)
+    torch.library.opcheck(conv.default, (x, weight, None, src), test_utils=utilities)
+    torch.library.opcheck(triton._operator('directional_conv_backward', src).default,
+                          (conv(x, weight, None, src), x, weight, None, src), test_utils=utilities)
+
+
+def test_compiles_without_a_graph_break():
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=2, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE).requires_grad_() for name, x in inputs.items()}
+    tables = to_device(tables)
+
+    def model(inputs):
+        return directional_scan(**inputs, tables=tables, delta_softplus=True, backend='triton')
+
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True, backend='aot_eager')):
+        y = function(inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_bad_input_is_named():
     inputs, tables = directional_inputs(**ODD, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"'triton' cannot run here: it computes in float32, .* torch.float64"):
@@ -216,3 +279,34 @@ def test_segments(monkeypatch, sequences, blocks, steps, expected):
     monkeypatch.setattr(triton, '_multiprocessors', lambda device: 132)
     segments, length = triton._segment(sequences, blocks, steps, 1, torch.device('cuda'))
     assert segments == expected and length % library.CHUNK == 0 and (segments - 1) * length < steps <= segments * length
+
+
+def test_compiles_for_a_gpu_that_is_not_here():
+    """The interpreter accepts more than the compiler. Needs no GPU; another process, since this one may interpret."""
+    code = '''
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mmlocalmamba.ops import kernels
+
+FLAGS = dict(N=5, R=2, BLOCK_D=32, BLOCK_N=8, BLOCK_N1=2, BLOCK_N2=4, BLOCK_R=2, CHUNK=32, GROUP=2, TAPS=4, BLOCK_T=32)
+INTEGERS = ('K', 'batch', 'rows', 'steps', 'tokens', 'channels', 'segment', 'segments', 'sequences', 'first_sequence',
+            'zero', 'unit')
+for name, variants in (('scan_forward', [{}]), ('scan_local', [{}, dict(REVERSE=False)]), ('scan_carry', [{}]),
+                       ('scan_backward', [{}]), ('conv_forward', [{}]), ('conv_backward', [{}])):
+    for variant in variants:
+        signature, constants = {}, {}
+        for parameter in getattr(kernels, name).params:
+            key = parameter.name
+            if parameter.is_constexpr:
+                signature[key], constants[key] = 'constexpr', {**FLAGS, **variant}.get(key, True)
+            elif key in INTEGERS or key.endswith(('_row', '_direction')) or (key.endswith('_batch')):
+                signature[key] = 'i32'
+            else:
+                signature[key] = dict(src='*i32', inverse='*i32', u='*bf16', delta='*bf16', y='*bf16').get(key, '*fp32')
+        compiled = triton.compile(ASTSource(getattr(kernels, name), signature, constants),
+                                  target=GPUTarget('cuda', 90, 32), options=dict(num_warps=1))
+        assert compiled.asm['cubin'], name
+'''
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
+    subprocess.run([sys.executable, '-c', code], check=True, env=environment)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import chunked, cpu, reference, triton
+from mmlocalmamba.ops import chunked, cpu, cuda, reference, triton
 from mmlocalmamba.ops.common import to_scan_order
 from mmlocalmamba.scans import ScanTables
 
 # Fastest first. A backend is a module with scan(...) and unavailable(u) -> None or the reason why it cannot run.
-BACKENDS = {'cpu': cpu, 'triton': triton, 'chunked': chunked, 'reference': reference}
+BACKENDS = {'cpu': cpu, 'triton': triton, 'cuda': cuda, 'chunked': chunked, 'reference': reference}
 BACKEND_VARIABLE = 'MMLOCALMAMBA_BACKEND'
 # Elements of u from which a user should know that a CPU scan does not take the native kernel.
 _LARGE = 1 << 16
@@ -78,7 +78,7 @@ def _run(backend: str | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C:
             delta = torch.einsum('bklr,kdr->bkld', delta, dt_weight)
     # Autocast would take the recurrence to 16 bits.
     with torch.autocast(u.device.type, enabled=False):
-        if module is not triton:  # which reads 16 bits and computes in 32
+        if module not in (triton, cuda):  # which read 16 bits and compute in 32
             compute = torch.float64 if u.dtype == torch.float64 else torch.float32
             u, delta, A, B, C, D, delta_bias = (
                 None if x is None else x.to(compute) for x in (u, delta, A, B, C, D, delta_bias))
@@ -261,6 +261,8 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: Sca
     Returns:
         (B, K, T, D), in scan order: what ``directional_scan(in_scan_order=True)`` takes.
     """
+    if _choose(x, None) is triton:
+        return triton.directional_conv(x, weight, bias, tables.src)
     if runs_native(x, weight, bias):
         return cpu.directional_conv(x, weight, bias, tables.src)
     K, width, taps = weight.shape

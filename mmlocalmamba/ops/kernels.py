@@ -353,3 +353,77 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
     tl.store(grad_A + own * N * channels + tile, dA, mask=mask)
     tl.store(grad_D + own * channels + d, dD, mask=valid)
     tl.store(grad_bias + own * channels + d, dbias, mask=valid)
+
+
+@triton.jit
+def _conv_tile(K, steps, channels, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Steps and channels of this program, (BLOCK_T, BLOCK_D), and its sequence (batch, direction)."""
+    blocks = tl.cdiv(channels, BLOCK_D)
+    parts = tl.cdiv(steps, BLOCK_T)
+    d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    part = tl.program_id(0) // blocks % parts
+    sequence = (tl.program_id(0) // blocks // parts).to(tl.int64)
+    return part, parts, sequence // K, sequence % K, part * BLOCK_T + tl.arange(0, BLOCK_T), d, d < channels
+
+
+@triton.jit
+def _tap(x, src, t, d, valid, steps, x_row, HAS_SRC: tl.constexpr):
+    """Inputs of steps t, zeros for pads and before the first step."""
+    inside = (t >= 0) & (t < steps)
+    if HAS_SRC:
+        row = tl.load(src + t, mask=inside, other=-1).to(tl.int64)
+    else:
+        row = tl.where(inside, t, -1).to(tl.int64)
+    return tl.load(x + row[:, None] * x_row + d[None, :], mask=(row >= 0)[:, None] & valid[None, :],
+                   other=0).to(tl.float32)
+
+
+@triton.jit
+def conv_forward(x, weight, bias, src, out, grad, sums, batch, K, steps, channels, x_batch, x_row,
+                 grad_batch, grad_direction, grad_row, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
+                 BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, BACKWARD: tl.constexpr):
+    """out (K, batch, steps, channels): SiLU of the convolution. BACKWARD: the gradient of what SiLU was applied to,
+    and this program's share of the gradients of weights and bias, sums (parts, batch, K, TAPS + 1, channels)."""
+    part, parts, b, k, t, d, valid = _conv_tile(K, steps, channels, BLOCK_T, BLOCK_D)
+    x += b * x_batch
+    src += k * steps
+    weight += k * TAPS * channels
+    value = _channels(bias, k, d, valid, channels, HAS_BIAS)[None, :] + tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for j in tl.static_range(TAPS):
+        factor = tl.load(weight + j * channels + d, mask=valid, other=0).to(tl.float32)
+        value += factor[None, :] * _tap(x, src, t - (TAPS - 1) + j, d, valid, steps, x_row, HAS_SRC)
+    # exp2 of a large number is infinite and the quotient 0, as it should be.
+    sigmoid = 1. / (1. + tl.exp2(-value * _LOG2E))
+    mask = (t < steps)[:, None] & valid[None, :]
+    to = ((k * batch + b) * steps + t[:, None]) * channels + d[None, :]
+    if BACKWARD:
+        row = b * grad_batch + k * grad_direction + t[:, None].to(tl.int64) * grad_row
+        value = tl.load(grad + row + d[None, :], mask=mask, other=0).to(tl.float32) * (
+            sigmoid + value * sigmoid * (1. - sigmoid))
+        sums += ((part * batch + b) * K + k) * (TAPS + 1) * channels
+        for j in tl.static_range(TAPS):
+            product = value * _tap(x, src, t - (TAPS - 1) + j, d, valid, steps, x_row, HAS_SRC)
+            tl.store(sums + j * channels + d, tl.sum(product, axis=0), mask=valid)
+        tl.store(sums + TAPS * channels + d, tl.sum(value, axis=0), mask=valid)
+    else:
+        value *= sigmoid
+    tl.store(out + to, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv_backward(grad, weight, inverse, grad_x, batch, K, steps, tokens, channels, TAPS: tl.constexpr,
+                  BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gradient of the tokens from that of all directions, grad (K, batch, steps, channels), directions in order."""
+    part, parts, b, k, token, d, valid = _conv_tile(1, tokens, channels, BLOCK_T, BLOCK_D)
+    inside = token < tokens
+    value = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for k in range(K):
+        t = tl.load(inverse + k * tokens + token, mask=inside, other=steps)
+        rows = grad + (k * batch + b) * steps * channels
+        for j in tl.static_range(TAPS):
+            factor = tl.load(weight + (k * TAPS + j) * channels + d, mask=valid, other=0).to(tl.float32)
+            later = t + (TAPS - 1) - j
+            value += factor[None, :] * tl.load(rows + later[:, None].to(tl.int64) * channels + d[None, :],
+                                               mask=(later < steps)[:, None] & valid[None, :], other=0).to(tl.float32)
+    to = (b * tokens + token[:, None]) * channels + d[None, :]
+    tl.store(grad_x + to, value.to(grad_x.dtype.element_ty), mask=inside[:, None] & valid[None, :])

@@ -85,6 +85,13 @@ def _segment(sequences: int, blocks: int, steps: int, warps: int, device: torch.
     return max(1, -(-steps // length)), max(library.CHUNK, length)
 
 
+def _check_table(src: Tensor | None, K: int, device: torch.device) -> None:
+    """Its values are not looked at, which would make the CPU wait for the GPU."""
+    if src is not None and (src.dtype != torch.int32 or src.dim() != 2 or src.shape[0] != K or src.device != device):
+        raise ValueError(f'src must be an int32 table of {K} rows on {device}, got {src.dtype} '
+                         f'{tuple(src.shape)} on {src.device}')
+
+
 class _Problem:
     """Checked arguments, and what kernels get of them."""
 
@@ -109,10 +116,7 @@ class _Problem:
                 raise TypeError(f'{name} must be float32, bfloat16 or float16, got {x.dtype}')
             if x.device != u.device:
                 raise ValueError(f'{name} must be on {u.device} like u, got {x.device}')
-        if src is not None and (src.dtype != torch.int32 or src.dim() != 2 or src.shape[0] != K
-                                or src.device != u.device):
-            raise ValueError(f'src must be an int32 table of {K} rows on {u.device}, got {src.dtype} '
-                             f'{tuple(src.shape)} on {src.device}')
+        _check_table(src, K, u.device)
         self.steps = rows if src is None else src.shape[1]
         if (self.steps if in_scan_order else tokens) != rows or (src is None and tokens != rows):
             raise ValueError(f'delta has {rows} rows for {self.steps} steps and {tokens} tokens')
@@ -239,19 +243,95 @@ def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta:
             grad_D.sum((0, 1)).to(A.dtype), grad_bias.sum((0, 1)).to(A.dtype))
 
 
-torch.library.impl('mmlocalmamba::directional_scan', 'CUDA')(_forward)
-torch.library.impl('mmlocalmamba::directional_scan_backward', 'CUDA')(_backward)
+# Steps and channels of a program of the convolution.
+_CONV = dict(BLOCK_T=32, BLOCK_D=64, num_warps=4)
+
+
+class _Convolution:
+    """Checked arguments of the convolution, and what kernels get of them."""
+
+    def __init__(self, x, weight, bias, src):
+        self.batch, self.tokens, self.channels = x.shape
+        self.K, _, self.taps = weight.shape
+        shapes = dict(weight=(self.K, self.channels, self.taps), bias=(self.K, self.channels))
+        for name, tensor in dict(x=x, weight=weight, bias=bias).items():
+            if tensor is not None and tuple(tensor.shape) != shapes.get(name, tuple(x.shape)):
+                raise ValueError(f'{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}')
+            if tensor is not None and tensor.dtype not in _DTYPES:
+                raise TypeError(f'{name} must be float32, bfloat16 or float16, got {tensor.dtype}')
+        _check_table(src, self.K, x.device)
+        self.steps = self.tokens if src is None else src.shape[1]
+        self.x = x if x.stride(-1) == 1 else x.contiguous()
+        self.weight = weight.transpose(1, 2).contiguous()
+        self.bias = self.weight if bias is None else bias.contiguous()
+        self.src = self.weight if src is None else src.contiguous()
+        self.flags = dict(TAPS=self.taps, **_CONV)
+        self.given = dict(HAS_BIAS=bias is not None, HAS_SRC=src is not None)
+        self.empty = self.batch * self.K * self.steps * self.channels == 0
+
+    def grid(self, sequences: int, rows: int) -> tuple[int]:
+        return (sequences * -(-rows // _CONV['BLOCK_T']) * -(-self.channels // _CONV['BLOCK_D']), )
+
+    def forward(self, out: Tensor, grad: Tensor | None, sums: Tensor | None) -> None:
+        strides = (0, 0, 0) if grad is None else grad.stride()[:3]
+        with _on(self.x.device):
+            _kernels().conv_forward[self.grid(self.batch * self.K, self.steps)](
+                self.x, self.weight, self.bias, self.src, out, out if grad is None else grad,
+                out if sums is None else sums, self.batch, self.K, self.steps, self.channels, *self.x.stride()[:2],
+                *strides, BACKWARD=grad is not None, **self.given, **self.flags)
+
+
+def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None) -> Tensor:
+    p = _Convolution(x, weight, bias, src)
+    out = _empty(p.K, p.batch, p.steps, p.channels, dtype=x.dtype, device=x.device)
+    if not p.empty:
+        p.forward(out, None, None)
+    return out.transpose(0, 1)
+
+
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                   src: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    p = _Convolution(x, weight, bias, src)
+    if p.empty:
+        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    inner = _empty(p.K, p.batch, p.steps, p.channels, dtype=x.dtype, device=x.device)
+    parts = -(-p.steps // _CONV['BLOCK_T'])
+    sums = _empty(parts, p.batch, p.K, p.taps + 1, p.channels, dtype=torch.float32, device=x.device)
+    p.forward(inner, grad, sums)
+    steps = torch.arange(p.steps, dtype=torch.int32, device=x.device).expand(p.K, -1)
+    inverse = steps if src is None else steps.new_empty(p.K, p.tokens + 1).scatter_(
+        1, torch.where(src < 0, p.tokens, src).long(), steps)[:, :-1]
+    grad_x = _empty(p.batch, p.tokens, p.channels, dtype=x.dtype, device=x.device)
+    with _on(x.device):
+        _kernels().conv_backward[p.grid(p.batch, p.tokens)](
+            inner, p.weight, inverse.contiguous(), grad_x, p.batch, p.K, p.steps, p.tokens, p.channels, **p.flags)
+    sums = sums.sum((0, 1)).to(weight.dtype)
+    return grad_x, sums[:, :-1].transpose(1, 2).contiguous(), sums[:, -1].contiguous()
+
+
+_IMPLEMENTATIONS = {
+    'directional_scan': _forward,
+    'directional_scan_backward': _backward,
+    'directional_conv': _conv_forward,
+    'directional_conv_backward': _conv_backward,
+}
+for _name, _function in _IMPLEMENTATIONS.items():
+    torch.library.impl(f'mmlocalmamba::{_name}', 'CUDA')(_function)
 
 
 @cache
-def _operators(device: str) -> dict:
-    """The operators that lead here. Those of the CPU are other kernels' own, so the interpreter has its own names."""
-    suffix = '' if device == 'cuda' else '_interpreted'
-    if suffix:
-        library.declare_scan_and_conv(suffix)
-        torch.library.impl(f'mmlocalmamba::directional_scan{suffix}', 'CPU')(_forward)
-        torch.library.impl(f'mmlocalmamba::directional_scan_backward{suffix}', 'CPU')(_backward)
-    return dict(scan=getattr(torch.ops.mmlocalmamba, f'directional_scan{suffix}'))
+def _interpreted() -> str:
+    """Suffix of the operators on CPU tensors: those without are the native CPU kernels'."""
+    suffix = '_interpreted'
+    library.declare_scan_and_conv(suffix)
+    for name, function in _IMPLEMENTATIONS.items():
+        torch.library.impl(f'mmlocalmamba::{name}{suffix}', 'CPU')(function)
+    return suffix
+
+
+def _operator(name: str, x: Tensor):
+    return getattr(torch.ops.mmlocalmamba, name + (_interpreted() if x.device.type == 'cpu' else ''))
 
 
 def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
@@ -260,5 +340,10 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | 
     """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
     if dt_weight is not None and dt_weight.shape[-1] > _MAX_RANK:
         delta, dt_weight = torch.einsum('bklr,kdr->bkld', delta, dt_weight.to(delta.dtype)), None
-    return library.run_scan(_operators(u.device.type)['scan'], u, delta, A, B, C, D, src, inv, delta_bias,
+    return library.run_scan(_operator('directional_scan', u), u, delta, A, B, C, D, src, inv, delta_bias,
                             delta_softplus, in_scan_order, dt_weight)
+
+
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None) -> Tensor:
+    """See :func:`mmlocalmamba.ops.directional_conv`."""
+    return _operator('directional_conv', x)(x, weight, bias, src)
