@@ -22,6 +22,10 @@ from torch import Tensor
 
 from mmlocalmamba.ops import library
 
+# Not asked for in functions: torch.compile traces through those that choose a backend.
+_INSTALLED = find_spec('triton') is not None
+_INTERPRETING = os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes')
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels and warps of a program, and steps whose loads go out together.
 _FORWARD = dict(channels=32, warps=1, group=4)
@@ -40,27 +44,29 @@ _PROGRAMS = 16
 _MIN_CHUNKS = 2
 
 
-@cache
-def _interpreting() -> bool:
-    return os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes')
-
 
 @cache
 def _kernels():
     return import_module('mmlocalmamba.ops.kernels')
 
 
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return 'it needs a GPU of compute capability 8.0 or later'
+
+
 def unavailable(u: Tensor) -> str | None:
-    if find_spec('triton') is None:
+    if not _INSTALLED:
         return 'triton is not installed'
     if u.dtype not in _DTYPES:
         return f'it computes in float32, and does not take {u.dtype}'
     if u.device.type == 'cpu':
-        return None if _interpreting() else 'it is for CUDA tensors'
+        return None if _INTERPRETING else 'it is for CUDA tensors'
     if u.device.type != 'cuda':
         return f'it is for CUDA tensors, not for {u.device.type}'
-    return None if torch.version.hip or torch.cuda.get_device_capability(u.device) >= (8, 0) else (
-        'it needs a GPU of compute capability 8.0 or later')
+    return _too_old(u.device)
 
 
 def _power(x: int) -> int:
@@ -316,22 +322,18 @@ _IMPLEMENTATIONS = {
     'directional_conv': _conv_forward,
     'directional_conv_backward': _conv_backward,
 }
+# On CPU tensors the operators are other kernels', so the interpreter has names of its own.
+_SUFFIX = '_interpreted'
+if _INTERPRETING:
+    library.declare_scan_and_conv(_SUFFIX)
 for _name, _function in _IMPLEMENTATIONS.items():
     torch.library.impl(f'mmlocalmamba::{_name}', 'CUDA')(_function)
-
-
-@cache
-def _interpreted() -> str:
-    """Suffix of the operators on CPU tensors: those without are the native CPU kernels'."""
-    suffix = '_interpreted'
-    library.declare_scan_and_conv(suffix)
-    for name, function in _IMPLEMENTATIONS.items():
-        torch.library.impl(f'mmlocalmamba::{name}{suffix}', 'CPU')(function)
-    return suffix
+    if _INTERPRETING:
+        torch.library.impl(f'mmlocalmamba::{_name}{_SUFFIX}', 'CPU')(_function)
 
 
 def _operator(name: str, x: Tensor):
-    return getattr(torch.ops.mmlocalmamba, name + (_interpreted() if x.device.type == 'cpu' else ''))
+    return getattr(torch.ops.mmlocalmamba, name + _SUFFIX if x.device.type == 'cpu' else name)
 
 
 def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
