@@ -1,5 +1,7 @@
 """The adapter to mamba_ssm, tried on a stand-in that has its interface and our reference's arithmetic."""
 import sys
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -52,6 +54,23 @@ def test_equals_reference(mamba_ssm, kwargs):
     assert_same(outputs_only(inputs, 'cuda', **kwargs), exact, 1e-5)
     K, T = tables.src.shape
     assert mamba_ssm == [(2, K * 3, T)]
+
+
+def test_peers_of_the_benchmark_compute_the_same(mamba_ssm, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / 'tools'))
+    import benchmark_scan as benchmark
+    tensors, low_rank, tables = benchmark.inputs((5, 9), False, 3, 2, 4, 2, 'cpu', torch.float32)
+    dy = torch.randn(2, 4, 45, 3)
+    function = partial(directional_scan, tables=tables, delta_softplus=True)
+    exact = benchmark.forward_backward(function, tensors, dy)
+    selective_scan_fn = cuda._import()[0]
+    made = benchmark.ready_made(tensors, tables, False)
+    pipeline = benchmark.forward_backward(partial(benchmark.authors_pipeline, selective_scan_fn, (5, 9)), made, dy)
+    assert benchmark.relative_error(pipeline, exact, ['y', 'u', 'A', 'D', 'delta_bias']) < 1e-5
+    low_rank = benchmark.forward_backward(function, {**tensors, **low_rank}, dy)
+    assert benchmark.relative_error(low_rank, exact, ['y', 'u', 'A', 'B', 'C', 'D', 'delta_bias']) < 1e-5
+    y = benchmark.op_alone(selective_scan_fn, **benchmark.ready_made(tensors, tables, True))
+    assert y.shape == (2, 4 * 3, tables.src.shape[1])
 
 
 def test_mixed_precision(mamba_ssm):

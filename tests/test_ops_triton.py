@@ -281,6 +281,72 @@ def test_segments(monkeypatch, sequences, blocks, steps, expected):
     assert segments == expected and length % library.CHUNK == 0 and (segments - 1) * length < steps <= segments * length
 
 
+gpu = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
+
+
+@gpu
+@pytest.mark.parametrize('H,W,D,N,rank,batch', [(28, 28, 384, 16, 12, 4), (200, 333, 40, 16, None, 1),
+                                                (13, 31, 200, 1, 5, 3), (9, 9, 130, 64, None, 2)])
+def test_real_sizes_without_races(monkeypatch, H, W, D, N, rank, batch):
+    """Against the chunked backend in float64, and the same bits three times."""
+    monkeypatch.setattr(library, 'CHUNK', 32)
+    inputs, tables = directional_inputs(batch=batch, H=H, W=W, D=D, N=N, rank=rank, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE) for name, x in inputs.items()}
+    exact = run({name: x.double() for name, x in inputs.items()}, directional_scan, backend='chunked',
+                tables=to_device(tables))
+    results = [run(inputs, directional_scan, backend='triton', tables=to_device(tables)) for _ in range(3)]
+    assert_same(results[0], exact, 1e-5)
+    for result in results[1:]:
+        for name, x in results[0].items():
+            assert torch.equal(result[name], x), name
+
+
+@gpu
+def test_more_than_32_bits_of_elements(monkeypatch):
+    monkeypatch.undo()
+    batch, K, L, D = 176, 4, 3136, 1024
+    tables = scan_tables(('h', 'v', 'w2', 'w7_flip'), 56, 56, device=DEVICE)
+    assert batch * K * L * D > 2 ** 31
+    u = torch.randn(batch, L, D, device=DEVICE, dtype=torch.bfloat16)
+    delta = torch.randn(batch, K, L, 1, device=DEVICE, dtype=torch.bfloat16)
+    B, C = (torch.randn(batch, K, L, 1, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    A, weight = -torch.ones(K, D, 1, device=DEVICE), torch.randn(K, D, 1, device=DEVICE)
+
+    def scan(part):
+        leaves = [x[part].clone().requires_grad_() for x in (u, delta, B, C)]
+        y = directional_scan(leaves[0], leaves[1], A, leaves[2], leaves[3], tables=tables, delta_softplus=True,
+                             dt_weight=weight, backend='triton')
+        return [y[-1].detach(), *(x[-1] for x in torch.autograd.grad(y, leaves, torch.ones_like(y)))]
+
+    for ours, expected in zip(scan(slice(None)), scan(slice(batch - 1, None)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+
+
+@gpu
+def test_cuda_graph(monkeypatch):
+    monkeypatch.undo()
+    inputs, tables = directional_inputs(batch=2, H=9, W=9, D=40, N=16, rank=4, dtype=torch.float32)
+    inputs, tables = {name: x.detach().to(DEVICE) for name, x in inputs.items()}, to_device(tables)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+
+    def step():
+        y = directional_scan(**inputs, tables=tables, delta_softplus=True, backend='triton')
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, x in zip(captured, expected, strict=True):
+        assert torch.equal(ours, x)
+
+
 def test_compiles_for_a_gpu_that_is_not_here():
     """The interpreter accepts more than the compiler. Needs no GPU; another process, since this one may interpret."""
     code = '''

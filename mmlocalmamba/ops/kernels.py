@@ -5,7 +5,7 @@ Steps go in groups of GROUP: all loads of a group stand before its arithmetic, i
 overlap. A row -1 is a pad, or a step behind the end: loads give zeros, nothing is stored. States are float32. Offsets
 of rows and sequences are 64 bit, since tensors may pass 2^31 elements.
 
-A and all states are stored with channels last. Triton derives from its loads of tiles of states which thread works on
+A, dt_weight and all states are stored with channels last. Triton derives from its loads of tiles of states which thread works on
 what, and would choose wide loads, though such tiles are loaded once and computed with often. Two arguments hide what it
 looks for: ``zero`` (0), how tiles are aligned: a thread gets all states of one channel, so the sum over states needs no
 shuffle; ``unit`` (1), along which dimension they are contiguous: a thread gets a few states of a few channels.
@@ -88,11 +88,12 @@ def _channels(x, k, d, valid, channels, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _weight(x, k, d, valid, channels, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def _weight(x, k, d, valid, channels, zero, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """dt_weight of direction k, (BLOCK_R, BLOCK_D)."""
     if R:
         r = tl.arange(0, BLOCK_R)[:, None]
-        value = tl.load(x + (k * channels + d[None, :]) * R + r, mask=(r < R) & valid[None, :], other=0).to(tl.float32)
+        value = tl.load(x + (k * R + r) * channels + d[None, :] + zero, mask=(r < R) & valid[None, :],
+                        other=0).to(tl.float32)
     else:
         value = 0.
     return value
@@ -131,7 +132,7 @@ def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkp
     src += k * steps
     rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
     skip, offset = _channels(D, k, d, valid, channels, HAS_D), _channels(bias, k, d, valid, channels, HAS_BIAS)
-    factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
+    factors = _weight(weight, k, d, valid, channels, zero, R, BLOCK_R)
     if SEGMENTED:
         h = tl.load(enter + (sequence * tl.num_programs(1) + part) * N * channels + tile, mask=mask, other=0)
     else:
@@ -181,7 +182,7 @@ def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
     src += k * steps
     rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
     offset = _channels(bias, k, d, valid, channels, HAS_BIAS)
-    factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
+    factors = _weight(weight, k, d, valid, channels, zero, R, BLOCK_R)
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     size = tl.zeros((BLOCK_D, ), tl.float32)
     first = part * segment
@@ -234,10 +235,10 @@ def scan_carry(states, sizes, A, leave, K, channels, segments, zero,
         h = tl.exp2(size[None, :] * rate) * h + local
 
 
-@triton.jit(do_not_specialize=['unit'])
+@triton.jit(do_not_specialize=['unit', 'zero'])
 def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkpoints,
                   starts, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
-                  K, rows, steps, channels, segment, sequences, first_sequence, unit,
+                  K, rows, steps, channels, segment, sequences, first_sequence, unit, zero,
                   u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
                   B_batch, B_direction, B_row, C_batch, C_direction, C_row, y_batch, y_direction, y_row,
                   grad_delta_batch, grad_delta_direction,
@@ -271,7 +272,7 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
 
     rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
     skip, offset = _channels(D, k, d, valid, channels, HAS_D), _channels(bias, k, d, valid, channels, HAS_BIAS)
-    factors = _weight(weight, k, d, valid, channels, R, BLOCK_R)
+    factors = _weight(weight, k, d, valid, channels, zero, R, BLOCK_R)
     zero = tl.zeros((BLOCK_N1, BLOCK_D, BLOCK_N2), tl.float32)
     # The gradient of the state, already decayed: what step t hands to step t - 1.
     dh = zero

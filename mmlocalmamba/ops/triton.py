@@ -133,8 +133,9 @@ class _Problem:
         self.B, self.C = B.float().contiguous(), C.float().contiguous()
         self.A = A.float().transpose(1, 2).contiguous()
         # Whatever is missing is never read; a pointer has to be there all the same.
-        self.D, self.bias, self.weight, self.src = (self.A if x is None else x.contiguous()
-                                                    for x in (D, bias, weight, src))
+        self.D, self.bias, self.weight, self.src = (
+            self.A if x is None else x.contiguous()
+            for x in (D, bias, None if weight is None else weight.transpose(1, 2), src))
         self.block_N = _power(N)
         self.block_D = min(choice['channels'], _power(self.channels),
                            max(1, 32 * choice['warps'] * states // self.block_N))
@@ -238,7 +239,7 @@ def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta:
                 _kernels().scan_backward[(min(together, sequences - first) * p.blocks, p.segments)](
                     p.u, p.delta, p.A, p.B, p.C, p.D, p.src, p.bias, p.weight, dy, p.A if leave is None else leave,
                     checkpoints, starts, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
-                    K, rows, p.steps, channels, p.segment, sequences, first, 1,
+                    K, rows, p.steps, channels, p.segment, sequences, first, 1, 0,
                     *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C), *p.strides(dy),
                     *grad_delta.stride()[:2],
                     BLOCK_N1=p.block_N // block_N2, BLOCK_N2=block_N2, CHUNK=library.CHUNK, HAS_D=p.has_D,
