@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from test_ops import assert_same, directional_inputs, run
+from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba import ops
+from mmlocalmamba.layers.mixers import LocalVimMixer, LocalVMambaMixer
 from mmlocalmamba.ops import directional_scan, library, selective_scan, triton
 from mmlocalmamba.scans import ScanTables, scan_tables
 
@@ -248,6 +250,28 @@ def test_compiles_without_a_graph_break():
         results.append([y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize('mixer', [LocalVMambaMixer, LocalVimMixer])
+def test_mixers(mixer, monkeypatch):
+    """Whole mixers, checkpointed and under autocast, take the kernels."""
+    torch.manual_seed(0)
+    module = mixer(4, ('v', 'w2_flip'), d_state=2, dt_rank=2, scattn=dict(reduction=2)).to(DEVICE)
+    x = torch.randn(1, 6, 4, device=DEVICE)
+    results = []
+    for backend in ('triton', 'reference'):
+        monkeypatch.setenv(ops.BACKEND_VARIABLE, backend)
+        module.zero_grad()
+        y = checkpoint(module, x, (2, 3), use_reentrant=False)
+        y.square().sum().backward()
+        results.append(dict(y=y.detach(), **{name: p.grad.clone() for name, p in module.named_parameters()
+                                             if p.grad is not None}))
+    assert_same(*results, 1e-3)  # gradients of norms are small differences of large numbers
+    monkeypatch.setenv(ops.BACKEND_VARIABLE, 'triton')
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        low = module(x, (2, 3))
+    assert low.dtype == torch.bfloat16
+    assert_same(dict(y=low.detach()), dict(y=results[1]['y']), 3e-2)
 
 
 def test_bad_input_is_named():
