@@ -12,7 +12,6 @@ from test_ops import assert_same, directional_inputs, run
 from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba import ops
-from mmlocalmamba.layers.mixers import LocalVimMixer, LocalVMambaMixer
 from mmlocalmamba.ops import directional_scan, library, selective_scan, triton
 from mmlocalmamba.scans import ScanTables, scan_tables
 
@@ -252,11 +251,13 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize('mixer', [LocalVMambaMixer, LocalVimMixer])
-def test_mixers(mixer, monkeypatch):
+@pytest.mark.parametrize('name', ['LocalVMambaMixer', 'LocalVimMixer'])
+def test_mixers(name, monkeypatch):
     """Whole mixers, checkpointed and under autocast, take the kernels."""
+    pytest.importorskip('mmengine')
+    from mmlocalmamba.layers import mixers
     torch.manual_seed(0)
-    module = mixer(4, ('v', 'w2_flip'), d_state=2, dt_rank=2, scattn=dict(reduction=2)).to(DEVICE)
+    module = getattr(mixers, name)(4, ('v', 'w2_flip'), d_state=2, dt_rank=2, scattn=dict(reduction=2)).to(DEVICE)
     x = torch.randn(1, 6, 4, device=DEVICE)
     results = []
     for backend in ('triton', 'reference'):
@@ -301,7 +302,7 @@ def test_the_interpreter_is_never_chosen():
 def test_segments(monkeypatch, sequences, blocks, steps, expected):
     monkeypatch.undo()
     monkeypatch.setattr(triton, '_multiprocessors', lambda device: 132)
-    segments, length = triton._segment(sequences, blocks, steps, 1, torch.device('cuda'))
+    segments, length = triton._segment(sequences, blocks, steps, 16, torch.device('cuda'))
     assert segments == expected and length % library.CHUNK == 0 and (segments - 1) * length < steps <= segments * length
 
 

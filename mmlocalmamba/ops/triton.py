@@ -27,9 +27,10 @@ _INSTALLED = find_spec('triton') is not None
 _INTERPRETING = os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes')
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Channels and warps of a program, and steps whose loads go out together.
-_FORWARD = dict(channels=32, warps=1, group=4)
-_BACKWARD = dict(channels=32, warps=1, group=2)
+# Channels and warps of a program, steps whose loads go out together, and how many programs keep a multiprocessor busy
+# (of the backward kernel no more fit, for its registers).
+_FORWARD = dict(channels=32, warps=1, group=4, programs=16)
+_BACKWARD = dict(channels=32, warps=1, group=2, programs=8)
 # State elements a thread can hold: programs with more states take fewer channels.
 _FORWARD_STATES, _BACKWARD_STATES = 32, 16
 # Programs of the backward pass that are launched together: some times what runs at once, since each has memory of its
@@ -37,12 +38,8 @@ _FORWARD_STATES, _BACKWARD_STATES = 32, 16
 _BACKWARD_PROGRAMS = 8192
 # The step sizes' low-rank product runs inside the kernels up to this rank; beyond it a matrix product is cheaper.
 _MAX_RANK = 16
-# Programs of one warp that keep a multiprocessor busy; with fewer than half of them, sequences are cut into segments,
-# which costs every exponential a second time.
-_PROGRAMS = 16
 # A segment has at least so many chunks, so that the carry stays short beside it.
 _MIN_CHUNKS = 2
-
 
 
 @cache
@@ -82,9 +79,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
 
 
-def _segment(sequences: int, blocks: int, steps: int, warps: int, device: torch.device) -> tuple[int, int]:
-    """Number of segments, and steps in each: a multiple of CHUNK."""
-    wanted = _PROGRAMS * _multiprocessors(device) // max(1, sequences * blocks * warps)
+def _segment(sequences: int, blocks: int, steps: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """Number of segments, and steps in each: a multiple of CHUNK.
+
+    One segment if a program for each block of channels of each sequence gives the multiprocessors more than half of the
+    ``programs`` that keep each of them busy: further segments cost every exponential a second time.
+    """
+    wanted = programs * _multiprocessors(device) // max(1, sequences * blocks)
     chunks = -(-steps // library.CHUNK)
     segments = max(1, min(wanted, chunks // _MIN_CHUNKS))
     length = -(-chunks // segments) * library.CHUNK
@@ -147,7 +148,7 @@ class _Problem:
                           GROUP=choice['group'], num_warps=self.warps)
         self.has_D = D is not None
         self.empty = self.channels * self.N * self.steps * self.batch * self.K == 0
-        self.segments, self.segment = _segment(batch * K, self.blocks, self.steps, self.warps, u.device)
+        self.segments, self.segment = _segment(batch * K, self.blocks, self.steps, choice['programs'], u.device)
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """Of batch, direction (0: shared) and row."""
