@@ -7,9 +7,9 @@ of rows and sequences are 64 bit, since tensors may pass 2^31 elements.
 
 A, dt_weight and all states are stored with channels last. Triton derives from its loads of tiles of states which
 thread works on what, and would choose wide loads, though such tiles are loaded once and computed with often. Two
-arguments hide what it looks for: ``zero`` (0), how tiles are aligned: a thread gets all states of one channel, so the sum
-over states needs no shuffle; ``unit`` (1), along which dimension they are contiguous: a thread gets some states of some
-channels.
+arguments hide what it looks for: ``zero`` (0), how tiles are aligned: a thread gets all states of one channel, so the
+sum over states needs no shuffle; ``unit`` (1), along which dimension they are contiguous: a thread gets some states of
+some channels.
 """
 import triton
 import triton.language as tl
