@@ -1,25 +1,46 @@
 """Whole backbones, ours beside mmpretrain's, in one run: latency, throughput, training step, peak memory.
 
     python tools/benchmark_model.py [--device cpu] [--sizes 224 512 1024] [--quick] [--json FILE]
+    python tools/benchmark_model.py --device cuda --amp bfloat16 --sizes 224 --batch 128
 
-Random weights: speed does not depend on them. Peers come from mmpretrain; without it only ours are measured.
+Random weights: speed does not depend on them. Peers come from mmpretrain; without it only ours are measured. On a GPU
+with mamba_ssm there is LocalVMamba-T once more with its scans done as in the authors' code: permuted copies, and
+mamba_ssm's op.
 """
 import argparse
 import json
+import os
 import sys
 from functools import partial
+from unittest import mock
 
 import torch
-from benchmark_scan import describe_machine, measure, peak_memory, print_table
+from benchmark_scan import DTYPES, describe_machine, measure, peak_memory, print_table
+
+from mmlocalmamba import ops
 
 
-def builders():
+class WithBackend(torch.nn.Module):
+    """A model whose scans take the named backend."""
+
+    def __init__(self, model, backend):
+        super().__init__()
+        self.model, self.backend = model, backend
+
+    def forward(self, images):
+        with mock.patch.dict(os.environ, {ops.BACKEND_VARIABLE: self.backend}):
+            return self.model(images)
+
+
+def builders(device):
     """{name: size -> backbone}, ours first."""
     from mmlocalmamba.backbones import LocalVim, LocalVMamba
     found = {
         'LocalVMamba-T': lambda size: LocalVMamba('tiny', drop_path_rate=0.),
         'LocalVim-T': lambda size: LocalVim('tiny', img_size=size, drop_path_rate=0.),
     }
+    if device == 'cuda' and ops.available_backends(torch.empty(0, device=device))['cuda'] is None:
+        found['LocalVMamba-T, mamba_ssm'] = lambda size: WithBackend(LocalVMamba('tiny', drop_path_rate=0.), 'cuda')
     try:
         from mmpretrain.models.backbones import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
     except ImportError as error:
@@ -34,15 +55,22 @@ def builders():
     return found
 
 
+def autocast(images, amp):
+    return torch.autocast(images.device.type, dtype=DTYPES[amp], enabled=amp != 'float32')
+
+
 @torch.no_grad()
-def infer(model, images):
-    return model(images)
+def infer(model, images, amp):
+    with autocast(images, amp):
+        return model(images)
 
 
-def train_step(model, images):
+def train_step(model, images, amp):
     for parameter in model.parameters():
         parameter.grad = None
-    sum(out.square().mean() for out in model(images)).backward()
+    with autocast(images, amp):
+        loss = sum(out.float().square().mean() for out in model(images))
+    loss.backward()
 
 
 def compare(models, size, batch, training, args):
@@ -50,13 +78,14 @@ def compare(models, size, batch, training, args):
     step = train_step if training else infer
     for model in models.values():
         model.train(training)
-    cases = {name: partial(step, model, images) for name, model in models.items()}
-    times = measure(cases, args.device, args.rounds, args.seconds)
+    cases = {name: partial(step, model, images, args.amp) for name, model in models.items()}
+    times, spreads = measure(cases, args.device, args.rounds, args.seconds)
     rows = []
     for name, case in cases.items():
         ms = times[name]
         row = dict(model=name, size=size, batch=batch, what='training step' if training else 'inference', ms=ms)
         if not isinstance(ms, str):
+            row['+- %'] = spreads.get(name)
             row['images / s'] = 1e3 * batch / ms
             row['ns / pixel'] = 1e6 * ms / (batch * size ** 2)
             for peer in ('Swin-T', 'DeiT-T'):
@@ -64,7 +93,7 @@ def compare(models, size, batch, training, args):
                     row[f'times {peer}'] = ms / times[peer]
             row['peak MB'] = peak_memory(case, args.device)
         rows.append(row)
-    columns = ['model', 'ms', 'images / s', 'ns / pixel', 'times Swin-T', 'times DeiT-T', 'peak MB']
+    columns = ['model', 'ms', '+- %', 'images / s', 'ns / pixel', 'times Swin-T', 'times DeiT-T', 'peak MB']
     print(f'### {rows[0]["what"]}, {size} x {size}, batch {batch}\n')
     print_table(columns, [[row.get(column) for column in columns] for row in rows])
     return rows
@@ -75,6 +104,7 @@ def main():
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768, 1024], help='of square images')
     parser.add_argument('--batch', type=int, default=8, help='of throughput and training, at the first size')
+    parser.add_argument('--amp', choices=DTYPES, default='float32', help='dtype of autocast; float32: none')
     parser.add_argument('--models', nargs='+', help='only these, by name')
     parser.add_argument('--rounds', type=int, default=5, help='how often the models take turns')
     parser.add_argument('--seconds', type=float, default=0.5, help='for each model in each round')
@@ -85,8 +115,8 @@ def main():
         args.sizes, args.rounds, args.seconds = args.sizes[:1], 1, 0.1
 
     machine = describe_machine(args.device)
-    print(f'{machine}\nbackbones, float32; peak memory: beyond the model and its input\n')
-    chosen = {name: build for name, build in builders().items() if not args.models or name in args.models}
+    print(f'{machine}\nbackbones, {args.amp}; peak memory: beyond the model and its input\n')
+    chosen = {name: build for name, build in builders(args.device).items() if not args.models or name in args.models}
     results = []
     for size in args.sizes:
         models = {name: build(size).to(args.device) for name, build in chosen.items()}
@@ -96,7 +126,7 @@ def main():
             results += compare(models, size, args.batch, True, args)
     if args.json:
         with open(args.json, 'w') as file:
-            json.dump(dict(machine=machine, results=results), file, indent=1)
+            json.dump(dict(machine=machine, amp=args.amp, results=results), file, indent=1)
 
 
 if __name__ == '__main__':

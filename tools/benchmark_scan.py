@@ -1,11 +1,18 @@
 """Time, memory and error of the selective scan, side by side with other ways to compute it, in one run.
 
     python tools/benchmark_scan.py [--device cpu] [--quick] [--json FILE]
+    python tools/benchmark_scan.py --device cuda --dtype bfloat16 --batch 64
 
-The shapes are those of LocalVMamba-T's four stages and of LocalVim-T at 224x224 pixels. Compared are all backends of
-mmlocalmamba.ops that run on the device; mambapy's parallel scan (pip install --no-deps mambapy); torch's associative
-scan. Peers work on sequences, so they get theirs gathered by the table and their outputs put back, as a model needs
-them. Needs torch alone.
+The shapes are those of LocalVMamba-T's four stages and of LocalVim-T at 224x224 pixels, and on a GPU, those of stage 1
+at 512x512 and 800x1333 pixels. Compared are all backends of mmlocalmamba.ops that run on the device; mambapy's parallel
+scan (pip install --no-deps mambapy); torch's associative scan, on a GPU also compiled. These work on sequences, so they
+get theirs gathered by the table and their outputs put back, as a model needs them. On a GPU with mamba_ssm: the
+authors' pipeline (sequences in float32 by permuting, padding and stacking, mamba_ssm's op, and back), and that op alone
+on ready-made sequences. Both are given their step sizes, B and C in scan order, as the authors' projections make them.
+
+On a GPU, times are those of CUDA events, with the L2 cache overwritten before each call, and the last columns relate
+them to a floor: the larger of the time for the exponentials and of that for reading every input and writing every
+output once, both at rates measured in the same run. Needs torch alone.
 """
 import argparse
 import ctypes
@@ -17,25 +24,26 @@ import time
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 DIRECTIONS = ('h', 'v_flip', 'w2', 'w7_flip')
-# Name: (height and width of the tokens, class token in the middle, channels).
+# Name: (height and width of the tokens, class token in the middle, channels, rank of the step sizes).
 SHAPES = {
-    'LocalVMamba-T stage 1': (56, False, 192),
-    'LocalVMamba-T stage 2': (28, False, 384),
-    'LocalVMamba-T stage 3': (14, False, 768),
-    'LocalVMamba-T stage 4': (7, False, 1536),
-    'LocalVim-T': (14, True, 384),
+    'LocalVMamba-T stage 1': ((56, 56), False, 192, 6),
+    'LocalVMamba-T stage 2': ((28, 28), False, 384, 12),
+    'LocalVMamba-T stage 3': ((14, 14), False, 768, 24),
+    'LocalVMamba-T stage 4': ((7, 7), False, 1536, 48),
+    'LocalVim-T': ((14, 14), True, 384, 12),
 }
+LARGE_SHAPES = {
+    'LocalVMamba-T stage 1, 512x512': ((128, 128), False, 192, 6),
+    'LocalVMamba-T stage 1, 800x1333': ((200, 333), False, 192, 6),
+}
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
-
-
-def synchronize(device):
-    if device == 'cuda':
-        torch.cuda.synchronize()
 
 
 def peak_memory(function, device):
@@ -64,12 +72,36 @@ def peak_memory(function, device):
     return status('VmHWM') - before
 
 
+def cuda_timer(flush=1 << 28):
+    """A function that times a call on the GPU, in milliseconds, with what it needs overwritten in the cache."""
+    cache = torch.empty(flush, dtype=torch.int8, device='cuda')
+
+    def time_once(function):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return time_once
+
+
+def wall_timer(function):
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def measure(cases, device, rounds, seconds):
-    """Median milliseconds of each case {name: function}, or the reason why it cannot run.
+    """Median milliseconds of each case {name: function}, or the reason why it cannot run; and its spread, half the
+    range between the quartiles in percent of the median.
 
     Cases take turns, so that a disturbance of the machine meets all of them. In each round a case runs at least once
     and for about ``seconds``.
     """
+    timer = cuda_timer() if device == 'cuda' else wall_timer
     times, failed = {name: [] for name in cases}, {}
     for index in range(rounds + 1):
         for name, function in cases.items():
@@ -77,20 +109,22 @@ def measure(cases, device, rounds, seconds):
                 continue
             end = time.perf_counter() + seconds
             while True:
-                synchronize(device)
-                start = time.perf_counter()
                 try:
-                    function()
+                    ms = timer(function)
                 except Exception as error:  # a peer may lack anything
                     failed[name] = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
                     break
-                synchronize(device)
-                now = time.perf_counter()
                 if index:  # the first round warms up
-                    times[name].append(1e3 * (now - start))
-                if now >= end or not index:
+                    times[name].append(ms)
+                if time.perf_counter() >= end or not index:
                     break
-    return {name: failed.get(name) or statistics.median(times[name]) for name in cases}
+    medians = {name: failed.get(name) or statistics.median(times[name]) for name in cases}
+    spreads = {}
+    for name, values in times.items():
+        if name not in failed and len(values) > 1:
+            low, _, high = statistics.quantiles(values, n=4, method='inclusive')
+            spreads[name] = 50 * (high - low) / medians[name]
+    return medians, spreads
 
 
 def with_threads(threads, function):
@@ -138,9 +172,9 @@ def describe_machine(device):
 # What is measured
 
 
-def inputs(side, middle_token, width, N, batch, device):
+def inputs(size, middle_token, width, rank, N, batch, device, dtype):
     from mmlocalmamba.scans import scan_tables
-    tables = scan_tables(DIRECTIONS, side, side, middle_token=middle_token, device=device)
+    tables = scan_tables(DIRECTIONS, *size, middle_token=middle_token, device=device)
     K, L = tables.inv.shape
     generator = torch.Generator().manual_seed(0)
 
@@ -148,15 +182,20 @@ def inputs(side, middle_token, width, N, batch, device):
         return torch.randn(*shape, generator=generator)
 
     # Step sizes and decay rates as Mamba initialises them.
+    factor, weight = randn(batch, K, L, rank), randn(K, width, rank) / (2 * rank ** 0.5)
     tensors = dict(
         u=randn(batch, L, width),
-        delta=randn(batch, K, L, width) / 2,
         A=-torch.arange(1., N + 1).repeat(K, width, 1),
         B=randn(batch, K, L, N),
         C=randn(batch, K, L, N),
         D=torch.ones(K, width),
         delta_bias=torch.log(torch.expm1(torch.exp(torch.rand(K, width, generator=generator) * 4.6 - 6.9))))
-    return {name: x.to(device) for name, x in tensors.items()}, tables
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    factor, weight = factor.to(device, dtype), weight.to(device)
+    for name in ('u', 'B', 'C'):  # activations; parameters stay float32
+        tensors[name] = tensors[name].to(dtype)
+    tensors['delta'] = torch.einsum('bklr,kdr->bkld', factor, weight.to(dtype))
+    return tensors, dict(delta=factor, dt_weight=weight), tables
 
 
 def unfused(linear_scan, u, delta, A, B, C, D, delta_bias, tables):
@@ -176,20 +215,76 @@ def mambapy_scan(a, x):
     return pscan(a, x)
 
 
-def associative_scan(a, x):
+def associative_scan(a, x, mode='generic'):
     from torch._higher_order_ops.associative_scan import associative_scan as scan
 
     def combine(left, right):
         return left[0] * right[0], left[1] * right[0] + right[1]
 
-    return scan(combine, (a, x), dim=1, combine_mode='generic')[1]
+    return scan(combine, (a, x), dim=1, combine_mode=mode)[1]
 
 
-def methods(device, tables):
-    """{name: (function of the tensors, threads)}, our fastest first."""
+def to_sequence(x, name):
+    """Feature map (B, D, H, W) along a direction, (B, D, T), as the authors do it: by permuting and padding."""
+    base = name.removesuffix('_flip')
+    if base == 'v':
+        x = x.transpose(2, 3)
+    elif base != 'h':
+        K = int(base[1:])
+        x = F.pad(x, (0, -x.shape[3] % K, 0, -x.shape[2] % K))
+        x = x.unflatten(3, (-1, K)).unflatten(2, (-1, K)).transpose(3, 4)
+    x = x.flatten(2)
+    return x.flip(-1) if name != base else x
+
+
+def from_sequence(x, name, H, W):
+    """The way back: (B, D, T) -> (B, D, H, W)."""
+    base = name.removesuffix('_flip')
+    x = x.flip(-1) if name != base else x
+    if base == 'h':
+        return x[..., :H * W].unflatten(2, (H, W))
+    if base == 'v':
+        return x[..., :H * W].unflatten(2, (W, H)).transpose(2, 3)
+    K = int(base[1:])
+    rows, cols = -(-H // K), -(-W // K)
+    return x[..., :rows * cols * K * K].unflatten(2, (rows, cols, K, K)).transpose(3, 4).flatten(4).flatten(
+        2, 3)[:, :, :H, :W]
+
+
+def authors_pipeline(selective_scan_fn, size, u, delta, A, B, C, D, delta_bias):
+    """u (B, L, D) at original positions; delta (B, K * D, T), B and C (B, K, N, T) are sequences already."""
+    batch, _, width = u.shape
+    image = u.transpose(1, 2).unflatten(2, size).float()
+    sequences = [to_sequence(image, name) for name in DIRECTIONS]
+    lengths = [x.shape[-1] for x in sequences]
+    xs = torch.stack([F.pad(x, (0, max(lengths) - x.shape[-1])) for x in sequences], 1).flatten(1, 2)
+    y = selective_scan_fn(xs, delta.float(), A.flatten(0, 1), B.float(), C.float(), D.flatten(), None,
+                          delta_bias.flatten(), True)
+    y = y.view(batch, len(DIRECTIONS), width, -1)
+    # A shorter sequence has its padding behind it.
+    return torch.stack([from_sequence(y[:, k, :, :lengths[k]], name, *size)
+                        for k, name in enumerate(DIRECTIONS)], 1).flatten(3).transpose(2, 3).to(u.dtype)
+
+
+def op_alone(selective_scan_fn, u, delta, A, B, C, D, delta_bias):
+    return selective_scan_fn(u, delta, A.flatten(0, 1), B, C, D.flatten(), None, delta_bias.flatten(), True)
+
+
+def ready_made(tensors, tables, u_as_well):
+    """The tensors as sequences, as mamba_ssm takes them."""
+    from mmlocalmamba.ops.common import to_scan_order
+    made = dict(tensors)
+    for name in ('delta', 'B', 'C', 'u') if u_as_well else ('delta', 'B', 'C'):
+        x = to_scan_order(tensors[name], *tables).transpose(2, 3).contiguous()
+        made[name] = x if name in 'BC' else x.flatten(1, 2)
+    return made
+
+
+def methods(device, tensors, low_rank, tables, size, middle_token):
+    """{name: (function, its tensors, threads)}, our fastest first."""
     from mmlocalmamba import ops
     from mmlocalmamba.ops import directional_scan
-    usable = [name for name, reason in ops.available_backends(torch.empty(0, device=device)).items() if reason is None]
+    usable = [name for name, reason in ops.available_backends(tensors['u'][:0]).items() if reason is None]
     threads = torch.get_num_threads()
     found = {}
     for backend in usable:
@@ -197,11 +292,26 @@ def methods(device, tables):
         label = 'PyTorch loop (reference)' if backend == 'reference' else f'ours: {backend}'
         if backend == 'cpu':
             for n in sorted({threads, 1}, reverse=True):
-                found[f'{label}, {n} thread{"s" * (n > 1)}'] = (function, n)
+                found[f'{label}, {n} thread{"s" * (n > 1)}'] = (function, tensors, n)
+        elif backend == 'cuda':
+            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+            found['gathers by the table, mamba_ssm'] = (function, tensors, threads)
+            if not middle_token:
+                found["the authors' pipeline"] = (partial(authors_pipeline, selective_scan_fn, size),
+                                                  ready_made(tensors, tables, False), threads)
+            found['mamba_ssm alone, ready-made sequences'] = (partial(op_alone, selective_scan_fn),
+                                                              ready_made(tensors, tables, True), threads)
         else:
-            found[label] = (function, threads)
-    found['mambapy pscan'] = (partial(unfused, mambapy_scan, tables=tables), threads)
-    found['torch associative_scan'] = (partial(unfused, associative_scan, tables=tables), threads)
+            found[label] = (function, tensors, threads)
+            if backend == 'triton':
+                found[f'{label}, step sizes from rank {low_rank["delta"].shape[-1]}'] = (
+                    function, {**tensors, **low_rank}, threads)
+    found['mambapy pscan'] = (partial(unfused, mambapy_scan, tables=tables), tensors, threads)
+    found['torch associative_scan'] = (partial(unfused, associative_scan, tables=tables), tensors, threads)
+    if device == 'cuda':
+        found['torch associative_scan, compiled'] = (
+            torch.compile(partial(unfused, partial(associative_scan, mode='pointwise'), tables=tables)), tensors,
+            threads)
     return found
 
 
@@ -213,41 +323,92 @@ def forward(function, tensors):
 def forward_backward(function, tensors, dy):
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     y = function(**leaves)
-    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy)]
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return dict(y=y.detach(), **dict(zip(leaves, grads, strict=True)))
 
 
-def relative_error(ours, exact):
-    return max(((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(ours, exact, strict=True))
+def relative_error(ours, exact, names):
+    """The largest of those names that both have, in the same shape: peers that take sequences have other shapes."""
+    names = [name for name in names if name in ours and ours[name].shape == exact[name].shape]
+    return max((((ours[name].double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-30)).item()
+                for name in names), default=None)
 
 
-def compare(name, N, args):
+def gpu_rates():
+    """Exponentials and bytes of memory traffic per millisecond, measured."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def exponentials(to, count, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        x = at.to(tl.float32) * 1e-6
+        for _ in range(count):
+            x = tl.exp2(-x)
+        tl.store(to + at, x)
+
+    def best(function, repeat=20):
+        timer = cuda_timer()
+        return min(timer(function) for _ in range(repeat))
+
+    programs, count, block = 132 * 64, 2000, 1024
+    to = torch.empty(programs * block, device='cuda')
+    rate = programs * block * count / best(lambda: exponentials[(programs, )](to, count, BLOCK=block))
+    source = torch.randn(1 << 28, device='cuda')
+    target = torch.empty_like(source)
+    return rate, 2 * source.nbytes / best(lambda: target.copy_(source))
+
+
+def floors(tensors, y_bytes, tables, N, rates):
+    """Least milliseconds of the forward pass, and of both passes: (exponentials, memory) each. The backward pass has to
+    compute every exponential once more, to read inputs and the output's gradient, and to write the gradients."""
+    steps, (batch, _, width) = tables.src.numel(), tensors['u'].shape
+    exponentials = batch * steps * width * N / rates[0]
+    read = sum(tensors[name].nbytes for name in ('u', 'delta', 'B', 'C'))
+    return dict(zip(('forward', 'forward + backward'), (
+        (exponentials, (read + y_bytes) / rates[1]),
+        (2 * exponentials, (3 * read + 2 * y_bytes) / rates[1])), strict=True))
+
+
+def compare(name, N, args, rates):
     from mmlocalmamba.ops import directional_scan
-    tensors, tables = inputs(*SHAPES[name], N, args.batch, args.device)
-    found = methods(args.device, tables)
-    dy = torch.randn(args.batch, *tables.inv.shape, tensors['u'].shape[-1], device=args.device)
-    exact = forward_backward(partial(directional_scan, tables=tables, delta_softplus=True, backend='chunked'),
-                             {key: x.double() for key, x in tensors.items()}, dy.double())
-    calls = {
-        'forward': {key: with_threads(n, partial(forward, function, tensors)) for key, (function, n) in found.items()},
-        'forward + backward': {key: with_threads(n, partial(forward_backward, function, tensors, dy))
-                               for key, (function, n) in found.items()},
-    }
-    rows = [dict(shape=name, N=N, tokens=tables.inv.shape[1], channels=SHAPES[name][2], method=key) for key in found]
+    size, middle_token, width, rank = {**SHAPES, **LARGE_SHAPES}[name]
+    tensors, low_rank, tables = inputs(size, middle_token, width, rank, N, args.batch, args.device, DTYPES[args.dtype])
+    found = methods(args.device, tensors, low_rank, tables, size, middle_token)
+    dy = torch.randn(args.batch, *tables.inv.shape, width, device=args.device).to(DTYPES[args.dtype])
+    exact = None
+    if tables.inv.numel() * width * args.batch < args.check:  # float64 takes its time and memory
+        exact = forward_backward(partial(directional_scan, tables=tables, delta_softplus=True, backend='chunked'),
+                                 {key: x.double() for key, x in tensors.items()}, dy.double())
+    # Outputs in scan order have their own gradients; only time and memory of these methods count.
+    sequence_dy = torch.randn(args.batch, len(DIRECTIONS) * width, tables.src.shape[1], device=args.device).to(dy)
+    calls = {'forward': {}, 'forward + backward': {}}
+    for key, (function, own, n) in found.items():
+        cotangent = sequence_dy if own['u'].dim() == 3 and own['u'].shape[1] == len(DIRECTIONS) * width else dy
+        calls['forward'][key] = with_threads(n, partial(forward, function, own))
+        calls['forward + backward'][key] = with_threads(n, partial(forward_backward, function, own, cotangent))
+    rows = [dict(shape=name, N=N, batch=args.batch, dtype=args.dtype, tokens=tables.inv.shape[1], channels=width,
+                 method=key) for key in found]
+    least = floors(tensors, dy.nbytes, tables, N, rates) if rates else {}
     for which, cases in calls.items():
-        times = measure(cases, args.device, args.rounds, args.seconds)
+        times, spreads = measure(cases, args.device, args.rounds, args.seconds)
         first = next(iter(times.values()))
         for row, (key, call) in zip(rows, cases.items(), strict=True):
             ms = times[key]
             row[f'{which}, ms'] = ms
             if isinstance(ms, str):
                 continue
+            row[f'{which}, +- %'] = spreads.get(key)
             row[f'{which}, times ours'] = ms / first
             row[f'{which}, peak MB'] = peak_memory(call, args.device)
-            result = call()
-            if which == 'forward':
-                row['error of y'] = relative_error([result], exact[:1])
-            else:
-                row['error of gradients'] = relative_error(result[1:], exact[1:])
+            if least:
+                row[f'{which}, % of the floor'] = 100 * max(least[which]) / ms
+            if exact is not None:
+                result = call()
+                if which == 'forward':
+                    row['error of y'] = relative_error(dict(y=result), exact, ['y'])
+                else:
+                    row['error of gradients'] = relative_error(result, exact, list(tensors))
     return rows
 
 
@@ -255,6 +416,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of activations; parameters are float32')
+    parser.add_argument('--shapes', nargs='+', help='only those whose names end in one of these')
+    parser.add_argument('--states', type=int, nargs='+', default=[16, 1], help='N')
+    parser.add_argument('--check', type=float, default=3e8, help='errors up to so many elements of y')
     parser.add_argument('--rounds', type=int, default=3, help='how often the methods take turns')
     parser.add_argument('--seconds', type=float, default=0.3, help='for each method in each round')
     parser.add_argument('--quick', action='store_true', help='two small shapes, one round')
@@ -264,19 +429,28 @@ def main():
         args.rounds, args.seconds = 1, 0.05
 
     machine = describe_machine(args.device)
-    print(f'{machine}\nbatch {args.batch}, {len(DIRECTIONS)} directions, float32; relative errors, against float64\n')
+    print(f'{machine}\nbatch {args.batch}, {len(DIRECTIONS)} directions, {args.dtype}; '
+          'relative errors, against float64\n')
+    rates = gpu_rates() if args.device == 'cuda' else None
+    if rates:
+        print(f'measured: {rates[0] / 1e9:.2f} T exponentials / s, {rates[1] / 1e9:.2f} TB / s\n')
+    shapes = {**SHAPES, **LARGE_SHAPES} if args.device == 'cuda' else SHAPES
+    if args.quick:
+        shapes = dict(list(SHAPES.items())[3:])
+    if args.shapes:
+        shapes = {name: shape for name, shape in shapes.items() if name.endswith(tuple(args.shapes))}
     results = []
-    for name in list(SHAPES)[3:] if args.quick else SHAPES:
-        for N in (16, ) if args.quick else (16, 1):
-            rows = compare(name, N, args)
+    for name, (_, _, width, _) in shapes.items():
+        for N in args.states[:1] if args.quick else args.states:
+            rows = compare(name, N, args, rates)
             results += rows
-            side, _, width = SHAPES[name]
             print(f'### {name}: L = {rows[0]["tokens"]}, D = {width}, N = {N}\n')
             columns = ['method', *(key for key in rows[0] if key.startswith(('forward', 'error')))]
             print_table(columns, [[row.get(column) for column in columns] for row in rows])
     if args.json:
         with open(args.json, 'w') as file:
-            json.dump(dict(machine=machine, batch=args.batch, results=results), file, indent=1)
+            json.dump(dict(machine=machine, batch=args.batch, dtype=args.dtype, rates=rates, results=results), file,
+                      indent=1)
 
 
 if __name__ == '__main__':

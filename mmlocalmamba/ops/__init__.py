@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import chunked, cpu, reference
+from mmlocalmamba.ops import chunked, cpu, cuda, reference, triton
 from mmlocalmamba.ops.common import to_scan_order
 from mmlocalmamba.scans import ScanTables
 
 # Fastest first. A backend is a module with scan(...) and unavailable(u) -> None or the reason why it cannot run.
-BACKENDS = {'cpu': cpu, 'chunked': chunked, 'reference': reference}
+BACKENDS = {'cpu': cpu, 'triton': triton, 'cuda': cuda, 'chunked': chunked, 'reference': reference}
 BACKEND_VARIABLE = 'MMLOCALMAMBA_BACKEND'
 # Elements of u from which a user should know that a CPU scan does not take the native kernel.
 _LARGE = 1 << 16
@@ -40,7 +40,9 @@ def _choose(u: Tensor, name: str | None):
     if name is None:
         if u.device.type == 'cpu' and u.numel() >= _LARGE and cpu.unavailable(u) is not None:
             _warn_of_slow_scan(cpu.unavailable(u))
-        return next(backend for backend in BACKENDS.values() if backend.unavailable(u) is None)
+        # Triton's interpreter runs on CPU tensors for the sake of tests: to be named, never to be chosen.
+        return next(backend for backend in BACKENDS.values() if backend.unavailable(u) is None
+                    and not (backend is triton and u.device.type == 'cpu'))
     if name not in BACKENDS:
         raise ValueError(f'unknown backend {name!r}: known are {", ".join(BACKENDS)} '
                          f'(argument backend or environment variable {BACKEND_VARIABLE})')
@@ -67,19 +69,20 @@ def _run(backend: str | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C:
          tables: ScanTables | None, delta_bias: Tensor | None, delta_softplus: bool,
          in_scan_order: bool, dt_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     module = _choose(u, backend)
+    src, inv = tables if tables is not None else (None, None)
     optional = {}
     if dt_weight is not None:
-        if module is cpu:
+        if module in (cpu, triton):
             optional['dt_weight'] = dt_weight
         else:
             delta = torch.einsum('bklr,kdr->bkld', delta, dt_weight)
-    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
     # Autocast would take the recurrence to 16 bits.
     with torch.autocast(u.device.type, enabled=False):
-        u, delta, A, B, C, D, delta_bias = (
-            None if x is None else x.to(compute) for x in (u, delta, A, B, C, D, delta_bias))
-        optional = {name: x.to(compute) for name, x in optional.items()}
-        src, inv = tables if tables is not None else (None, None)
+        if module not in (triton, cuda):  # which read 16 bits and compute in 32
+            compute = torch.float64 if u.dtype == torch.float64 else torch.float32
+            u, delta, A, B, C, D, delta_bias = (
+                None if x is None else x.to(compute) for x in (u, delta, A, B, C, D, delta_bias))
+            optional = {name: x.to(compute) for name, x in optional.items()}
         return module.scan(u, delta, A, B, C, D, src, inv, delta_bias, delta_softplus, in_scan_order, **optional)
 
 
@@ -258,6 +261,8 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: Sca
     Returns:
         (B, K, T, D), in scan order: what ``directional_scan(in_scan_order=True)`` takes.
     """
+    if _choose(x, None) is triton:
+        return triton.directional_conv(x, weight, bias, tables.src)
     if runs_native(x, weight, bias):
         return cpu.directional_conv(x, weight, bias, tables.src)
     K, width, taps = weight.shape

@@ -1,0 +1,353 @@
+"""Fused Triton kernels (kernels.py) for CUDA tensors: no permuted copy, channels-last, deterministic.
+
+A program owns a block of channels of one sequence (batch, direction), goes along the table and keeps the state in
+registers. Where there are too few such programs to fill the device, sequences are cut into segments, in three kernels:
+what each segment adds to the state, a carry along the segments, and the scan itself from the right states.
+
+The backward pass recomputes states from those saved every :data:`library.CHUNK` steps. Gradients that several programs
+share (those of B and C over blocks of channels; of A, D and the bias over the batch; of u over directions) go to a
+buffer with one place for each, which is summed afterwards, in the same order every time: no atomics.
+
+float32, bfloat16 and float16 inputs, each tensor in its own; states, A, D, bias and all arithmetic are float32.
+With TRITON_INTERPRET=1 the kernels run on CPU tensors as well, slowly and only if the backend is named: for tests.
+"""
+import os
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mmlocalmamba.ops import library
+
+# Not asked for in functions: torch.compile traces through those that choose a backend.
+_INSTALLED = find_spec('triton') is not None
+_INTERPRETING = os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes')
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels and warps of a program, steps whose loads go out together, and how many programs keep a multiprocessor busy
+# (of the backward kernel no more fit, for its registers).
+_FORWARD = dict(channels=32, warps=1, group=4, programs=16)
+_BACKWARD = dict(channels=32, warps=1, group=2, programs=8)
+# State elements a thread can hold: programs with more states take fewer channels.
+_FORWARD_STATES, _BACKWARD_STATES = 32, 16
+# Programs of the backward pass that are launched together: some times what runs at once, since each has memory of its
+# own for the states of a chunk.
+_BACKWARD_PROGRAMS = 8192
+# The step sizes' low-rank product runs inside the kernels up to this rank; beyond it a matrix product is cheaper.
+_MAX_RANK = 16
+# A segment has at least so many chunks, so that the carry stays short beside it.
+_MIN_CHUNKS = 2
+
+
+@cache
+def _kernels():
+    return import_module('mmlocalmamba.ops.kernels')
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return 'it needs a GPU of compute capability 8.0 or later'
+
+
+def unavailable(u: Tensor) -> str | None:
+    if not _INSTALLED:
+        return 'triton is not installed'
+    if u.dtype not in _DTYPES:
+        return f'it computes in float32, and does not take {u.dtype}'
+    if u.device.type == 'cpu':
+        return None if _INTERPRETING else 'it is for CUDA tensors'
+    if u.device.type != 'cuda':
+        return f'it is for CUDA tensors, not for {u.device.type}'
+    return _too_old(u.device)
+
+
+def _power(x: int) -> int:
+    return 1 << max(0, x - 1).bit_length()
+
+
+def _empty(*shape: int, **options) -> Tensor:
+    """All memory that kernels write comes from here; tests poison it."""
+    return torch.empty(shape, **options)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
+
+
+def _segment(sequences: int, blocks: int, steps: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """Number of segments, and steps in each: a multiple of CHUNK.
+
+    One segment if a program for each block of channels of each sequence gives the multiprocessors more than half of the
+    ``programs`` that keep each of them busy: further segments cost every exponential a second time.
+    """
+    wanted = programs * _multiprocessors(device) // max(1, sequences * blocks)
+    chunks = -(-steps // library.CHUNK)
+    segments = max(1, min(wanted, chunks // _MIN_CHUNKS))
+    length = -(-chunks // segments) * library.CHUNK
+    return max(1, -(-steps // length)), max(library.CHUNK, length)
+
+
+def _check_table(src: Tensor | None, K: int, device: torch.device) -> None:
+    """Its values are not looked at, which would make the CPU wait for the GPU."""
+    if src is not None and (src.dtype != torch.int32 or src.dim() != 2 or src.shape[0] != K or src.device != device):
+        raise ValueError(f'src must be an int32 table of {K} rows on {device}, got {src.dtype} '
+                         f'{tuple(src.shape)} on {src.device}')
+
+
+class _Problem:
+    """Checked arguments, and what kernels get of them."""
+
+    def __init__(self, u, delta, A, B, C, D, src, tokens, bias, weight, softplus, in_scan_order, choice, states):
+        self.batch, self.K, self.rows = delta.shape[:3]
+        self.channels, self.N = A.shape[1:]
+        self.tokens, self.softplus, self.in_scan_order = tokens, softplus, in_scan_order
+        self.R = 0 if weight is None else weight.shape[-1]
+        shared = u.dim() == 3
+        batch, K, rows, N = self.batch, self.K, self.rows, self.N
+        shapes = dict(u=(batch, rows, self.channels) if shared else (batch, K, rows, self.channels),
+                      delta=(batch, K, rows, self.R or self.channels), A=(K, self.channels, N), B=(batch, K, rows, N),
+                      C=(batch, K, rows, N), D=(K, self.channels), delta_bias=(K, self.channels),
+                      dt_weight=(K, self.channels, self.R))
+        tensors = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=bias, dt_weight=weight)
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            if tuple(x.shape) != shapes[name]:
+                raise ValueError(f'{name} must have shape {shapes[name]}, got {tuple(x.shape)}')
+            if x.dtype not in _DTYPES:
+                raise TypeError(f'{name} must be float32, bfloat16 or float16, got {x.dtype}')
+            if x.device != u.device:
+                raise ValueError(f'{name} must be on {u.device} like u, got {x.device}')
+        _check_table(src, K, u.device)
+        self.steps = rows if src is None else src.shape[1]
+        if (self.steps if in_scan_order else tokens) != rows or (src is None and tokens != rows):
+            raise ValueError(f'delta has {rows} rows for {self.steps} steps and {tokens} tokens')
+        # Channels in lanes: they must lie together. B and C are small, but every thread reads them: in one piece, and
+        # without conversion.
+        self.u = u if u.stride(-1) == 1 else u.contiguous()
+        self.delta = delta if delta.stride(-1) == 1 else delta.contiguous()
+        self.B, self.C = B.float().contiguous(), C.float().contiguous()
+        self.A = A.float().transpose(1, 2).contiguous()
+        # Whatever is missing is never read; a pointer has to be there all the same.
+        self.D, self.bias, self.weight, self.src = (
+            self.A if x is None else x.contiguous()
+            for x in (D, bias, None if weight is None else weight.transpose(1, 2), src))
+        self.block_N = _power(N)
+        self.block_D = min(choice['channels'], _power(self.channels),
+                           max(1, 32 * choice['warps'] * states // self.block_N))
+        self.warps = choice['warps']
+        self.blocks = -(-self.channels // self.block_D)
+        self.grid = (self.blocks * batch * K, )
+        self.flags = dict(HAS_BIAS=bias is not None, HAS_SRC=src is not None, IN_ORDER=in_scan_order,
+                          SOFTPLUS=softplus, N=N, R=self.R, BLOCK_D=self.block_D, BLOCK_R=_power(self.R),
+                          GROUP=choice['group'], num_warps=self.warps)
+        self.has_D = D is not None
+        self.empty = self.channels * self.N * self.steps * self.batch * self.K == 0
+        self.segments, self.segment = _segment(batch * K, self.blocks, self.steps, choice['programs'], u.device)
+
+    def strides(self, x: Tensor) -> tuple[int, int, int]:
+        """Of batch, direction (0: shared) and row."""
+        return (x.stride(0), 0 if x.dim() == 3 else x.stride(1), x.stride(-2))
+
+    def partial(self, *shape: int) -> Tensor:
+        return _empty(*shape, dtype=torch.float32, device=self.u.device)
+
+    def entering(self, vectors: Tensor, grad_y: Tensor | None, leave: Tensor | None) -> Tensor:
+        """States that enter the segments (sequences, segments, N, D): from the front, or with ``grad_y`` the
+        gradients that enter from behind."""
+        reverse = grad_y is not None
+        grad_y = self.u if grad_y is None else grad_y
+        states = self.partial(self.batch * self.K, self.segments, self.N, self.channels)
+        sizes = self.partial(self.batch * self.K, self.segments, self.channels)
+        _kernels().scan_local[(*self.grid, self.segments)](
+            self.u, self.delta, self.A, vectors, grad_y, self.src, self.bias, self.weight, states, sizes,
+            self.K, self.steps, self.channels, self.segment, 0,
+            *self.strides(self.u), *self.strides(self.delta), *self.strides(vectors), *self.strides(grad_y),
+            BLOCK_N=self.block_N, REVERSE=reverse, **self.flags)
+        _kernels().scan_carry[self.grid](
+            states, sizes, self.A, states if leave is None else leave, self.K, self.channels, self.segments, 0,
+            N=self.N, BLOCK_D=self.block_D, BLOCK_N=self.block_N, REVERSE=reverse, HAS_LEAVE=leave is not None,
+            num_warps=self.warps)
+        return states
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
+
+
+def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
+             tokens: int, delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool,
+             in_scan_order: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, _FORWARD,
+                 _FORWARD_STATES)
+    y = _empty(p.batch, p.K, tokens, p.channels, dtype=u.dtype, device=u.device)
+    last = p.partial(p.batch, p.K, p.N, p.channels)
+    checkpoints = p.partial(p.batch, p.K, max(0, (p.steps - 1) // library.CHUNK) if save else 0, p.N, p.channels)
+    if p.empty:
+        return y.zero_(), last.zero_(), checkpoints.zero_()
+    with _on(u.device):
+        segmented = p.segments > 1
+        enter = p.entering(p.B, None, None) if segmented else last
+        _kernels().scan_forward[(*p.grid, p.segments)](
+            p.u, p.delta, p.A, p.B, p.C, p.D, p.src, p.bias, p.weight, enter, y, last, checkpoints,
+            p.K, p.steps, tokens, p.channels, p.segment, 0,
+            *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C),
+            BLOCK_N=p.block_N, CHUNK=library.CHUNK, HAS_D=p.has_D, SAVE=save, SEGMENTED=segmented, **p.flags)
+    return y, last, checkpoints
+
+
+def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+              C: Tensor, D: Tensor | None, src: Tensor | None, tokens: int, delta_bias: Tensor | None,
+              dt_weight: Tensor | None, checkpoints: Tensor, delta_softplus: bool,
+              in_scan_order: bool) -> tuple[Tensor, ...]:
+    p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, _BACKWARD,
+                 _BACKWARD_STATES)
+    batch, K, rows, channels, N = p.batch, p.K, p.rows, p.channels, p.N
+    grad_u = _empty(batch, K, rows, channels, dtype=u.dtype, device=u.device)
+    if dt_weight is None:
+        grad_delta = _empty(batch, K, rows, channels, dtype=delta.dtype, device=u.device)
+    else:  # as declared: all rows of a direction lie together, for the products that follow
+        grad_delta = _empty(K, batch, rows, channels, dtype=delta.dtype, device=u.device).transpose(0, 1)
+    grad_A = p.partial(p.segments, batch, K, N, channels)
+    grad_B, grad_C = (p.partial(p.blocks, batch, K, rows, N) for _ in range(2))
+    grad_D, grad_bias = (p.partial(p.segments, batch, K, channels) for _ in range(2))
+    if p.empty:
+        for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias):
+            x.zero_()
+    else:
+        if grad_y is not None and grad_y.stride(-1) != 1:
+            grad_y = grad_y.contiguous()
+        leave = None if grad_last is None else grad_last.float().contiguous()
+        block_N2 = min(4, p.block_N)
+        with _on(u.device):
+            if p.segments > 1 and grad_y is None:
+                grad_y = torch.zeros((), dtype=u.dtype, device=u.device).expand(batch, K, tokens, channels).contiguous()
+            if p.segments > 1:
+                leave = p.entering(p.C, grad_y, leave)
+            dy = p.u if grad_y is None else grad_y
+            sequences = batch * K
+            together = max(1, min(sequences, _BACKWARD_PROGRAMS // (p.blocks * p.segments)))
+            starts = p.partial(p.segments * together * p.blocks, library.CHUNK // p.flags['GROUP'],
+                               p.block_N * p.block_D)
+            checkpoints = checkpoints.contiguous()
+            for first in range(0, sequences, together):
+                _kernels().scan_backward[(min(together, sequences - first) * p.blocks, p.segments)](
+                    p.u, p.delta, p.A, p.B, p.C, p.D, p.src, p.bias, p.weight, dy, p.A if leave is None else leave,
+                    checkpoints, starts, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+                    K, rows, p.steps, channels, p.segment, sequences, first, 1, 0,
+                    *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C), *p.strides(dy),
+                    *grad_delta.stride()[:2],
+                    BLOCK_N1=p.block_N // block_N2, BLOCK_N2=block_N2, CHUNK=library.CHUNK, HAS_D=p.has_D,
+                    HAS_GRAD_Y=grad_y is not None, HAS_LEAVE=leave is not None, **p.flags)
+    return (grad_u.sum(1) if u.dim() == 3 else grad_u, grad_delta,
+            grad_A.sum((0, 1)).transpose(1, 2).contiguous().to(A.dtype),
+            grad_B.sum(0).to(B.dtype), grad_C.sum(0).to(C.dtype),
+            grad_D.sum((0, 1)).to(A.dtype), grad_bias.sum((0, 1)).to(A.dtype))
+
+
+# Steps and channels of a program of the convolution.
+_CONV = dict(BLOCK_T=32, BLOCK_D=64, num_warps=4)
+
+
+class _Convolution:
+    """Checked arguments of the convolution, and what kernels get of them."""
+
+    def __init__(self, x, weight, bias, src):
+        self.batch, self.tokens, self.channels = x.shape
+        self.K, _, self.taps = weight.shape
+        shapes = dict(weight=(self.K, self.channels, self.taps), bias=(self.K, self.channels))
+        for name, tensor in dict(x=x, weight=weight, bias=bias).items():
+            if tensor is not None and tuple(tensor.shape) != shapes.get(name, tuple(x.shape)):
+                raise ValueError(f'{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}')
+            if tensor is not None and tensor.dtype not in _DTYPES:
+                raise TypeError(f'{name} must be float32, bfloat16 or float16, got {tensor.dtype}')
+        _check_table(src, self.K, x.device)
+        self.steps = self.tokens if src is None else src.shape[1]
+        self.x = x if x.stride(-1) == 1 else x.contiguous()
+        self.weight = weight.transpose(1, 2).contiguous()
+        self.bias = self.weight if bias is None else bias.contiguous()
+        self.src = self.weight if src is None else src.contiguous()
+        self.flags = dict(TAPS=self.taps, **_CONV)
+        self.given = dict(HAS_BIAS=bias is not None, HAS_SRC=src is not None)
+        self.empty = self.batch * self.K * self.steps * self.channels == 0
+
+    def grid(self, sequences: int, rows: int) -> tuple[int]:
+        return (sequences * -(-rows // _CONV['BLOCK_T']) * -(-self.channels // _CONV['BLOCK_D']), )
+
+    def forward(self, out: Tensor, grad: Tensor | None, sums: Tensor | None) -> None:
+        strides = (0, 0, 0) if grad is None else grad.stride()[:3]
+        with _on(self.x.device):
+            _kernels().conv_forward[self.grid(self.batch * self.K, self.steps)](
+                self.x, self.weight, self.bias, self.src, out, out if grad is None else grad,
+                out if sums is None else sums, self.batch, self.K, self.steps, self.channels, *self.x.stride()[:2],
+                *strides, BACKWARD=grad is not None, **self.given, **self.flags)
+
+
+def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None) -> Tensor:
+    p = _Convolution(x, weight, bias, src)
+    out = _empty(p.K, p.batch, p.steps, p.channels, dtype=x.dtype, device=x.device)
+    if not p.empty:
+        p.forward(out, None, None)
+    return out.transpose(0, 1)
+
+
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                   src: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    p = _Convolution(x, weight, bias, src)
+    if p.empty:
+        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    inner = _empty(p.K, p.batch, p.steps, p.channels, dtype=x.dtype, device=x.device)
+    parts = -(-p.steps // _CONV['BLOCK_T'])
+    sums = _empty(parts, p.batch, p.K, p.taps + 1, p.channels, dtype=torch.float32, device=x.device)
+    p.forward(inner, grad, sums)
+    steps = torch.arange(p.steps, dtype=torch.int32, device=x.device).expand(p.K, -1)
+    inverse = steps if src is None else steps.new_empty(p.K, p.tokens + 1).scatter_(
+        1, torch.where(src < 0, p.tokens, src).long(), steps)[:, :-1]
+    grad_x = _empty(p.batch, p.tokens, p.channels, dtype=x.dtype, device=x.device)
+    with _on(x.device):
+        _kernels().conv_backward[p.grid(p.batch, p.tokens)](
+            inner, p.weight, inverse.contiguous(), grad_x, p.batch, p.K, p.steps, p.tokens, p.channels, **p.flags)
+    sums = sums.sum((0, 1)).to(weight.dtype)
+    return grad_x, sums[:, :-1].transpose(1, 2).contiguous(), sums[:, -1].contiguous()
+
+
+_IMPLEMENTATIONS = {
+    'directional_scan': _forward,
+    'directional_scan_backward': _backward,
+    'directional_conv': _conv_forward,
+    'directional_conv_backward': _conv_backward,
+}
+# On CPU tensors the operators are other kernels', so the interpreter has names of its own.
+_SUFFIX = '_interpreted'
+if _INTERPRETING:
+    library.declare_scan_and_conv(_SUFFIX)
+for _name, _function in _IMPLEMENTATIONS.items():
+    torch.library.impl(f'mmlocalmamba::{_name}', 'CUDA')(_function)
+    if _INTERPRETING:
+        torch.library.impl(f'mmlocalmamba::{_name}{_SUFFIX}', 'CPU')(_function)
+
+
+def _operator(name: str, x: Tensor):
+    return getattr(torch.ops.mmlocalmamba, name + _SUFFIX if x.device.type == 'cpu' else name)
+
+
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
+         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+         in_scan_order: bool, dt_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
+    if dt_weight is not None and dt_weight.shape[-1] > _MAX_RANK:
+        delta, dt_weight = torch.einsum('bklr,kdr->bkld', delta, dt_weight.to(delta.dtype)), None
+    return library.run_scan(_operator('directional_scan', u), u, delta, A, B, C, D, src, inv, delta_bias,
+                            delta_softplus, in_scan_order, dt_weight)
+
+
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None) -> Tensor:
+    """See :func:`mmlocalmamba.ops.directional_conv`."""
+    return _operator('directional_conv', x)(x, weight, bias, src)

@@ -1,0 +1,46 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmlocalmamba import __main__ as main
+from mmlocalmamba import ops
+
+
+def test_report():
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
+    result = subprocess.run([sys.executable, '-m', 'mmlocalmamba', 'doctor'], capture_output=True, text=True,
+                            env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert torch.__version__.split('+')[0] in result.stdout and 'mamba_ssm' in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for name, reason in ops.available_backends(torch.empty(0)).items():
+        line = next(line for line in lines if line[:1] == [name] and line[1] in ('no:', 'yes:'))
+        if name != 'triton':  # this process may interpret it
+            assert line[1] == ('yes:' if reason is None else 'no:')
+
+
+def test_a_wrong_backend_is_called_so(monkeypatch, capsys):
+    monkeypatch.setattr(ops, 'BACKENDS', {'chunked': ops.chunked, 'reference': ops.reference})
+    right = ops.chunked.scan
+    monkeypatch.setattr(ops.chunked, 'scan', lambda u, *args: right(u * 1.01, *args))
+    assert not main.doctor()
+    assert 'chunked     WRONG: relative error' in capsys.readouterr().out
+
+    def fails(*args):
+        raise RuntimeError('no such kernel')
+
+    monkeypatch.setattr(ops.chunked, 'scan', fails)
+    assert not main.doctor()
+    assert 'chunked     FAILS: RuntimeError: no such kernel' in capsys.readouterr().out
+
+
+def test_unknown_command():
+    with pytest.raises(SystemExit):
+        sys.argv, before = ['mmlocalmamba', 'cure'], sys.argv
+        try:
+            main.main()
+        finally:
+            sys.argv = before

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one run and without network: tests first, then scans, then models.
+#
+#     bash tools/gpu_session.sh [OUTPUT] [PYTHON]
+#
+# OUTPUT (default work_dirs/gpu) gets a log of each part and the figures as JSON. A part that fails is reported and does
+# not stop the others, except for wrong results: figures of wrong kernels are worth nothing.
+set -u
+cd "$(dirname "$0")/.."
+output=${1:-work_dirs/gpu}
+python=${2:-python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$output"
+failed=()
+
+run() {
+    local name=$1
+    shift
+    echo "=== $name: $*"
+    if ! "$@" 2>&1 | tee "$output/$name.log"; then
+        failed+=("$name")
+        return 1
+    fi
+}
+set -o pipefail
+
+"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo 'There is no GPU.'; exit 1; }
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv | tee "$output/gpu.log"
+
+run doctor "$python" -m mmlocalmamba doctor || exit 1
+# Where the OpenMMLab stack is missing, these are the tests that need torch alone.
+run tests "$python" -m pytest -q tests/test_ops_triton.py tests/test_ops.py tests/test_scans.py || exit 1
+
+scan() {
+    local name=$1
+    shift
+    run "scan-$name" "$python" tools/benchmark_scan.py --device cuda --json "$output/scan-$name.json" "$@"
+}
+for dtype in bfloat16 float32; do
+    for batch in 1 64 128; do
+        scan "$dtype-$batch" --dtype $dtype --batch $batch --shapes 'stage 1' 'stage 2' 'stage 3' 'stage 4'  \
+            --seconds 0.2
+    done
+    scan "$dtype-detection" --dtype $dtype --batch 2 --shapes 512x512 800x1333
+done
+
+if "$python" -c 'import mmengine, mmcv' 2>/dev/null; then
+    model() {
+        local name=$1
+        shift
+        run "model-$name" "$python" tools/benchmark_model.py --device cuda --json "$output/model-$name.json" "$@"
+    }
+    model train --amp bfloat16 --sizes 224 --batch 128
+    model large --amp bfloat16 --sizes 512 800 --batch 2
+else
+    echo 'mmengine and mmcv are not installed: no whole models'
+fi
+if ((${#failed[@]})); then
+    echo "Failed: ${failed[*]}"
+    exit 1
+fi
+echo "Done: $output"
