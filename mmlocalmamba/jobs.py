@@ -457,6 +457,7 @@ class NumericalGuardHook(Hook):
         # MMEngine has no hook between the gradients and the step.
         self.backward, self.step = wrapper.backward, wrapper.step
         wrapper.backward, wrapper.step = self._backward, partial(self._step, runner)
+        wrapper.step._with_counter = True  # MMEngine's schedulers count steps, and miss their own wrapper otherwise
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         self.batches.append(data_batch)

@@ -5,6 +5,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -39,14 +40,16 @@ class Log(Images):
 
 def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infinite=True, accumulate=1, ema=False,
           val_interval=1, resume=False, kill_at=None, signal_at=None, signal_group=False, interrupt=None, guard=None,
-          data=None, slow=0., launcher='none', batch=2, interval=1, model=None, hooks=()):
+          data=None, slow=0., launcher='none', batch=2, interval=1, model=None, hooks=(),
+          load_from=None):
     os.makedirs(work_dir, exist_ok=True)
     torch.manual_seed(0)
     if kill_at:
         interrupt = (kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if signal_at:
-        send = os.killpg if signal_group else os.kill
-        interrupt = (signal_at, lambda: send(os.getpid(), signal.SIGTERM))
+        # A group is signalled from outside, as workers obey their parent.
+        target = -os.getpgid(0) if signal_group else os.getpid()
+        interrupt = (signal_at, lambda: subprocess.run(['kill', '-TERM', '--', str(target)], start_new_session=True))
     by_epoch = iterations is None
     loader = dict(batch_size=batch, num_workers=workers, persistent_workers=persistent,
                   dataset=data or Log(work_dir, slow), collate_fn=dict(type='default_collate'),
@@ -56,7 +59,7 @@ def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infi
                         by_epoch=by_epoch, max_keep_ckpts=1),
         exact_resume=dict(type='mmlocalmamba.ExactResumeHook'), preemption=dict(type='mmlocalmamba.PreemptionHook'),
         numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook', **(guard or {})))
-    custom_hooks = [*([Interrupt(*interrupt)] if interrupt else []),
+    custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook'), *([Interrupt(*interrupt)] if interrupt else []),
                     *([dict(type='EMAHook', momentum=0.3)] if ema else []), *hooks]
     return Runner(
         model=model or Classifier(), work_dir=str(work_dir), experiment_name=f'{os.path.basename(work_dir)}{resume}',
@@ -66,8 +69,8 @@ def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infi
                            accumulative_counts=accumulate),
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
                          dict(type='MultiStepLR', by_epoch=by_epoch, milestones=[2])],
-        default_hooks=default_hooks, custom_hooks=custom_hooks, resume=resume, randomness=dict(seed=7),
-        launcher=launcher, log_level='WARNING',
+        default_hooks=default_hooks, custom_hooks=custom_hooks, resume=resume, load_from=load_from,
+        randomness=dict(seed=7), launcher=launcher, log_level='WARNING',
         # On CPUs, which MMEngine does not expect.
         cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)))
 
