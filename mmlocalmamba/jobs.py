@@ -154,6 +154,19 @@ class BatchStream:
         self.dropped = iter(())
 
 
+def _loaders(runner: Any) -> list[DataLoader]:
+    loops = (runner.train_loop, runner.val_loop)
+    return [loop.dataloader for loop in loops if loop is not None]
+
+
+def _end_workers(runner: Any) -> None:
+    """End the dataloaders' workers in order. The interpreter, at its own end, would wait 5 s for each."""
+    for loader in _loaders(runner):
+        loader._iterator = None
+    if isinstance(runner.train_loop, IterBasedTrainLoop):
+        runner.train_loop.dataloader_iterator = None
+
+
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
     """Makes a resumed training equal to one that was never interrupted, bit for bit on a CPU, from any iteration.
@@ -219,6 +232,9 @@ class ExactResumeHook(Hook):
         if not self.by_iter and self.first:
             self.first = 0
             del runner.train_loop.run_iter
+
+    def after_train(self, runner: Any) -> None:
+        _end_workers(runner)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         seed_everything(runner.seed, _ITERATION, runner.iter * self.world_size + self.rank)
@@ -360,14 +376,9 @@ class PreemptionHook(Hook):
         if dist.is_distributed():
             # On the CPU: NCCL would wait for the GPU in every iteration.
             self.group = torch.distributed.new_group(backend='gloo')
-        for loader in self._loaders(runner):
+        for loader in _loaders(runner):
             loader.worker_init_fn = partial(_shield_worker, loader.worker_init_fn)
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-
-    @staticmethod
-    def _loaders(runner: Any) -> list[DataLoader]:
-        loops = (runner.train_loop, runner.val_loop)
-        return [loop.dataloader for loop in loops if loop is not None]
 
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
@@ -388,8 +399,7 @@ class PreemptionHook(Hook):
             torch.distributed.barrier(self.group)  # a launcher ends all processes once the first has gone
         print_log(f'preempted after iteration {runner.iter}; resume from {path}', logger='current',
                   level=logging.WARNING)
-        for loader in self._loaders(runner):
-            loader._iterator = None  # ends persistent workers, for which the interpreter would wait 5 s each
+        _end_workers(runner)
         self.after_train(runner)
         runner.visualizer.close()
         sys.exit(EXIT_PREEMPTED)
