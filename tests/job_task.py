@@ -72,7 +72,7 @@ def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infi
         default_hooks=default_hooks, custom_hooks=custom_hooks, resume=resume, load_from=load_from,
         randomness=dict(seed=7), launcher=launcher, log_level='WARNING',
         # On CPUs, which MMEngine does not expect.
-        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)))
+        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)))
 
 
 def state(runner):
@@ -88,6 +88,11 @@ if __name__ == '__main__':
     if 'WORLD_SIZE' in os.environ:
         torch.distributed.init_process_group('gloo')
     for options in map(json.loads, sys.argv[1:]):
+        # In the first life of one of the processes, under torchrun.
+        if 'WORLD_SIZE' in os.environ:
+            rank, life = options.pop('victim', 1), os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            if (os.environ['RANK'], life) != (str(rank), '0'):
+                options.update(kill_at=None, signal_at=None)
         runner = build(**options)
         runner.train()
         torch.save(state(runner), os.path.join(options['work_dir'], f'state{os.environ.get("RANK", 0)}.pt'))
