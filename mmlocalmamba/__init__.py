@@ -31,6 +31,7 @@ except ModuleNotFoundError:
     # mmlocalmamba.ops and mmlocalmamba.scans need torch alone.
     pass
 else:
-    from mmlocalmamba.compat import allow_checkpoints, register_scope
+    from mmlocalmamba.compat import allow_checkpoints, load_checkpoints_safely, register_scope
     register_scope()
     allow_checkpoints()
+    load_checkpoints_safely()

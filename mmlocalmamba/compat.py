@@ -1,6 +1,8 @@
 """The only file that knows versions: OpenMMLab and OneDL packages, MMEngine, torch."""
+import os
 from argparse import Namespace
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,13 +41,29 @@ def allow_checkpoints() -> None:
     torch.serialization.add_safe_globals(allowed)
 
 
+def load_checkpoints_safely() -> None:
+    """Make MMEngine load every checkpoint with weights_only=True, to resume, to test, as load_from and in init_cfg.
+
+    By themselves, both stacks load URLs without it, and OneDL's tries again without it when a file was refused.
+    """
+    from mmengine.runner import checkpoint
+
+    def load_from_local(filename: str, map_location: Any = None) -> Any:
+        return load_checkpoint(os.path.expanduser(filename), map_location)
+
+    checkpoint.CheckpointLoader.register_scheme('', load_from_local, force=True)
+    checkpoint.load_url = partial(checkpoint.load_url, weights_only=True)
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = partial(torch.load, weights_only=True)
+
+
 def register_scope() -> None:
     """Tell MMEngine's config system where ``mmlocalmamba::...`` lives; it knows a fixed list of scopes."""
     from mmengine.config import utils
     utils.MODULE2PACKAGE.setdefault('mmlocalmamba', 'mmlocalmamba')
 
 
-def load_checkpoint(path: str, map_location: str = 'cpu') -> Any:
+def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
     """Load a checkpoint from a file or URL with weights_only=True.
 
     Raises:
@@ -56,9 +74,9 @@ def load_checkpoint(path: str, map_location: str = 'cpu') -> Any:
         if '://' in str(path):
             return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
         return torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # no such file, no permission: it names the file
         raise RuntimeError(f'{path} was not loaded: it is not a plain checkpoint of tensors and numbers, or is '
                            f'damaged. Files that execute code are refused. ({error})') from error
 

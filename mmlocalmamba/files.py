@@ -22,6 +22,11 @@ def write_whole(path: str, content: str | bytes | Callable[[BinaryIO], object]) 
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, is on the disk before anybody removes an older file
+        finally:
+            os.close(folder)
     finally:
         if os.path.exists(beside):
             os.remove(beside)

@@ -14,7 +14,8 @@ MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope=SCOPE,
     locations=['mmlocalmamba.layers', 'mmlocalmamba.backbones', 'mmlocalmamba.necks'])
 HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmlocalmamba.engine', 'mmlocalmamba.search.hook'])
+    'hook', parent=MMENGINE_HOOKS, scope=SCOPE,
+    locations=['mmlocalmamba.engine', 'mmlocalmamba.jobs', 'mmlocalmamba.search.hook'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope=SCOPE,
     locations=['mmlocalmamba.engine'])

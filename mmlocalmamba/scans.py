@@ -6,13 +6,14 @@ directions. Built-in names, each also with the suffix ``_flip`` (the same table 
 
 - ``h``: rows, left to right, top to bottom;
 - ``v``: columns, top to bottom, left to right;
-- ``w<K>`` for any K >= 1: windows of K x K tokens in row-major order, row-major inside each window. Windows at the
+- ``w<K>`` for K from 1 to 256: windows of K x K tokens in row-major order, row-major inside each window. Windows at the
   right and bottom border that the grid does not fill are completed by pads;
 - ``diag``: the diagonals that run from bottom left to top right, from the top left corner to the bottom right one;
 - ``zigzag``: rows, every other one backwards, so that each step goes to a neighbour;
 - ``hilbert``: along the Hilbert curve through the smallest square of 2^n x 2^n tokens that holds the grid.
 """
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,6 +26,8 @@ _FLIP = '_flip'
 # Detection meets a new H x W with nearly every batch: enough entries to serve the stages of a few batches, few enough
 # that thousands of sizes do not pile up.
 _CACHE_SIZE = 128
+# A window is completed by pads, K * K steps at least: names come from files, too, and one must not fill the memory.
+_MAX_K = 256
 
 
 def register_scan(name: str) -> Callable:
@@ -113,11 +116,11 @@ def _resolve(name: str) -> Callable[[int, int], Tensor]:
     for pattern, function in _SCANS.items():
         if not pattern.endswith('<K>') or not isinstance(base, str):
             continue
-        match = re.fullmatch(re.escape(pattern[:-len('<K>')]) + r'(\d+)', base)
-        if match and int(match.group(1)) >= 1:
+        match = re.fullmatch(re.escape(pattern[:-len('<K>')]) + r'(\d{1,9})', base)
+        if match and 1 <= int(match.group(1)) <= _MAX_K:
             K = int(match.group(1))
             return lambda H, W: function(H, W, K)
-    raise ValueError(f'unknown scan {name!r}: known are {", ".join(_SCANS)} (with an integer K >= 1), '
+    raise ValueError(f'unknown scan {reprlib.repr(name)}: known are {", ".join(_SCANS)} (K from 1 to {_MAX_K}), '
                      f"each also with '{_FLIP}'; @mmlocalmamba.scans.register_scan adds others")
 
 

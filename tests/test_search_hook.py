@@ -159,7 +159,7 @@ def same(first, second):
     dict(mode='bilevel'),
     dict(mode='joint', directions=dict(candidates=search_task.CANDIDATES, sampling='single_path')),
     dict(mode='bilevel', directions=dict(candidates=search_task.CANDIDATES, sampling='partial_channel')),
-    dict(mode='bilevel', iterations=5, noise=0.),  # noise is replayed with workers only
+    dict(mode='bilevel', iterations=5),
 ], ids=['joint-ema', 'bilevel', 'single_path', 'partial_channel', 'iterations'])
 def test_interrupted_search_equals_the_uninterrupted_one(tmp_path, kwargs):
     whole = train(tmp_path / 'whole', **kwargs)

@@ -21,6 +21,7 @@ FLOORS = {
     'mmlocalmamba.backbones': 4,
     'mmlocalmamba.necks': 5,
     'mmlocalmamba.engine': 5,
+    'mmlocalmamba.jobs': 1,
     'mmlocalmamba.visualization': 5,
     'mmlocalmamba.__main__': 7,
 }

@@ -3,6 +3,7 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -44,6 +45,16 @@ def load_config(args):
     return cfg
 
 
+def distribute_over_cpus(cfg):
+    """MMEngine's launchers take GPUs for granted."""
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+
+
 def build_runner(cfg):
     """MMEngine finds the modules of cfg.default_scope by itself."""
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        distribute_over_cpus(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

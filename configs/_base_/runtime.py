@@ -3,8 +3,11 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
-    sampler_seed=dict(type='DistSamplerSeedHook'))
+    checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=1, max_keep_ckpts=3),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    exact_resume=dict(type='mmlocalmamba.ExactResumeHook'),
+    preemption=dict(type='mmlocalmamba.PreemptionHook'),
+    numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'))
 
 # Before anything loads a checkpoint: inferencers do so before they build the model, and torch would
 # refuse what MMEngine writes into its checkpoints.

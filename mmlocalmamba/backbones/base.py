@@ -3,6 +3,7 @@ import copy
 import json
 import logging
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 
 from mmengine.logging import print_log
@@ -18,6 +19,8 @@ from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
 Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
 _LOCALVMAMBA_S = ('LocalVMamba', (2, 2, 27, 2), (96, 192, 384, 768))
+# The results of a search with hundreds of blocks are far smaller.
+_MAX_DIRECTIONS_FILE = 1 << 20
 
 
 def resolve_arch(arch: str | dict, variants: dict[str, dict], required: Sequence[str]) -> dict:
@@ -34,17 +37,23 @@ def resolve_arch(arch: str | dict, variants: dict[str, dict], required: Sequence
 
 
 def load_directions(path: str) -> list:
-    """Read a directions file: a list per block, or a dict that holds it under ``directions``."""
+    """Read a directions file: a list per block, or a dict that holds it under ``directions``. Files of others may be
+    anything: what is no small JSON file is an error that names it."""
     try:
-        with open(path) as file:
-            content = json.load(file)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError('not a regular file')  # opening a pipe would wait for ever
+        with open(path, 'rb') as file:
+            text = file.read(_MAX_DIRECTIONS_FILE + 1)
+        if len(text) > _MAX_DIRECTIONS_FILE:
+            raise OSError(f'larger than {_MAX_DIRECTIONS_FILE} bytes')
+        content = json.loads(text)
     except OSError as error:
         raise ValueError(f'directions={path!r} is neither {SEARCH!r} nor a file that can be read: {error}') from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested too deeply
         raise ValueError(f'{path} is not JSON: {error}') from error
     if isinstance(content, dict):
         if 'directions' not in content:
-            raise ValueError(f"{path} has no entry 'directions'; it has {', '.join(content) or 'nothing'}")
+            raise ValueError(f"{path} has no entry 'directions'; it has {', '.join(content)[:200] or 'nothing'}")
         content = content['directions']
     return content
 
@@ -96,16 +105,20 @@ def resolve_directions(directions: Directions, default: Directions, depth: int) 
         directions = load_directions(directions)
     if not isinstance(directions, (list, tuple)) or not directions:
         raise ValueError(f'directions must be a list of scan names, or such a list per block, '
-                         f'got {directions!r}{source}')
+                         f'got {reprlib.repr(directions)}{source}')
     if all(isinstance(name, str) for name in directions):
         directions = [directions] * depth
     if len(directions) != depth:
         raise ValueError(f'directions{source} has {len(directions)} entries, but the backbone has {depth} blocks')
     for index, block in enumerate(directions):
         if not isinstance(block, (list, tuple)) or not block:
-            raise ValueError(f'directions{source} of block {index} must be a list of scan names, got {block!r}')
+            raise ValueError(f'directions{source} of block {index} must be a list of scan names, '
+                             f'got {reprlib.repr(block)}')
         for name in block:
-            check_scan(name)
+            try:
+                check_scan(name)
+            except ValueError as error:
+                raise ValueError(f'directions{source} of block {index}: {error}') from None
     return [tuple(block) for block in directions]
 
 

@@ -2,12 +2,10 @@
 import copy
 import logging
 import os
-import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from mmlocalmamba import __version__
 from mmlocalmamba.files import write_whole
+from mmlocalmamba.jobs import RepeatableBatches
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.search.directions import (
     alphas_csv,
@@ -37,6 +36,8 @@ from mmlocalmamba.visualization import draw_alphas, draw_directions
 MODES = ('joint', 'bilevel')
 # Entry of a checkpoint that holds the state of a search.
 STATE = 'scan_search'
+# What random numbers are for: the second part of a seed, as in mmlocalmamba.jobs.
+_HELD_OUT = 3
 # Relative entropies: above, a block has not decided at the end; below, within the first part of training, it decided
 # before its weights meant anything.
 _UNDECIDED, _COLLAPSED, _EARLY = 0.99, 0.3, 0.1
@@ -67,55 +68,28 @@ def write_search(folder: str, candidates: Sequence[str], blocks: Sequence[str], 
     return result
 
 
-def _seed_everything(*key: int) -> None:
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _seed_worker(worker: int, key: tuple[int, ...]) -> None:
-    _seed_everything(*key, worker)
-
-
-def _start_epoch(loader: DataLoader, epoch: int, *key: int) -> None:
-    """Make the order and the augmentation of an epoch a function of its number, so that it can be repeated."""
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
-        if hasattr(sampler, 'set_epoch'):
-            sampler.set_epoch(epoch)
-    loader.worker_init_fn = partial(_seed_worker, key=(*key, epoch))
-
-
 class HeldOutData:
     """Batches of a dataloader without end, from a position that can be saved and sought."""
 
-    def __init__(self, loader: DataLoader, *key: int) -> None:
+    def __init__(self, loader: DataLoader, seed: int, rank: int, world_size: int) -> None:
         if len(loader) == 0:
             raise ValueError('held_out gives no batch: its dataset is smaller than its batch size, and the last '
                              'batch is dropped')
-        self.loader, self.key = loader, key
+        self.repeatable = RepeatableBatches(loader, seed, _HELD_OUT, rank=rank, world_size=world_size)
         self.epoch = self.batch = 0
         self.batches: Iterator | None = None
 
-    def _start(self) -> None:
-        _start_epoch(self.loader, self.epoch, *self.key)
-        self.batches = iter(self.loader)
-
     def __next__(self) -> Any:
-        if self.batches is None:
-            self._start()
-        if self.batch == len(self.loader):
-            self.epoch, self.batch = self.epoch + 1, 0
-            self._start()
+        if self.batches is None or self.batch == len(self.repeatable):
+            self.seek(self.epoch + (self.batches is not None), 0)
         self.batch += 1
         return next(self.batches)
 
     def seek(self, epoch: int, batch: int) -> None:
-        """Go to a position; batches before it are loaded and dropped, as their random numbers have to be used."""
+        """Go to a position; batches before it are not loaded."""
         self.epoch, self.batch = epoch, batch
-        self._start()
-        for _ in range(batch):
-            next(self.batches)
+        self.repeatable.start(epoch, batch)
+        self.batches = iter(self.repeatable.loader)
 
 
 @HOOKS.register_module()
@@ -125,10 +99,8 @@ class ScanSearchHook(Hook):
     The model is any whose backbone has ``directions='search'``. Work directory, at every ``interval`` and at the end:
     ``directions.json``, which a backbone takes as ``directions``, ``alphas.csv``, ``directions.png``, ``alphas.png``.
 
-    Random numbers of a training iteration are drawn from a seed that is made of the runner's seed, the rank and the
-    number of the iteration; those of dataloader workers from the seed, the rank, the epoch and the worker (not with
-    persistent workers, which are seeded once). Together with the hook's entry in every checkpoint, a search that is
-    resumed equals one that was never interrupted, if the runner's seed is given.
+    The state of the search is in every checkpoint. With ExactResumeHook, a search that is resumed equals one that was
+    never interrupted.
 
     Args:
         mode: 'joint' trains the logits with the weights, by the same optimizer, without weight decay (the authors').
@@ -199,11 +171,6 @@ class ScanSearchHook(Hook):
             self._spare_decay(runner.optim_wrapper)
         else:
             self._set_up_bilevel(runner)
-        loader = runner.train_dataloader
-        if loader.num_workers > 0 and loader.persistent_workers:
-            print_log('scan search: the workers of train_dataloader persist, so a resumed search sees other '
-                      'augmentations than one that was not interrupted; set persistent_workers=False if that matters',
-                      logger='current', level=logging.WARNING)
 
     def _spare_decay(self, optim_wrapper: OptimWrapper) -> None:
         mine, seen = {id(alpha) for alpha in self.alphas}, 0
@@ -225,7 +192,8 @@ class ScanSearchHook(Hook):
             group['params'] = [parameter for parameter in group['params'] if id(parameter) not in mine]
         self.optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=self.alphas))
         cfg = dict(copy.deepcopy(dict(self.held_out_cfg)), persistent_workers=False)
-        self.held_out = HeldOutData(runner.build_dataloader(cfg, seed=runner.seed), runner.seed, self.rank, 1)
+        self.held_out = HeldOutData(runner.build_dataloader(cfg, seed=runner.seed), runner.seed, self.rank,
+                                    dist.get_world_size())
 
     # Checkpoints.
 
@@ -265,14 +233,7 @@ class ScanSearchHook(Hook):
             self.held_out.seek(self.held_out.epoch, self.held_out.batch)
         self._maybe_stop(runner)
 
-    def before_train_epoch(self, runner: Any) -> None:
-        # A loop that counts iterations has started its dataloader already, and repeats it when it is resumed.
-        if self.by_epoch:
-            _start_epoch(runner.train_dataloader, runner.epoch, runner.seed, self.rank, 0)
-            _seed_everything(runner.seed, self.rank, runner.iter)
-
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        _seed_everything(runner.seed, self.rank, runner.iter)
         if self.mode == 'bilevel':
             self._step_on_held_out(runner)
 

@@ -1,0 +1,173 @@
+"""Several processes, on CPUs through gloo: the same training as on one, elastic restarts, several nodes."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_jobs import ROOT, finish, same
+
+PYTHON = [sys.executable, '-W', 'ignore']
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
+def start(*command, **env):
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
+
+
+def run_on_two(*command, returncode=0):
+    number = port()
+    processes = [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                       MASTER_PORT=number) for rank in range(2)]
+    for process in processes:
+        finish(process, returncode)
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'digits'
+    subprocess.run([*PYTHON, str(ROOT / 'tools/dataset_converters/digits.py'), str(folder), '--scale', 'tiny'],
+                   check=True, capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    return folder
+
+
+STEPS = 3
+# UperNet pools to one pixel, which BatchNorm cannot take in batches of one image. Across processes, BatchNorm works
+# apart, and SyncBN needs GPUs.
+TASKS = [dict(config='localvim-nano_digits'),
+         dict(config='mask-rcnn_localvmamba-nano_digits'),
+         dict(config='upernet_localvmamba-nano_digits',
+              options={'model.decode_head.norm_cfg': dict(type='GN', num_groups=8)})]
+
+
+def test_two_processes_have_the_loss_curve_of_one(digits, tmp_path):
+    """One image for each process, and one process that accumulates the gradients of two images.
+
+    Losses of detectors are divided by what each process found in its images, so that it must be the same images. No
+    process may leave a parameter without a gradient: DistributedDataParallel would fail in the second step.
+    """
+    for name in ('one', 'two'):
+        (tmp_path / name).mkdir()
+    program = [*PYTHON, ROOT / 'tests/loss_task.py', digits]
+    single = [dict(task, iterations=2 * STEPS, options={**task.get('options', {}),
+                                                         'optim_wrapper.accumulative_counts': 2}) for task in TASKS]
+    finish(start(*program, tmp_path / 'one', json.dumps(single)))
+    run_on_two(*program, tmp_path / 'two', json.dumps([dict(task, iterations=STEPS) for task in TASKS]))
+    one, *two = (json.loads((tmp_path / name).read_text()) for name in
+                 ('one/losses0.json', 'two/losses0.json', 'two/losses1.json'))
+    for task, alone, *shared in zip(TASKS, one, *two):
+        together = [losses for pair in zip(*shared) for losses in pair]
+        assert len(alone) == len(together) == 2 * STEPS
+        for step, (a, b) in enumerate(zip(alone, together)):
+            assert a.keys() == b.keys() and a == pytest.approx(b, rel=2e-4, abs=1e-6), (task['config'], step)
+        assert alone[0]['loss'] != alone[-1]['loss']
+
+
+def job(work_dir, **options):
+    task = dict(work_dir=str(work_dir), launcher='pytorch', **options)
+    return [*PYTHON, ROOT / 'tests/job_task.py', json.dumps(task)]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The end of a training on two processes that nothing interrupts."""
+    folder = tmp_path_factory.mktemp('whole')
+    run_on_two(*job(folder, workers=1))
+    return [torch.load(folder / f'state{rank}.pt') for rank in range(2)]
+
+
+def check(folder, whole):
+    for rank in range(2):
+        state = torch.load(folder / f'state{rank}.pt')
+        if rank:  # statistics of BatchNorm are saved for the first process alone
+            for value in (state, whole[rank]):
+                value['model'] = {name: v for name, v in value['model'].items() if 'running' not in name}
+        assert same(state, whole[rank])
+
+
+def test_all_leave_when_one_is_signalled(tmp_path, whole):
+    run_on_two(*job(tmp_path, workers=1, signal_at=4), returncode=75)
+    assert torch.load(tmp_path / 'preempted.pth', weights_only=True)['meta']['iter'] == 4
+    run_on_two(*job(tmp_path, workers=1, resume=True))
+    check(tmp_path, whole)
+
+
+def launch(*arguments):
+    return [*PYTHON, ROOT / 'tools/launch.py', *arguments]
+
+
+def local(restarts=0):
+    return ['--nproc-per-node', 2, '--max-restarts', restarts, '--rdzv-backend', 'c10d', '--rdzv-endpoint',
+            f'127.0.0.1:{port()}', '--local-addr', '127.0.0.1']
+
+
+def test_elastic_restart_goes_on_from_the_last_checkpoint(tmp_path, whole):
+    task = job(tmp_path, workers=1, resume=True, kill_at=5)
+    output = finish(start(*launch(*local(restarts=1)), *task[3:]))
+    assert 'Signal 9 (SIGKILL)' in output or 'exitcode: -9' in output, output
+    check(tmp_path, whole)
+
+
+def test_launcher_says_that_it_was_preempted(tmp_path, whole):
+    """The launcher is signalled, and signals the processes with their dataloader workers."""
+    task = job(tmp_path, workers=1, slow=0.1)
+    process = start(*launch(*local()), *task[3:])
+    while not (tmp_path / 'epoch_1.pth').exists():
+        try:
+            process.wait(0.2)
+            break
+        except subprocess.TimeoutExpired:
+            pass
+    process.send_signal(signal.SIGUSR1)
+    finish(process, 75)
+    assert (tmp_path / 'last_checkpoint').read_text().endswith('preempted.pth')
+    finish(start(*launch(*local()), *job(tmp_path, workers=1, resume=True)[3:]))
+    check(tmp_path, whole)
+
+
+def namespaces():
+    """Two network namespaces with a cable between them; their names."""
+    names = [f'mmlm{os.getpid()}{side}' for side in 'ab']
+    commands = [f'ip netns add {name}' for name in names]
+    commands += [f'ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}']
+    for number, name in enumerate(names, 1):
+        commands += [f'ip -n {name} addr add 10.98.76.{number}/24 dev {name}', f'ip -n {name} link set {name} up',
+                     f'ip -n {name} link set lo up']
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f'network namespaces are not permitted here: {command}: {done.stderr.strip()}')
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+
+
+two_nodes = pytest.fixture(namespaces)
+
+
+@pytest.mark.skipif(shutil.which('ip') is None, reason='iproute2 is not installed')
+def test_two_nodes(two_nodes, tmp_path, whole):
+    """One process on each of two hosts that see each other over a network alone, and share the work directory."""
+    arguments = launch('--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-id', 'job',
+                       '--rdzv-endpoint', '10.98.76.1:29400')
+    task = job(tmp_path, workers=1)[3:]
+    # torchrun finds the host of the rendezvous by its name, which these two share.
+    processes = [start('ip', 'netns', 'exec', name, *arguments, '--local-addr', f'10.98.76.{number}', '--rdzv-conf',
+                       f'is_host={number == 1}', *task, GLOO_SOCKET_IFNAME=name)
+                 for number, name in enumerate(two_nodes, 1)]
+    for process in processes:
+        finish(process)
+    states = [torch.load(tmp_path / f'state{rank}.pt') for rank in range(2)]
+    check(tmp_path, whole if same(states[0]['model'], whole[0]['model']) else whole[::-1])

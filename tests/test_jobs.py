@@ -1,0 +1,357 @@
+"""Exact resumption, preemption, checkpoints that are whole, the numerical guard."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import job_task
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.hooks import Hook
+from search_task import Images
+from torch.utils.data import DataLoader
+
+from mmlocalmamba import jobs
+from mmlocalmamba.files import write_whole
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(*args, **kwargs):
+    runner = job_task.build(*args, **kwargs)
+    runner.train()
+    return runner
+
+
+def same(first, second):
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def start(*tasks, **env):
+    return subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'job_task.py'), *map(json.dumps, tasks)],
+                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process, returncode=0):
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == returncode, output
+    return output
+
+
+# ---- data ----
+
+def batches(sampler, skip=0, epoch=0, rank=0, world_size=1, batch_size=3, **kwargs):
+    loader = DataLoader(Images(), batch_size=batch_size, sampler=sampler, **kwargs)
+    repeatable = jobs.RepeatableBatches(loader, 7, rank=rank, world_size=world_size)
+    repeatable.start(epoch, skip)
+    return loader
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_data_start_at_any_batch(workers):
+    """Noise on the images is drawn by the dataset: that, too, is the same."""
+    whole = [batch['inputs'] for batch in batches(DefaultSampler(Images(), seed=1))]
+    rest = [batch['inputs'] for batch in batches(DefaultSampler(Images(), seed=1), skip=2, num_workers=workers)]
+    assert len(whole) == 4 and same(whole[2:], rest)
+    other = [batch['inputs'] for batch in batches(DefaultSampler(Images(), seed=1), epoch=1)]
+    assert not same(whole, other)
+
+
+def test_two_processes_draw_the_samples_of_one():
+    single = next(iter(batches(DefaultSampler(Images(), seed=1), batch_size=4)))['inputs']
+    parts = []
+    for rank in range(2):
+        sampler = DefaultSampler(Images(), seed=1)
+        sampler.rank, sampler.world_size = rank, 2
+        parts.append(next(iter(batches(sampler, rank=rank, world_size=2, batch_size=2)))['inputs'])
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), single)
+
+
+@pytest.mark.parametrize('kind', [DefaultSampler, InfiniteSampler])
+def test_streams_skip_without_loading(kind, tmp_path):
+    def stream(name, done):
+        (tmp_path / name).mkdir()
+        data = job_task.Log(tmp_path / name)
+        loader = DataLoader(data, batch_size=5, sampler=kind(data, seed=1))
+        return jobs.BatchStream(jobs.RepeatableBatches(loader, 7), done, done)
+
+    whole, resumed = stream('whole', 0), stream('resumed', 4)
+    expected = [next(whole) for _ in range(7)]
+    assert [next(resumed) for _ in range(4)] == [None] * 4
+    assert all(torch.equal(a['inputs'], next(resumed)['inputs']) for a in expected[4:])
+    assert len((tmp_path / 'resumed' / 'loaded').read_text().split()) <= 15
+
+
+def test_streams_of_data_cannot_be_repeated():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield 1
+
+    with pytest.raises(TypeError, match='Stream is read as a stream'):
+        jobs.RepeatableBatches(DataLoader(Stream()), 7)
+
+
+# ---- preemption and resumption ----
+
+CASES = {  # 12 images in batches of 2
+    'in-an-epoch': dict(signal_at=8),
+    'end-of-an-epoch': dict(signal_at=6),
+    'workers': dict(signal_at=9, workers=2),
+    'persistent-workers': dict(signal_at=9, workers=1, persistent=True, ema=True),
+    'accumulation': dict(signal_at=7, accumulate=3),
+    'iterations': dict(signal_at=8, iterations=14),
+    'iterations-workers': dict(signal_at=8, iterations=14, workers=1),
+    'iterations-in-epochs': dict(signal_at=8, iterations=14, infinite=False),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_preempted_training_equals_the_uninterrupted_one(tmp_path, case):
+    """Weights, optimizer, schedulers, random numbers, and each image loaded as often."""
+    options = dict(CASES[case])
+    at = options.pop('signal_at')
+    whole = train(tmp_path / 'whole', **options)
+    for signal_at in (at, at + 3):  # twice
+        with pytest.raises(SystemExit) as left:
+            train(tmp_path / 'parts', resume=True, signal_at=signal_at, **options)
+        assert left.value.code == jobs.EXIT_PREEMPTED == 75
+        saved = torch.load(tmp_path / 'parts' / 'preempted.pth', weights_only=True)['meta']
+        assert saved['iter'] == -(-signal_at // options.get('accumulate', 1)) * options.get('accumulate', 1)
+        assert (tmp_path / 'parts' / 'last_checkpoint').read_text() == str(tmp_path / 'parts' / 'preempted.pth')
+    resumed = train(tmp_path / 'parts', resume=True, **options)
+    assert whole.iter == resumed.iter == options.get('iterations', 18)
+    assert same(job_task.state(whole), job_task.state(resumed))
+    if not options.get('workers'):  # they load ahead
+        assert len((tmp_path / 'parts' / 'loaded').read_text().split()) <= 2 * (whole.iter + 2)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_without_the_hook_resumption_differs(tmp_path):
+    """The tests above can fail."""
+    whole = train(tmp_path / 'whole')
+    with pytest.raises(SystemExit):
+        train(tmp_path / 'parts', signal_at=8)
+    runner = job_task.build(tmp_path / 'parts', resume=True)
+    for hook in [h for h in runner.hooks if isinstance(h, jobs.ExactResumeHook | jobs.PreemptionHook)]:
+        runner._hooks.remove(hook)
+    runner.train()
+    assert not same(job_task.state(whole)['model'], job_task.state(runner)['model'])
+
+
+def test_no_iteration_is_left_when_the_last_is_signalled(tmp_path):
+    runner = train(tmp_path, signal_at=18)  # no SystemExit: the training is complete
+    assert runner.iter == 18
+
+
+def test_preemption_needs_exact_resumption(tmp_path):
+    runner = job_task.build(tmp_path)
+    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, jobs.ExactResumeHook)]
+    with pytest.raises(ValueError, match='PreemptionHook needs .*ExactResumeHook'):
+        runner.train()
+
+
+def test_another_total_batch_goes_on_with_the_rest(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, signal_at=8)  # two batches of two into the second epoch
+    (tmp_path / 'loaded').unlink()
+    train(tmp_path, resume=True, batch=4, epochs=2)
+    assert len((tmp_path / 'loaded').read_text().split()) == 8
+
+
+def test_signals_to_a_whole_process_group(tmp_path):
+    """Schedulers and torchrun signal dataloader workers, too, which would take the training with them."""
+    options = dict(work_dir=str(tmp_path / 'parts'), workers=2, persistent=True)
+    begin = time.time()
+    finish(start(dict(options, signal_at=8, signal_group=True, slow=0.05)), returncode=75)
+    assert time.time() - begin < 60
+    saved = torch.load(tmp_path / 'parts' / 'preempted.pth', weights_only=True)['meta']
+    assert (saved['epoch'], saved['iter']) == (1, 8)
+
+
+# ---- SIGKILL ----
+
+def test_killed_at_a_random_iteration(tmp_path):
+    kill_at = int(np.random.default_rng().integers(1, 18))
+    options = dict(work_dir=str(tmp_path / 'parts'), workers=1)
+    finish(start(dict(options, kill_at=kill_at)), returncode=-signal.SIGKILL)
+    finish(start(dict(options, resume=True), dict(options, work_dir=str(tmp_path / 'whole'))))
+    whole, resumed = (torch.load(tmp_path / name / 'state0.pt') for name in ('whole', 'parts'))
+    assert same(whole, resumed), f'killed at iteration {kill_at}'
+
+
+KILLED_WRITER = '''
+import os, runpy, signal, sys, threading, time
+write_whole = runpy.run_path(sys.argv[1])['write_whole']  # without the package, which would import torch
+path, delay = sys.argv[2], float(sys.argv[3])
+def kill():
+    time.sleep(delay)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
+number = 0
+while True:
+    number += 1
+    write_whole(path, str(number % 10).encode() * 3_000_000)
+'''
+
+
+def test_killed_while_it_writes(tmp_path):
+    """Whatever the moment, the file is one of those written, and whole."""
+    path = tmp_path / 'file'
+    for delay in np.linspace(0.01, 0.1, 6):
+        arguments = [str(ROOT / 'mmlocalmamba' / 'files.py'), str(path), str(delay)]
+        assert subprocess.run([sys.executable, '-c', KILLED_WRITER, *arguments]).returncode == -signal.SIGKILL
+        if path.exists():
+            content = path.read_bytes()
+            assert len(content) == 3_000_000 and len(set(content)) == 1
+    assert path.exists()
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob('*.pth*'))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize('moment', ['replace', 'fsync'])
+def test_the_previous_checkpoint_outlives_the_writing_of_the_next(tmp_path, monkeypatch, moment):
+    """max_keep_ckpts is 1: MMEngine's hook removes the only one before it writes the next."""
+    def killed(*args):
+        raise Killed
+
+    train(tmp_path, epochs=1)
+    assert checkpoints(tmp_path) == ['epoch_1.pth']
+    runner = job_task.build(tmp_path, epochs=2, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, moment, killed)
+        patch.setattr(os, 'remove', lambda path: None)  # a killed process does not clean up
+        runner.train()
+    left = checkpoints(tmp_path)
+    assert left[0] == 'epoch_1.pth' and len(left) == 2 and left[1].endswith('.tmp')
+    assert train(tmp_path, epochs=2, resume=True).iter == 12
+    assert checkpoints(tmp_path) == ['epoch_2.pth']
+
+
+@pytest.mark.parametrize('record', ['', 'epoch_2.pth', 'gone.pth', None])
+def test_resumption_takes_the_newest_whole_checkpoint(tmp_path, record):
+    train(tmp_path, epochs=1)
+    content = (tmp_path / 'epoch_1.pth').read_bytes()
+    (tmp_path / 'epoch_2.pth').write_bytes(content[:len(content) // 2])
+    (tmp_path / 'last_checkpoint').unlink()
+    if record is not None:
+        write_whole(str(tmp_path / 'last_checkpoint'), record and str(tmp_path / record))
+    runner = job_task.build(tmp_path, epochs=1, resume=True)
+    runner.train()
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_1.pth')
+    assert runner.iter == 6
+
+
+def test_best_checkpoints_are_replaced_after_they_are_written(tmp_path, monkeypatch):
+    hook = jobs.CheckpointHook(save_best='score', rule='greater', max_keep_ckpts=1)
+    runner = job_task.build(tmp_path, epochs=1)
+    runner.train()
+    hook.before_train(runner)
+    order = []
+    monkeypatch.setattr(jobs, 'write_whole', lambda path, content: order.append(path) or write_whole(path, content))
+    monkeypatch.setattr(os, 'remove', lambda path, remove=os.remove: order.append(path) or remove(path))
+    hook.after_val_epoch(runner, dict(score=1.))
+    first = hook.best_ckpt_path
+    hook.after_val_epoch(runner, dict(score=2.))  # the same epoch, so the same file: it must stay
+    assert Path(first).exists() and order == [first, first]
+    runner.train_loop._epoch = 5
+    hook.after_val_epoch(runner, dict(score=3.))
+    assert order[2:] == [str(tmp_path / 'best_score_epoch_5.pth'), first] and not Path(first).exists()
+
+
+# ---- numerical guard ----
+
+class Poison(Hook):
+    """Makes a weight, and so losses and gradients, NaN for some iterations."""
+
+    def __init__(self, iterations, where):
+        self.iterations, self.where = iterations, where
+
+    def before_train_iter(self, runner, **kwargs):
+        if runner.iter + 1 in self.iterations:
+            weight = runner.model.fc[2].bias
+            if self.where == 'gradient':
+                handle = weight.register_hook(lambda gradient: gradient * float('inf'))
+                self.undo = handle.remove
+            else:
+                self.before = weight.detach().clone()
+                weight.data.fill_(float('nan'))
+                self.undo = lambda: weight.data.copy_(self.before)
+
+    def after_train_iter(self, runner, **kwargs):
+        if runner.iter + 1 in self.iterations:
+            self.undo()
+
+
+@pytest.mark.parametrize('where', ['loss', 'gradient'])
+def test_guard_stops_before_the_step(tmp_path, where):
+    runner = job_task.build(tmp_path, hooks=[Poison({8}, where)])
+    with pytest.raises(FloatingPointError, match='iteration 8: NaN or Inf in the loss'):
+        runner.train()
+    assert all(value.isfinite().all() for name, value in runner.model.state_dict().items()
+               if where == 'gradient' or name != 'fc.2.bias')
+    record = json.loads((tmp_path / 'nonfinite_iter8_rank0.json').read_text())
+    assert record['iteration'] == 8 and record['epoch'] == 2 and 'fc.2.bias' in record['parameters']
+    if where == 'gradient':
+        assert record['parameters'] == ['fc.2.bias'] and record['losses'][0] != 'nan'
+
+
+def test_guard_skips_as_often_as_it_may(tmp_path):
+    plain = train(tmp_path / 'plain', epochs=1)
+    runner = train(tmp_path / 'skip', epochs=1, guard=dict(skip=2), hooks=[Poison({2, 4}, 'gradient')])
+    assert runner.model.fc[2].bias.isfinite().all()
+    steps = [{int(entry['step']) for entry in r.optim_wrapper.optimizer.state.values()} for r in (plain, runner)]
+    assert steps == [{6}, {4}]
+    with pytest.raises(FloatingPointError, match='2 such steps were skipped before'):
+        train(tmp_path / 'more', epochs=1, guard=dict(skip=2), hooks=[Poison({2, 3, 4}, 'gradient')])
+    with pytest.raises(ValueError, match='skip must be at least 0, got -1'):
+        jobs.NumericalGuardHook(skip=-1)
+
+
+def test_guard_counts_on_after_resumption(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, guard=dict(skip=1), hooks=[Poison({2}, 'gradient')], signal_at=3)
+    with pytest.raises(FloatingPointError, match='iteration 5: .*1 such steps were skipped before'):
+        train(tmp_path, guard=dict(skip=1), hooks=[Poison({5}, 'gradient')], resume=True)
+
+
+class Broken(Images):
+    """One image is NaN."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if index == 5:
+            item['inputs'] = item['inputs'] * float('nan')
+        return item
+
+
+def test_guard_does_not_skip_when_statistics_are_spoilt(tmp_path):
+    with pytest.raises(FloatingPointError, match='Buffers have it, too: fc.0.running_mean'):
+        train(tmp_path, guard=dict(skip=100), data=Broken())
+
+
+def test_guard_names_the_samples():
+    from mmengine.structures import BaseDataElement
+    sample = BaseDataElement(metainfo=dict(img_path='a.png', img_id=3, ori_shape=(1, 2)))
+    assert jobs._sample_names(dict(inputs=[], data_samples=[sample])) == [dict(img_path='a.png', img_id=3)]
+    assert jobs._sample_names((1, 2)) == [] and jobs._sample_names(dict(inputs=0)) == []
