@@ -62,6 +62,4 @@ if __name__ == '__main__':
     curves = []
     for number, task in enumerate(json.loads(tasks)):
         curves.append(losses(data, os.path.join(out, str(number)), launcher, **task))
-        if launcher != 'none':
-            torch.distributed.destroy_process_group()
     Path(out, f'losses{os.environ.get("RANK", 0)}.json').write_text(json.dumps(curves))

@@ -47,7 +47,8 @@ def load_config(args):
 
 def distribute_over_cpus(cfg):
     """MMEngine's launchers take GPUs for granted."""
-    torch.distributed.init_process_group('gloo')
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
     cfg.model_wrapper_cfg = dict(
         type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False))
