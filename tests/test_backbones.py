@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.layers import SCAttn, rotary_tables, rotate
+from mmlocalmamba.layers import SCAttn, rotary_tables
+from mmlocalmamba.ops import rotate
 
 VMAMBA = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 2, 1], d_state=2)
 VIM = dict(embed_dims=16, num_layers=3, d_state=2)

@@ -4,9 +4,10 @@ import torch
 from test_ops import assert_same
 from test_ops_cpu import built, instruction_set  # noqa: F401  (a fixture)
 from torch import nn
+from torch.nn import functional as F
 
 from mmlocalmamba import ops
-from mmlocalmamba.layers import SCAttn
+from mmlocalmamba.layers import SCAttn, rotary_tables
 from mmlocalmamba.scans import scan_tables
 
 DIRECTIONS = ('h', 'v_flip', 'w2', 'w3_flip')
@@ -55,6 +56,17 @@ def sum_case(D=70, gated=True):
     return function, {**inputs, 'z': randn(BATCH, H * W, D, seed=4)} if gated else inputs
 
 
+def norm_case(D=70, rotate=True, residual=True):
+    tables = rotary_tables(H, W, D - D % 4, 14, 'cpu') if rotate else (None, None)
+
+    def function(x, residual=None, weight=None):
+        cos, sin = (None if table is None else F.pad(table, (0, D % 4)).to(x.dtype) for table in tables)
+        return torch.cat(ops.add_rms_norm(x, residual, weight, 1e-5, cos, sin))
+
+    inputs = dict(x=randn(BATCH, H * W, D), weight=randn(D, seed=1))
+    return function, {**inputs, 'residual': randn(BATCH, H * W, D, seed=2)} if residual else inputs
+
+
 CASES = {
     'linear': linear_case,
     'linear-per-direction': lambda: (ops.linear, dict(x=randn(2, 3, 5, 13), weight=randn(3, 7, 13, seed=1))),
@@ -65,6 +77,9 @@ CASES = {
     'sum': sum_case,
     'sum-plain': lambda: sum_case(D=131, gated=False),
     'sum-1': lambda: sum_case(D=2),
+    'norm': norm_case,
+    'norm-first': lambda: norm_case(D=132, residual=False),
+    'norm-plain': lambda: norm_case(D=5, rotate=False),
 }
 
 
@@ -106,7 +121,7 @@ def test_opcheck(case, monkeypatch):
         function(**{name: x.requires_grad_() for name, x in inputs.items()}).sum().backward()
     names = {func.name().removeprefix('mmlocalmamba::').removesuffix('.default') for func, _ in seen}
     assert names == {'linear': {'linear'}, 'conv': {'directional_conv', 'directional_conv_backward'},
-                     'sum': {'scattn_sum', 'scattn_sum_backward'}}[case.split('-')[0]]
+                     'sum': {'scattn_sum', 'scattn_sum_backward'}, 'norm': {'add_rms_norm'}}[case.split('-')[0]]
     for func, args in seen:
         torch.library.opcheck(func, args)
 
@@ -138,7 +153,7 @@ def test_linear_has_second_derivatives(monkeypatch):
 @built
 def test_strides_do_not_matter(monkeypatch):
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'cpu')
-    for case in ('linear', 'conv', 'sum'):
+    for case in ('linear', 'conv', 'sum', 'norm'):
         function, inputs = CASES[case]()
         inputs = {name: x.float() for name, x in inputs.items()}
         strided = {name: x.flip(0).repeat_interleave(2, -1)[..., ::2].flip(0) for name, x in inputs.items()}
@@ -184,7 +199,13 @@ def test_bad_input_is_an_error_not_a_crash(monkeypatch):
     with pytest.raises(ValueError, match=r'weight \(K, O, I\) without bias'):
         ops.linear(x[:, None], torch.ones(2, 7, 3, dtype=x.dtype))
     with pytest.raises(ValueError, match='z must have shape'):
-        torch.ops.mmlocalmamba.scattn_sum(x[:, None], x[:1], *[bias[0]] * 2, 1e-5, *[bias[0]] * 4)
+        torch.ops.mmlocalmamba.scattn_sum(x[:, None], x[:1], *[bias[0]] * 2, 1e-5, bias, bias[0], bias.t(), bias[0])
+    with pytest.raises(ValueError, match='select_weight must have shape'):
+        torch.ops.mmlocalmamba.scattn_sum(x[:, None], None, *[bias[0]] * 2, 1e-5, bias, bias[:, 0], bias, bias[0])
+    with pytest.raises(ValueError, match='residual must have shape'):
+        ops.add_rms_norm(x, x[:1], bias[0], 1e-5)
+    with pytest.raises(ValueError, match='channels must be pairs, got 3'):
+        ops.add_rms_norm(x, x, bias[0], 1e-5, x[0], x[0])
 
 
 @built

@@ -19,7 +19,8 @@ from mmlocalmamba.backbones.base import (
     resolve_out_indices,
     resolve_search,
 )
-from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, rotary_tables, rotate
+from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, rotary_tables
+from mmlocalmamba.ops import add_rms_norm
 from mmlocalmamba.registry import MODELS
 
 _EPS = 1e-5
@@ -30,24 +31,35 @@ OUT_TYPES = ('avg_featmap', 'cls_token', 'featmap')
 OUT_FEATURES = ('mixer', 'residual')
 
 
+class AddRMSNorm(nn.RMSNorm):
+    """RMSNorm of the residual stream after another sum and rotation; see :func:`mmlocalmamba.ops.add_rms_norm`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None,
+                tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, self.weight, self.eps, *(tables or ()))
+
+
 class LocalVimBlock(BaseModule):
-    """Add -> RMSNorm -> mixer; returns the mixer's output and the residual stream, kept in float32 under autocast."""
+    """Add -> rotate -> RMSNorm -> mixer; returns the mixer's output and the residual stream, kept in float32 under
+    autocast."""
 
     def __init__(self, channels: int, drop_path: float, with_cp: bool, **mixer) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.norm = nn.RMSNorm(channels, eps=_EPS)
+        self.norm = AddRMSNorm(channels, eps=_EPS)
         self.mixer = LocalVimMixer(channels, **mixer)
         self.drop_path = DropPath(drop_path)
 
-    def _forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.mixer(self.norm(x), size)
+    def _forward(self, x: Tensor, residual: Tensor | None, size: tuple[int, int],
+                 tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        x, residual = self.norm(x if residual is None else self.drop_path(x), residual, tables)
+        return self.mixer(x, size), residual
 
-    def forward(self, x: Tensor, residual: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        residual = x if residual is None else residual + self.drop_path(x)
-        if self.with_cp and residual.requires_grad:
-            return checkpoint(self._forward, residual, size, use_reentrant=False), residual
-        return self._forward(residual, size), residual
+    def forward(self, x: Tensor, residual: Tensor | None, size: tuple[int, int],
+                tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if self.with_cp and x.requires_grad:
+            return checkpoint(self._forward, x, residual, size, tables, use_reentrant=False)
+        return self._forward(x, residual, size, tables)
 
 
 @MODELS.register_module()
@@ -173,10 +185,7 @@ class LocalVim(LocalMambaBackbone):
 
         residual, outs = None, []
         for index, layer in enumerate(self.layers):
-            if tables is not None:
-                x = rotate(x, *tables)
-                residual = None if residual is None else rotate(residual, *tables)
-            x, residual = layer(x, residual, size)
+            x, residual = layer(x, residual, size, tables)
             if self.out_type == 'featmap' and index in self.out_indices:
                 out = x if self.out_feature == 'mixer' else residual + x
                 if self.tokens:

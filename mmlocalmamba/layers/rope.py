@@ -42,12 +42,6 @@ def rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device
     return _rotary_tables(H, W, channels, size, torch.device(device))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of x (B, L, C) by the angles of cos, sin (L, C); keeps x's dtype."""
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
-
-
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int = 0) -> Tensor:
     """Learned positions (1, h*w + tokens, C) for another grid, bicubic; ``tokens`` extra ones stay in the middle."""
     if old == new:

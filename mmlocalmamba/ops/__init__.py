@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mmlocalmamba.ops import chunked, cpu, cuda, reference, triton
 from mmlocalmamba.ops.common import to_scan_order
+from mmlocalmamba.ops.library import rotate
 from mmlocalmamba.scans import ScanTables
 
 # Fastest first. A backend is a module with scan(...) and unavailable(u) -> None or the reason why it cannot run.
@@ -271,3 +272,28 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: Sca
     x = F.conv1d(x.transpose(2, 3).reshape(batch, K * width, T), weight.flatten(0, 1)[:, None],
                  None if bias is None else bias.flatten(), padding=taps - 1, groups=K * width)
     return F.silu(x[..., :T].unflatten(1, (K, width)).transpose(2, 3))
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None = None,
+                 sin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The step between two blocks of a residual stream: rotate(x + residual), and its RMSNorm.
+
+    A rotation is linear: turning the sum is turning both, as the authors do.
+
+    Args:
+        x: (B, L, C).
+        residual: (B, L, C), or None before the first block.
+        weight: (C,) of the norm.
+        eps: added to the mean square.
+        cos, sin: (L, C) of the angles that neighbouring channel pairs are turned by
+            (:func:`mmlocalmamba.layers.rotary_tables`), or None.
+
+    Returns:
+        The normalised sum and the sum, both (B, L, C). Under autocast the sum keeps the residual's precision.
+    """
+    if runs_native(x, residual, weight, cos) and not torch.is_autocast_enabled('cpu'):
+        return cpu.add_rms_norm(x, residual, weight, eps, cos, sin)
+    total = x if residual is None else residual + x
+    if cos is not None:
+        total = rotate(total, cos, sin)
+    return F.rms_norm(total, weight.shape, weight, eps), total

@@ -37,6 +37,11 @@ def scattn_sum(y: Tensor, z: Tensor | None, *weights) -> Tensor:
     return OPERATORS.scattn_sum(y, z, *weights)[0]
 
 
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None,
+                 sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    return OPERATORS.add_rms_norm(x, residual, weight, eps, cos, sin)
+
+
 def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
          inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
          in_scan_order: bool, dt_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,10 @@ def _native_scattn(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
     return Counter(layer_norm=5 * prod(shapes['y']), linear=gates)  # 5 as in MMEngine
 
 
+def _native_norm(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    return Counter()  # MMEngine does not count an RMSNorm
+
+
 def _chunked_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
     (batch, K, steps, width), N = _shape(inputs[0]), _shape(inputs[2])[-1]
     return Counter({SCAN: scan_flops(batch * K, steps, width, N)})
@@ -74,6 +78,7 @@ HANDLES: dict[str, Callable] = {
     f'{NAMESPACE}linear': _native_linear,
     f'{NAMESPACE}directional_conv': _native_conv,
     f'{NAMESPACE}scattn_sum': _native_scattn,
+    f'{NAMESPACE}add_rms_norm': _native_norm,
     'prim::PythonOp._Scan': _chunked_scan,
 }
 

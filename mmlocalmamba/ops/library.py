@@ -4,7 +4,8 @@ They are declared whatever can run here, so that an exported graph that holds th
 
 - ``directional_scan``: outputs, last states, and (``save``) the states at the start of every chunk of :data:`CHUNK`
   steps but the first, from which the backward pass recomputes all others; ``directional_scan_backward``;
-- ``directional_conv``, ``linear`` and ``scattn_sum``, what stands around the scan in a mixer, and their backwards.
+- ``directional_conv``, ``linear`` and ``scattn_sum``, what stands around the scan in a mixer, and ``add_rms_norm``,
+  what stands between two mixers; their backwards.
 
 Last states are (B, K, N, D) here. States are float32, or float64 if u is.
 """
@@ -229,3 +230,46 @@ def _sum_backward(ctx, grad, *_):
 
 torch.library.register_autograd('mmlocalmamba::scattn_sum', _sum_backward, setup_context=_setup_sum)
 torch.library.register_autograd('mmlocalmamba::scattn_sum_backward', _refuse_second_derivative)
+
+
+# Sum, rotation and norm between two mixers
+
+torch.library.define(
+    'mmlocalmamba::add_rms_norm',
+    '(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor? cos, Tensor? sin) -> (Tensor out, Tensor sum)')
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of x (..., L, C) by the angles of cos, sin (L, C); keeps x's dtype."""
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+@torch.library.register_fake('mmlocalmamba::add_rms_norm')
+def _fake_norm(x, residual, weight, eps, cos, sin):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _setup_norm(ctx, inputs, output):
+    _, residual, weight, ctx.eps, cos, sin = inputs
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, cos, sin, output[1])
+
+
+def _norm_backward(ctx, grad, grad_sum):
+    weight, cos, sin, total = ctx.saved_tensors
+    grad_weight = None
+    if grad is not None:
+        inverse = (total.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        normal = total * inverse
+        grad_weight = (grad * normal).sum((0, 1))
+        grad = grad * weight
+        grad = (grad - normal * (grad * normal).mean(-1, keepdim=True)) * inverse
+        grad_sum = grad if grad_sum is None else grad_sum + grad
+    if grad_sum is not None and cos is not None:
+        grad_sum = rotate(grad_sum, cos, -sin)
+    return grad_sum, grad_sum if ctx.has_residual else None, grad_weight, None, None, None
+
+
+torch.library.register_autograd('mmlocalmamba::add_rms_norm', _norm_backward, setup_context=_setup_norm)

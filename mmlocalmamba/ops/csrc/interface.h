@@ -76,7 +76,7 @@ struct ConvProblem {
   T *dweight, *dbias;     // (B, K, D, W), (B, K, D)
 };
 
-// Tokens that one work item of a merge handles.
+// Tokens that one work item of a merge or norm handles.
 constexpr int64_t kPiece = 64;
 
 // Sum over directions of gated features: with f = y * silu(z), or y if there is no z,
@@ -100,6 +100,19 @@ struct MergeProblem {
   T *dy, *dz;
 };
 
+// The residual stream between two blocks, token by token: sum = turn(x + residual), out = sum * weight / rms(sum).
+// Neighbouring channels (a, b) are turned to (a cos - b sin, b cos + a sin).
+template <typename T>
+struct NormProblem {
+  int64_t batch, tokens, channels;
+  T eps;
+  const T *x, *residual;  // (B, tokens, D), channels contiguous; residual may be null
+  Strides x_strides, residual_strides;
+  const T *cosine, *sine; // (tokens, D), each value twice, or null: nothing is turned
+  const T* weight;        // (D)
+  T *sum, *out;           // (B, tokens, D)
+};
+
 template <typename T>
 struct Kernels {
   struct {
@@ -121,7 +134,10 @@ struct Kernels {
     void (*forward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
     void (*reduce)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
     void (*backward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    // out = act(weight (rows, columns) times x + bias), act being the identity or the logistic function.
+    void (*product)(const T* weight, const T* x, const T* bias, int64_t rows, int64_t columns, bool logistic, T* out);
   } merge;
+  void (*norm)(const NormProblem<T>&, int64_t batch, int64_t piece);
 };
 
 struct InstructionSet {

@@ -16,11 +16,14 @@ const InstructionSet ISA = {
     ISA_NAME,
     {{kBlocks * kLanes<float>, scan_scratch<float>, scan_forward<float>, scan_backward<float>},
      {kBlocks * kLanes<float>, conv_scratch<float>, conv_forward<float>, conv_backward<float>},
-     {merge_scratch<float>, merge_statistics<float>, merge_forward<float>, merge_reduce<float>, merge_backward<float>}},
+     {merge_scratch<float>, merge_statistics<float>, merge_forward<float>, merge_reduce<float>, merge_backward<float>,
+      merge_product<float>},
+     norm<float>},
     {{kBlocks * kLanes<double>, scan_scratch<double>, scan_forward<double>, scan_backward<double>},
      {kBlocks * kLanes<double>, conv_scratch<double>, conv_forward<double>, conv_backward<double>},
-     {merge_scratch<double>, merge_statistics<double>, merge_forward<double>, merge_reduce<double>,
-      merge_backward<double>}},
+     {merge_scratch<double>, merge_statistics<double>, merge_forward<double>, merge_reduce<double>, merge_backward<double>,
+      merge_product<double>},
+     norm<double>},
 };
 
 }  // namespace mmlocalmamba

@@ -1,4 +1,4 @@
-// The sum over directions of features that are gated per direction and channel, token by token.
+// The sum over directions of features that are gated per direction and channel, token by token; the gate; RMSNorm.
 
 namespace mmlocalmamba {
 namespace {
@@ -49,12 +49,11 @@ INLINE void merge_open(const MergeProblem<T>& p, int64_t batch, int64_t token, c
   });
 }
 
-template <typename T>
 struct Tokens {
   int64_t begin, end;
 
-  Tokens(const MergeProblem<T>& p, int64_t piece) : begin(piece * kPiece), end(begin + kPiece) {
-    end = end < p.tokens ? end : p.tokens;
+  Tokens(int64_t tokens, int64_t piece) : begin(piece * kPiece), end(begin + kPiece) {
+    end = end < tokens ? end : tokens;
   }
 };
 
@@ -75,7 +74,7 @@ template <typename T>
 void merge_statistics(const MergeProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const MergeScratch<T> c(scratch, p.directions, p.channels);
-  const Tokens<T> tokens(p, piece);
+  const Tokens tokens(p.tokens, piece);
   merge_clear(p, c);
   for (int64_t l = tokens.begin; l < tokens.end; ++l) {
     merge_open(p, batch, l, c, false);
@@ -115,7 +114,7 @@ template <typename T>
 void merge_forward(const MergeProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const MergeScratch<T> c(scratch, p.directions, p.channels);
-  const Tokens<T> tokens(p, piece);
+  const Tokens tokens(p.tokens, piece);
   const int64_t step = p.tokens * p.channels;
   for (int64_t l = tokens.begin; l < tokens.end; ++l) {
     merge_open(p, batch, l, c, false);
@@ -136,7 +135,7 @@ template <typename T>
 void merge_reduce(const MergeProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const MergeScratch<T> c(scratch, p.directions, p.channels);
-  const Tokens<T> tokens(p, piece);
+  const Tokens tokens(p.tokens, piece);
   const int64_t step = p.tokens * p.channels;
   merge_clear(p, c);
   for (int64_t l = tokens.begin; l < tokens.end; ++l) {
@@ -159,7 +158,7 @@ template <typename T>
 void merge_backward(const MergeProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const MergeScratch<T> c(scratch, p.directions, p.channels);
-  const Tokens<T> tokens(p, piece);
+  const Tokens tokens(p.tokens, piece);
   const int64_t first = batch * p.directions;
   for (int64_t k = 0; k < p.directions; ++k) {
     V<T> total{};
@@ -198,6 +197,53 @@ void merge_backward(const MergeProblem<T>& p, int64_t batch, int64_t piece, void
     T* dz = p.dz + (batch * p.tokens + l) * p.channels;
     for_channels<T>(p.channels, [&](int64_t d, int lanes) {
       store(dz + d, load(c.row + d) * load(c.slope + d), lanes);
+    });
+  }
+}
+
+template <typename T>
+void merge_product(const T* weight, const T* x, const T* bias, int64_t rows, int64_t columns, bool logistic, T* out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    V<T> sum{};
+    for_channels<T>(columns, [&](int64_t d, int lanes) {
+      sum += load(weight + row * columns + d, lanes) * load(x + d, lanes);
+    });
+    out[row] = lane_sum<T>(sum) + bias[row];
+  }
+  if (!logistic) return;
+  for_channels<T>(rows, [&](int64_t d, int lanes) { store(out + d, sigmoid<T>(load(out + d, lanes)), lanes); });
+}
+
+template <typename T>
+void norm(const NormProblem<T>& p, int64_t batch, int64_t piece) {
+  const Tokens tokens(p.tokens, piece);
+  const int64_t D = p.channels;
+  for (int64_t l = tokens.begin; l < tokens.end; ++l) {
+    const T* x = p.x + batch * p.x_strides.batch + l * p.x_strides.row;
+    T* sum = p.sum + (batch * p.tokens + l) * D;
+    T* out = p.out + (batch * p.tokens + l) * D;
+    if (p.residual) {
+      const T* residual = p.residual + batch * p.residual_strides.batch + l * p.residual_strides.row;
+      for_channels<T>(D, [&](int64_t d, int lanes) { store(sum + d, load(x + d, lanes) + load(residual + d, lanes), lanes); });
+    } else {
+      for_channels<T>(D, [&](int64_t d, int lanes) { store(sum + d, load(x + d, lanes), lanes); });
+    }
+    if (p.cosine) {
+      const T *cosine = p.cosine + l * D, *sine = p.sine + l * D;
+      for (int64_t d = 0; d < D; d += 2) {
+        const T a = sum[d], b = sum[d + 1];
+        sum[d] = a * cosine[d] - b * sine[d];
+        sum[d + 1] = b * cosine[d + 1] + a * sine[d + 1];
+      }
+    }
+    V<T> squares{};
+    for_channels<T>(D, [&](int64_t d, int lanes) {
+      const V<T> f = load(sum + d, lanes);
+      squares += f * f;
+    });
+    const T inverse = T(1) / __builtin_sqrt(lane_sum<T>(squares) / D + p.eps);
+    for_channels<T>(D, [&](int64_t d, int lanes) {
+      store(out + d, load(sum + d, lanes) * load(p.weight + d, lanes) * inverse, lanes);
     });
   }
 }

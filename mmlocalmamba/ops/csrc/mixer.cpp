@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -164,23 +165,68 @@ struct MergeArguments {
   }
 };
 
+// SCAttn's weights and biases.
+struct Attention {
+  Tensor norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias;
+
+  Attention(const Tensor& like, const Tensor& norm_weight_, const Tensor& norm_bias_, const Tensor& reduce_weight_,
+            const Tensor& reduce_bias_, const Tensor& select_weight_, const Tensor& select_bias_)
+      : norm_weight(norm_weight_.contiguous()), norm_bias(norm_bias_.contiguous()),
+        reduce_weight(reduce_weight_.contiguous()), reduce_bias(reduce_bias_.contiguous()),
+        select_weight(select_weight_.contiguous()), select_bias(select_bias_.contiguous()) {
+    const int64_t channels = like.size(-1), reduced = reduce_bias.numel();
+    check(norm_weight, "norm_weight", {channels}, like), check(norm_bias, "norm_bias", {channels}, like);
+    check(reduce_weight, "reduce_weight", {reduced, channels}, like);
+    check(reduce_bias, "reduce_bias", {reduced}, like);
+    check(select_weight, "select_weight", {channels, reduced}, like);
+    check(select_bias, "select_bias", {channels}, like);
+  }
+
+  // The mean over tokens from its parts, the reduced features before GELU, and the gate. They are vectors for each
+  // image and direction: too small for calls of products that would have to be set up.
+  template <typename T>
+  void gate(const MergeArguments& a, const Tensor& parts, Tensor& average, Tensor& reduced, Tensor& gate) const {
+    const auto& product = kernels<T>().merge.product;
+    const int64_t rows = a.batch * a.directions, width = a.channels, count = parts.size(0), inner = reduce_bias.numel();
+    const T *part = parts.const_data_ptr<T>(), *scale = norm_weight.const_data_ptr<T>();
+    const T* shift = norm_bias.const_data_ptr<T>();
+    T *averages = average.mutable_data_ptr<T>(), *reductions = reduced.mutable_data_ptr<T>();
+    T* gates = gate.mutable_data_ptr<T>();
+    for_each(rows, (width + inner) * sizeof(T), [&](int64_t row, void* scratch) {
+      T *x = static_cast<T*>(scratch), *active = x + width;
+      T *mean = averages + row * width, *before = reductions + row * inner;
+      for (int64_t d = 0; d < width; ++d) {
+        T sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += part[(i * rows + row) * width + d];
+        mean[d] = sum / a.tokens;
+        x[d] = shift[d] + mean[d] * scale[d];
+      }
+      product(reduce_weight.const_data_ptr<T>(), x, reduce_bias.const_data_ptr<T>(), inner, width, false, before);
+      for (int64_t r = 0; r < inner; ++r) active[r] = before[r] / 2 * (1 + std::erf(before[r] * T(M_SQRT1_2)));
+      product(select_weight.const_data_ptr<T>(), active, select_bias.const_data_ptr<T>(), width, inner, true,
+              gates + row * width);
+    });
+  }
+};
+
 // Returns out, and what the backward pass needs: the mean of the normalised features over tokens (B, K, D), mean and
 // inverse deviation of each token, SCAttn's features before GELU, and the gate.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scattn_sum(
     const Tensor& y, const OptionalTensor& z, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
     const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& select_weight, const Tensor& select_bias) {
   const MergeArguments a(y, z);
+  const Attention attention(y, norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias);
   Tensor mean = at::empty({a.batch, a.directions, a.tokens}, y.options()), inverse = at::empty_like(mean);
-  Tensor out = at::empty({a.batch, a.tokens, a.channels}, y.options()), parts = a.parts(), average, reduced, gate;
+  Tensor out = at::empty({a.batch, a.tokens, a.channels}, y.options()), parts = a.parts();
+  Tensor average = at::empty({a.batch, a.directions, a.channels}, y.options()), gate = at::empty_like(average);
+  Tensor reduced = at::empty({a.batch, a.directions, reduce_bias.size(0)}, y.options());
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "scattn_sum", [&] {
     MergeProblem<scalar_t> p = a.problem<scalar_t>();
     p.eps = eps;
     p.mean = mean.mutable_data_ptr<scalar_t>(), p.inverse = inverse.mutable_data_ptr<scalar_t>();
     p.parts = parts.mutable_data_ptr<scalar_t>();
     a.run(p, kernels<scalar_t>().merge.statistics);
-    average = ordered_sum(parts).div_(a.tokens);
-    reduced = at::linear(at::addcmul(norm_bias, average, norm_weight), reduce_weight, reduce_bias);
-    gate = at::linear(at::gelu(reduced), select_weight, select_bias).sigmoid_();
+    attention.gate<scalar_t>(a, parts, average, reduced, gate);
     p.gate = gate.const_data_ptr<scalar_t>();
     p.out = out.mutable_data_ptr<scalar_t>();
     a.run(p, kernels<scalar_t>().merge.forward);
@@ -225,6 +271,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scatt
   return {dy, dz, dnorm_weight, dnorm_bias, dreduce_weight, dreduce_bias, dselect_weight, dselect_bias};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Norm
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x_, const OptionalTensor& residual_, const Tensor& weight_,
+                                        double eps, const OptionalTensor& cosine_, const OptionalTensor& sine_) {
+  TORCH_CHECK_TYPE(x_.scalar_type() == at::kFloat || x_.scalar_type() == at::kDouble, "x must be float32 or float64, got ",
+                   x_.scalar_type());
+  TORCH_CHECK_VALUE(x_.dim() == 3, "x must be (B, L, C), got ", x_.sizes());
+  const int64_t batch = x_.size(0), tokens = x_.size(1), channels = x_.size(2);
+  check(weight_, "weight", {channels}, x_);
+  const Tensor x = with_contiguous_channels(x_), weight = weight_.contiguous();
+  Tensor residual, cosine, sine;
+  if (residual_) check(*residual_, "residual", x.sizes(), x), residual = with_contiguous_channels(*residual_);
+  TORCH_CHECK_VALUE(cosine_.has_value() == sine_.has_value(), "cos and sin are needed both, or none");
+  if (cosine_) {
+    TORCH_CHECK_VALUE(channels % 2 == 0, "to be turned, channels must be pairs, got ", channels);
+    check(*cosine_, "cos", {tokens, channels}, x), check(*sine_, "sin", {tokens, channels}, x);
+    cosine = cosine_->contiguous(), sine = sine_->contiguous();
+  }
+  Tensor sum = at::empty({batch, tokens, channels}, x.options()), out = at::empty_like(sum);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "add_rms_norm", [&] {
+    NormProblem<scalar_t> p{};
+    p.batch = batch, p.tokens = tokens, p.channels = channels, p.eps = eps;
+    p.x = x.const_data_ptr<scalar_t>(), p.x_strides = strides(x);
+    if (residual_) p.residual = residual.const_data_ptr<scalar_t>(), p.residual_strides = strides(residual);
+    if (cosine_) p.cosine = cosine.const_data_ptr<scalar_t>(), p.sine = sine.const_data_ptr<scalar_t>();
+    p.weight = weight.const_data_ptr<scalar_t>();
+    p.sum = sum.mutable_data_ptr<scalar_t>(), p.out = out.mutable_data_ptr<scalar_t>();
+    const int64_t count = pieces(tokens, kPiece);
+    for_each(batch * count, 0, [&](int64_t i, void*) { kernels<scalar_t>().norm(p, i / count, i % count); });
+  });
+  return {out, sum};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mmlocalmamba, CPU, m) {
@@ -233,6 +313,7 @@ TORCH_LIBRARY_IMPL(mmlocalmamba, CPU, m) {
   m.impl("directional_conv_backward", directional_conv_backward);
   m.impl("scattn_sum", scattn_sum);
   m.impl("scattn_sum_backward", scattn_sum_backward);
+  m.impl("add_rms_norm", add_rms_norm);
 }
 
 }  // namespace mmlocalmamba

@@ -181,14 +181,25 @@ INLINE V<T> softplus(V<T> x, V<T>* derivative = nullptr) {
   return large ? x : y;
 }
 
-// x / (1 + exp(-x)) and its derivative. The limit keeps exp finite, where sigmoid is 0 or 1 already.
+// Keeps exp finite, where the logistic function is 0 or 1 already.
 template <typename T>
-INLINE V<T> silu(V<T> x, V<T>* derivative = nullptr) {
+INLINE V<T> bounded(V<T> x) {
   const V<T> limit = splat(Constants<T>::highest * Constants<T>::ln2 - 1);
   x = x < -limit ? -limit : x;
-  const V<T> near = x > limit ? limit : x, sigmoid = T(1) / (exp<T>(-near) + T(1));
-  if (derivative) *derivative = sigmoid + near * sigmoid * (T(1) - sigmoid);
-  return x * sigmoid;
+  return x > limit ? limit : x;
+}
+
+template <typename T>
+INLINE V<T> sigmoid(V<T> x) {
+  return T(1) / (exp<T>(-bounded<T>(x)) + T(1));
+}
+
+// x / (1 + exp(-x)) and its derivative.
+template <typename T>
+INLINE V<T> silu(V<T> x, V<T>* derivative = nullptr) {
+  const V<T> near = bounded<T>(x), y = sigmoid<T>(x);
+  if (derivative) *derivative = y + near * y * (T(1) - y);
+  return (x < near ? near : x) * y;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
