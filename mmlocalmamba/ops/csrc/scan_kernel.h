@@ -134,15 +134,23 @@ INLINE T* checkpoint(const ScanProblem<T>& p, Item item, int64_t chunk, int64_t 
 template <typename T, int count>
 void advance(int64_t steps, int64_t N, const V<T>* A_memory, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
              V<T>* h_memory, V<T>* y) {
+  constexpr int side = count < ISA_STATES / 2 ? count : ISA_STATES / 2;
   V<T> h[count];
   for (int n = 0; n < count; ++n) h[n] = h_memory[n];
   for (int64_t t = 0; t < steps; ++t, B += N, C += N) {
     V<T> sum[2] = {y[t], V<T>{}};
     const V<T> step = dt[t], input = dtu[t];
 #pragma GCC unroll 16
-    for (int n = 0; n < count; ++n) {
-      h[n] = exp2<T>(step * A_memory[n]) * h[n] + input * B[n];
-      sum[n % 2] += h[n] * C[n];
+    for (int first = 0; first < count; first += side) {
+      V<T> decay[side];
+#pragma GCC unroll 16
+      for (int i = 0; i < side; ++i) decay[i] = step * A_memory[first + i];
+      exp2<T, side>(decay);
+#pragma GCC unroll 16
+      for (int i = 0, n = first; i < side; ++i, ++n) {
+        h[n] = decay[i] * h[n] + input * B[n];
+        sum[n % 2] += h[n] * C[n];
+      }
     }
     y[t] = sum[0] + sum[1];
   }
@@ -271,9 +279,13 @@ void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* 
   for (int n = 0; n < count; ++n) h[n] = start[n];
   for (int64_t t = 0; t < steps; ++t, B += N, decay += count, decayed += count) {
     const V<T> step = dt[t], input = dtu[t];
+    V<T> exponent[count];
+#pragma GCC unroll 16
+    for (int n = 0; n < count; ++n) exponent[n] = step * A[n];
+    exp2<T, count>(exponent);
 #pragma GCC unroll 16
     for (int n = 0; n < count; ++n) {
-      decay[n] = exp2<T>(step * A[n]);
+      decay[n] = exponent[n];
       decayed[n] = decay[n] * h[n];
       h[n] = decayed[n] + input * B[n];
     }

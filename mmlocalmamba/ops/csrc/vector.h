@@ -116,16 +116,39 @@ INLINE V<T> fraction_exp2(V<T> r) {
   return polynomial<T>(r, Constants<T>::exp2) * r + T(1);
 }
 
+// Of vectors side by side: the chain of one is long, and what waits for it would fill the processor's queues.
+template <typename T, int count>
+INLINE void fraction_exp2(V<T> (&r)[count]) {
+  constexpr int degree = sizeof(Constants<T>::exp2) / sizeof(T);
+  V<T> p[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) p[i] = splat(Constants<T>::exp2[0]);
+#pragma GCC unroll 16
+  for (int k = 1; k < degree; ++k) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + Constants<T>::exp2[k];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) r[i] = p[i] * r[i] + T(1);
+}
+
 #ifdef ISA_AVX512
 INLINE V<float> nearest(V<float> x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE V<double> nearest(V<double> x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE V<float> scale(V<float> x, V<float> n) { return _mm512_scalef_ps(x, n); }
 INLINE V<double> scale(V<double> x, V<double> n) { return _mm512_scalef_pd(x, n); }
 
-template <typename T>
-INLINE V<T> exp2(V<T> x) {
-  const V<T> n = nearest(x);
-  return scale(fraction_exp2<T>(x - n), n);
+// In place.
+template <typename T, int count>
+INLINE void exp2(V<T> (&x)[count]) {
+  V<T> n[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) n[i] = nearest(x[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) x[i] -= n[i];
+  fraction_exp2<T, count>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) x[i] = scale(x[i], n[i]);
 }
 
 template <typename T>
@@ -148,11 +171,19 @@ INLINE V<T> power(V<T> rounded) {
   return (V<T>)((Bits<T>)rounded << Constants<T>::mantissa);
 }
 
-template <typename T>
-INLINE V<T> exp2(V<T> x) {
-  x = clamp<T>(x);
-  const V<T> rounded = x + Constants<T>::round;
-  return fraction_exp2<T>(x - (rounded - Constants<T>::round)) * power<T>(rounded);
+// In place.
+template <typename T, int count>
+INLINE void exp2(V<T> (&x)[count]) {
+  V<T> rounded[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) {
+    x[i] = clamp<T>(x[i]);
+    rounded[i] = x[i] + Constants<T>::round;
+    x[i] -= rounded[i] - Constants<T>::round;
+  }
+  fraction_exp2<T, count>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) x[i] *= power<T>(rounded[i]);
 }
 
 template <typename T>
