@@ -1,5 +1,5 @@
-"""The ablations of the paper's Table 5 and of SCAttn's branches, or of the size of the windows, on the handwritten digits
-with LocalVim-nano.
+"""The ablations of the paper's Table 5 and of SCAttn's branches, or of the size of the windows, on the handwritten
+digits with LocalVim-nano.
 
     python tools/search/ablation_digits.py --out work_dirs/ablation
     python tools/search/ablation_digits.py windows --out work_dirs/windows
