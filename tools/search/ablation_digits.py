@@ -3,7 +3,7 @@
     python tools/search/ablation_digits.py --out work_dirs/ablation
 
 For every seed each model is trained from scratch, as long as the others; the searched directions cost their search
-besides. Finished trainings in --out are not repeated. The same on ImageNet: docs/tables.md names the configurations.
+besides. Finished trainings in --out are not repeated. The same on ImageNet: README.md names the configurations.
 """
 import argparse
 from pathlib import Path
