@@ -10,8 +10,6 @@ model = dict(
     backbone=dict(
         directions='search',
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
-# Workers that persist would make a resumed search see other augmentations.
-train_dataloader = dict(persistent_workers=False)
 custom_hooks = [*_base_.custom_hooks, dict(type='mmlocalmamba.ScanSearchHook', mode='joint', k=4)]
 # The training is short: the logits have to move faster than the weights.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(alphas=dict(decay_mult=0.0, lr_mult=10.0))))

@@ -19,5 +19,3 @@ model = dict(
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
     head=dict(in_channels=128))
-# Workers that persist would make a resumed search see other augmentations.
-train_dataloader = dict(persistent_workers=False)

@@ -12,9 +12,8 @@ model = dict(
         directions='search',
         init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
 
-# Images stand in the order of their classes: every other one is a fair half. Workers that persist
-# would make a resumed search see other augmentations.
-train_dataloader = dict(persistent_workers=False, dataset=dict(indices=range(0, 1438, 2)))
+# Images stand in the order of their classes: every other one is a fair half.
+train_dataloader = dict(dataset=dict(indices=range(0, 1438, 2)))
 custom_hooks = [
     *_base_.custom_hooks,
     dict(

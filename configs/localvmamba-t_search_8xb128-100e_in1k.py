@@ -21,5 +21,3 @@ model = dict(
     neck=dict(type='GlobalAveragePooling'),
     head=dict(in_channels=256))
 optim_wrapper = dict(type='AmpOptimWrapper')
-# Workers that persist would make a resumed search see other augmentations.
-train_dataloader = dict(persistent_workers=False)

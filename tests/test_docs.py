@@ -45,7 +45,8 @@ def test_named_files_exist(page):
         path = page.parent / target if target else page
         assert path.exists(), f'link to {target}'
         assert not anchor or anchor in anchors(path), f'link to {target}#{anchor}'
-    for name in re.findall(r'\b(?:tools|requirements|tests|configs/_base_|mmlocalmamba)/[\w/{},-]+\.(?:py|sh|txt)\b', text):
+    folders = 'tools|requirements|tests|configs/_base_|mmlocalmamba'
+    for name in re.findall(rf'\b(?:{folders})/[\w/{{}},-]+\.(?:py|sh|txt)\b', text):
         for path in expand(name):
             assert (ROOT / path).is_file(), path
     for pattern in re.findall(rf'(?:`|configs/)({CONFIG})', text):
