@@ -163,7 +163,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str
             LocalVim with directions h, h_flip, VMamba a LocalVMamba with h, v, h_flip, v_flip, both without SCAttn.
 
     Returns:
-        (weights under our names, names that were not understood). Rotary tables are dropped: they are computed.
+        (weights under our names, names that were not understood). Rotary tables, which are computed, are dropped.
 
     Raises:
         ValueError: these are not the authors' names, the tensors of some direction are missing, or it is one of the

@@ -94,9 +94,10 @@ A multiply-add counts once. Two ways of counting, `tools/get_flops.py --conventi
   segmentation, everything is counted once for every direction, and that each time with all four scans: 16 instead of 4.
   Other models are counted alike in both ways.
 
-Deviations are from the paper's rounded figures. "Explained by" is the first way within 3 %. The configurations are in
-`configs/`. CNNs and ViTs of the tables are not built, but for Swin-T, which checks the method; neither are Vim's own
-detectors and segmentors, for which the paper has no FLOPs.
+Deviations are from the paper's rounded figures. "Explained by" is the first way within 3 %. Parameters round to the
+paper's, but for VMamba-T and -B, whose figures leave out the layer of the 1000 classes: "backbone alone". The
+configurations are in `configs/`. CNNs and ViTs of the tables are not built, but for Swin-T, which checks the method;
+neither are Vim's own detectors and segmentors, for which the paper has no FLOPs.
 """
 HEADER = ['model', 'configuration', 'params, paper', 'params', 'GFLOPs, paper', 'exact', "authors'", 'explained by']
 

@@ -44,9 +44,9 @@ class DirectionalSSM(nn.Module):
     serves all directions.
 
     Args:
-        channels: D.
-        directions: K.
-        d_state: N.
+        channels: inner width D.
+        directions: their number K.
+        d_state: number of states N.
         dt_rank: R, rank of the projection to the step sizes.
         dt_min, dt_max: range of the initial step sizes, softplus(dt_proj_bias).
     """
@@ -154,7 +154,7 @@ class LocalVMambaMixer(_Mixer):
     """SS2D of VMamba with local scans: linear, depthwise 2-D convolution, K scans, SCAttn, sum, norm, gate, linear.
 
     Args:
-        channels: C.
+        channels: C of input and output.
         directions: K scan names.
         expand: inner width D / C.
         d_state, dt_rank: of the state space; dt_rank 'auto' is ceil(C / 16).
@@ -189,9 +189,10 @@ class LocalVimMixer(_Mixer):
     SCAttn; then sum and linear.
 
     Args:
-        channels, directions, expand, d_state, dt_rank, scattn, mixed_scan, window_pad: as in LocalVMambaMixer. With
-            'zero', pads pass through the convolution, whose bias makes them feed the state.
+        channels, directions, expand, d_state, dt_rank, scattn, mixed_scan: as in LocalVMambaMixer.
         d_conv: kernel size of the causal convolution.
+        window_pad: as in LocalVMambaMixer. With 'zero', pads pass through the convolution, whose bias makes them feed
+            the state.
         middle_token: the tokens contain a class token at position H*W // 2.
     """
 

@@ -18,8 +18,8 @@ class SCAttn(nn.Module):
     those of the channel branch alone, hence the default.
 
     Args:
-        channels: C.
-        reduction: r.
+        channels: C of the features.
+        reduction: r, by which the gates' hidden layer is narrower.
         spatial: add the spatial branch, as in the paper's figure.
 
     Raises:

@@ -190,7 +190,7 @@ def selective_scan(u: Tensor,
         inputs).
 
     Raises:
-        As :func:`directional_scan`.
+        ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`directional_scan`.
     """
     _check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     if u.dim() != 3 or A.dim() != 2:

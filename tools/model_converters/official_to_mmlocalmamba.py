@@ -6,8 +6,8 @@ class token in the middle) and of VMamba, version 0 (MzeroMiko/VMamba), to ours,
 
 SRC holds a state dict at its top or under state_dict, model or state_dict_ema (--key names another). DST loads with
 strict=True into the model of the classification config. Weights that are not understood, missing or of a wrong shape
-are listed and nothing is written (exit code 1). Configs take the authors' files directly, too; converting once is for
-sharing and for mim test.
+are listed and nothing is written (exit code 1). Configs and mim test take the authors' files directly, too; converting
+once is for sharing and for inferencers.
 """
 import argparse
 import math

@@ -5,7 +5,7 @@ digits with LocalVim-nano.
     python tools/search/ablation_digits.py windows --out work_dirs/windows
 
 For every seed each model is trained from scratch, as long as the others; the searched directions cost their search
-besides. Finished trainings in --out are not repeated. The same on ImageNet: docs/tables.md names the configurations.
+besides. Finished trainings in --out are not repeated. The same on ImageNet: README.md names the configurations.
 """
 import argparse
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Draw the effective receptive fields of a backbone (Luo et al., arXiv 1701.04128): where the image matters to the
 feature in the middle of the map, for each stage, or for four blocks of a plain backbone.
 
-    python tools/visualization/receptive_field.py configs/localvmamba-t_8xb128_in1k.py local_vssm_tiny.pth \\
+    python tools/visualization/receptive_field.py configs/localvmamba-s_8xb128_in1k.py local_vssm_small.ckpt \\
         --images data/imagenet/val --count 50 --out receptive_field.png
 """
 import argparse
