@@ -1,4 +1,4 @@
-"""Several processes, on CPUs through gloo: the same training as on one, elastic restarts, several nodes."""
+"""Several processes, on CPUs through gloo: the same training as on one, sharding, elastic restarts, several nodes."""
 import json
 import os
 import shutil
@@ -71,6 +71,21 @@ def test_two_processes_have_the_loss_curve_of_one(digits, tmp_path):
         for step, (a, b) in enumerate(zip(alone, together)):
             assert a.keys() == b.keys() and a == pytest.approx(b, rel=2e-4, abs=1e-6), (task['config'], step)
         assert alone[0]['loss'] != alone[-1]['loss']
+
+
+def test_sharded_parameters_take_the_same_steps(tmp_path):
+    """FSDP through MMEngine's FlexibleRunner: the checkpoint of two processes that hold half of the weights each."""
+    program = [*PYTHON, ROOT / 'tests/fsdp_task.py']
+    alone = start(*program, tmp_path / 'one')
+    run_on_two(*program, tmp_path / 'two')
+    finish(alone)
+    one, two = (torch.load(tmp_path / name / 'iter_2.pth')['state_dict'] for name in ('one', 'two'))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    whole, *parts = (int((tmp_path / name).read_text()) for name in
+                     ('one/parameters0', 'two/parameters0', 'two/parameters1'))
+    assert max(parts) < 0.6 * whole and sum(parts) == pytest.approx(whole, rel=0.1)
 
 
 def job(work_dir, **options):

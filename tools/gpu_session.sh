@@ -6,7 +6,7 @@
 # OUTPUT (default work_dirs/gpu) gets a log of each part and the figures as JSON. A part that fails is reported and does
 # not stop the others, except for wrong results: figures of wrong kernels are worth nothing.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 output=${1:-work_dirs/gpu}
 python=${2:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

@@ -5,16 +5,21 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: tools/install.sh [--no-venv] [--reinstall-torch] [--no-dev]
+Usage: tools/install.sh [--no-venv] [--reinstall-torch] [--no-dev] [--until=STEP]
 
   --no-venv          install into the current environment (a GPU machine that has
                      torch, a container) and keep its torch if that is >= 2.6
   --reinstall-torch  with --no-venv: take the pinned torch all the same
   --no-dev           leave out the test tools
+  --until=STEP       end after this step: venv, torch, build, mmcv, stack, verify
+                     (the layers of a container image)
 
 Environment:
-  STACK   openmmlab (default; into .venv) or onedl (into .venv-onedl)
-  PYTHON  the interpreter (default: python3.11 or python3, if it is >= 3.10)
+  STACK       openmmlab (default; into .venv) or onedl (into .venv-onedl)
+  VENV_DIR    another folder for the virtual environment
+  PYTHON      the interpreter (default: python3.11 or python3, if it is >= 3.10)
+  FORCE_CUDA  1: mmcv must have its CUDA ops also where there is no GPU;
+              TORCH_CUDA_ARCH_LIST says for which GPUs
 TEXT
 }
 
@@ -26,12 +31,14 @@ fail() {
     exit 1
 }
 
-use_venv=yes reinstall_torch=no dev=yes
+use_venv=yes reinstall_torch=no dev=yes until=package
 for option in "$@"; do
     case $option in
         --no-venv) use_venv=no ;;
         --reinstall-torch) reinstall_torch=yes ;;
         --no-dev) dev=no ;;
+        --until=venv | --until=torch | --until=build | --until=mmcv | --until=stack | --until=verify)
+            until=${option#*=} ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; fail "unknown option $option" ;;
     esac
@@ -41,8 +48,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 STACK=${STACK:-openmmlab}
 case $STACK in
-    openmmlab) venv=$root/.venv ;;
-    onedl) venv=$root/.venv-onedl ;;
+    openmmlab) venv=${VENV_DIR:-$root/.venv} ;;
+    onedl) venv=${VENV_DIR:-$root/.venv-onedl} ;;
     *) fail "STACK=$STACK is unknown" "It is openmmlab or onedl." ;;
 esac
 wanted=requirements/$STACK.txt
@@ -96,15 +103,20 @@ step() {
     local stamp=$venv/.stamps/$name
     if [ $use_venv = yes ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
         say "[$name] $text: done before"
-        return
+    else
+        say "[$name] $text ($time)"
+        local start=$SECONDS
+        "$@"
+        say "[$name] done in $((SECONDS - start)) s"
+        if [ $use_venv = yes ]; then
+            mkdir -p "$venv/.stamps"
+            printf '%s' "$key" >"$stamp"
+        fi
     fi
-    say "[$name] $text ($time)"
-    local start=$SECONDS
-    "$@"
-    say "[$name] done in $((SECONDS - start)) s"
-    if [ $use_venv = yes ]; then
-        mkdir -p "$venv/.stamps"
-        printf '%s' "$key" >"$stamp"
+    if [ "$name" = "$until" ]; then
+        rm -f "$log"
+        say "Ready: $("$python" -c 'import sys; print(sys.prefix)')"
+        exit
     fi
 }
 
@@ -152,15 +164,19 @@ PY
 }
 
 # True if mmcv is the wanted one and its ops run, on the GPU too if there is one.
+# Where an image is built there is none.
 mmcv_works() {
     "$python" - "${mmcv#*==}" >"$log" 2>&1 <<'PY'
+import os
 import sys
 
 import mmcv
 import torch
-from mmcv.ops import nms
+from mmcv.ops import get_compiling_cuda_version, nms
 
 assert mmcv.__version__ == sys.argv[1], f'mmcv {mmcv.__version__}'
+if os.environ.get('FORCE_CUDA') == '1':
+    assert get_compiling_cuda_version() != 'not available', 'mmcv has no CUDA ops'
 for device in ['cpu'] + ['cuda'] * torch.cuda.is_available():
     boxes = torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.]], device=device)
     kept, _ = nms(boxes, torch.tensor([0.9, 0.8], device=device), 0.5)
@@ -248,5 +264,3 @@ mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.cu' -o -name 
 [ -e mmlocalmamba/.mim/configs ] || rm -f "$venv/.stamps/package"
 step package "$root $(digest setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")" \
     "mmlocalmamba itself, editable, with its CPU kernel" "10 to 60 s" install_package
-rm -f "$log"
-say "Ready: $("$python" -c 'import sys; print(sys.prefix)')"

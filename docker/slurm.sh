@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# A training on several nodes, a launcher on each. From the root of the repository, with options of sbatch before it:
+#
+#     sbatch --nodes 4 docker/slurm.sh tools/train.py CONFIG --launcher pytorch --auto-scale-lr --resume
+#
+# Environment:
+#   CONTAINER  an Apptainer image made from docker/Dockerfile (default: the environment in which sbatch was called).
+#              DATA and WORK_DIRS are then the folders that it sees as data and work_dirs.
+#   PROCESSES  on each node (default: one for each GPU)
+#
+#SBATCH --job-name=mmlocalmamba
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# Two minutes before the time is up all processes get the signal, write a checkpoint and leave with code 75.
+#SBATCH --signal=USR1@120
+set -euo pipefail
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# Jobs may share a node.
+port=$((20000 + SLURM_JOB_ID % 10000))
+# srun does not take it over from sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+container=()
+if [ -n "${CONTAINER:-}" ]; then
+    container=(apptainer exec --nv --bind "${DATA:-$PWD/data}:/data" --bind "${WORK_DIRS:-$PWD/work_dirs}:/work_dirs"
+        --pwd /opt/mmlocalmamba "$CONTAINER")
+fi
+
+# All processes leave by themselves once one of them was told to. A node that is through must not take the others along.
+code=0
+srun --kill-on-bad-exit=0 "${container[@]}" python tools/launch.py \
+    --nnodes "${#nodes[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${nodes[0]}:$port" "$@" || code=$?
+if [ "$code" = 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

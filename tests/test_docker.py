@@ -1,0 +1,338 @@
+"""Containers and cluster files: valid, what they name exists, and what they run is what this project offers.
+
+No image is built: that takes a Docker engine. The steps of the build are replayed with an interpreter that only notes
+what pip is asked for.
+"""
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_distributed import finish, start
+from torch.distributed import run as torchrun
+
+from mmlocalmamba.jobs import EXIT_PREEMPTED, PreemptionHook
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKER = ROOT / 'docker'
+COMPOSE = yaml.safe_load((DOCKER / 'compose.yml').read_text())
+SERVICE, JOB = yaml.safe_load_all((DOCKER / 'kubernetes.yml').read_text())
+POD = JOB['spec']['template']['spec']
+CONTAINER, = POD['containers']
+# Between the signal to torchrun's processes and their end, in seconds.
+TORCHRUN_GRACE = 30
+
+
+def tool(name):
+    """A linter that comes as a Python package (requirements/dev.txt)."""
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]))
+    return path or pytest.skip(f'{name} is not installed')
+
+
+def succeeds(*command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- valid ----
+
+def test_dockerfile_lint():
+    succeeds(tool('hadolint'), DOCKER / 'Dockerfile')
+
+
+def test_shell_lint():
+    succeeds(tool('shellcheck'), DOCKER / 'slurm.sh', *sorted((ROOT / 'tools').glob('*.sh')))
+
+
+def test_compose_schema():
+    succeeds(tool('check-jsonschema'), '--builtin-schema', 'vendor.compose-spec', DOCKER / 'compose.yml')
+
+
+@pytest.mark.parametrize('version', ['1.31', None])
+def test_kubernetes_schema(version):
+    """Of the first version in which podFailurePolicy is stable, and of the latest."""
+    validator = pytest.importorskip('kubernetes_validate')
+    for resource in (SERVICE, JOB):
+        validator.validate(resource, version or validator.latest_version(), strict=True)
+
+
+# ---- the image ----
+
+def instructions():
+    """(stage, instruction, arguments) of the Dockerfile."""
+    text = re.sub(r'^#.*\n', '', (DOCKER / 'Dockerfile').read_text(), flags=re.M).replace('\\\n', ' ')
+    stage = None
+    for line in filter(None, text.splitlines()):
+        name, arguments = line.split(maxsplit=1)
+        if name == 'FROM':
+            stage = arguments.partition(' AS ')[2] or 'image'
+        yield stage, name, arguments
+
+
+INSTRUCTIONS = list(instructions())
+ARGS = dict(argument.partition('=')[::2] for _, name, argument in INSTRUCTIONS if name == 'ARG' and '=' in argument)
+
+
+def ignored(path):
+    """Whether .dockerignore leaves a file out: the last line that fits it or a folder above it decides."""
+    result = False
+    for line in (ROOT / '.dockerignore').read_text().splitlines():
+        if not line.startswith('#'):
+            pattern = re.escape(line.lstrip('!')).replace(r'\*\*/', '(.*/)?').replace(r'\*', '[^/]*')
+            if re.fullmatch(f'{pattern}(/.*)?', path):
+                result = not line.startswith('!')
+    return result
+
+
+@pytest.fixture(scope='module')
+def context(tmp_path_factory):
+    """What a build sees."""
+    folder = tmp_path_factory.mktemp('context')
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip('this is no git clone')
+    for path in filter(None, listed.stdout.split('\0')):
+        if not ignored(path) and (ROOT / path).is_file():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / path, folder / path)
+    return folder
+
+
+def test_context_holds_the_sources_alone(context):
+    assert {path.name for path in context.iterdir()} == {
+        line[1:] for line in (ROOT / '.dockerignore').read_text().splitlines() if line.startswith('!')}
+    assert ignored('.git/config') and ignored('data/digits/x.json') and ignored('tools/__pycache__/x.pyc')
+    assert ignored('mmlocalmamba/ops/_cpu.so') and not ignored('mmlocalmamba/ops/csrc/cpu.cpp')
+
+
+# Makes virtual environments of itself, notes what pip is asked for, and passes all checks of what was installed.
+STUB = '''#!/usr/bin/env bash
+case "$*" in
+    "-m venv "*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
+    "-m pip "*) echo "$*" >>"$PIP_LOG" ;;
+    "- "* | -c*mmpretrain*) cat >/dev/null ;;
+    *) exec "$REAL_PYTHON" "$@" ;;
+esac
+'''
+
+
+@pytest.mark.parametrize('stack', ['openmmlab', 'onedl'])
+def test_layers_install_what_make_installs(stack, context, tmp_path):
+    """Each layer has the files that its step of tools/install.sh reads, and no step is done twice."""
+    stub = tmp_path / 'python'
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def install(folder, *options):
+        env = dict(os.environ, PYTHON=str(stub), REAL_PYTHON=sys.executable, STACK=stack,
+                   VENV_DIR=f'{folder}-venv', PIP_LOG=f'{folder}-pip')
+        done = subprocess.run(['bash', 'tools/install.sh', *options], cwd=folder, env=env, capture_output=True,
+                              text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    image, clone = tmp_path / 'image', tmp_path / 'clone'
+    image.mkdir()
+    outputs = []
+    for stage, name, arguments in INSTRUCTIONS:
+        if stage not in ('stack', 'package'):
+            continue
+        if name == 'COPY':
+            *sources, target = arguments.replace('${STACK}', stack).split()
+            for source in sources:
+                path = image / target / ('' if (context / source).is_dir() else Path(source).name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                copy = shutil.copytree if (context / source).is_dir() else shutil.copy2
+                copy(context / source, path, **(dict(dirs_exist_ok=True) if copy is shutil.copytree else {}))
+        elif name == 'RUN':
+            command = arguments.partition('bash tools/install.sh ')[2]
+            outputs.append(install(image, *command.split()))
+    shutil.copytree(context, clone)
+    install(clone, '--no-dev')
+    asked, wanted = (Path(f'{folder}-pip').read_text() for folder in (image, clone))
+    assert asked == wanted and '--editable .' in asked and f'requirements/mim-{stack}.txt' in asked
+    assert [len(re.findall(r'done in', output)) for output in outputs] == [4, 2, 1]
+
+
+def test_install_script_refuses_an_unknown_step():
+    done = subprocess.run(['bash', ROOT / 'tools/install.sh', '--until=mmvc'], capture_output=True, text=True)
+    assert done.returncode != 0 and 'unknown option --until=mmvc' in done.stderr
+
+
+def test_versions_of_the_image():
+    python = re.search(r'with Python ([\d.]+\d)', (ROOT / 'requirements/constraints-openmmlab.txt').read_text())[1]
+    assert re.fullmatch(rf'python:{re.escape(python)}\.\d+-slim-\w+', ARGS['PYTHON_IMAGE'])
+    pinned = re.search(r'^torch==(.+)$', (ROOT / 'requirements/torch.txt').read_text(), flags=re.M)[1]
+    if torch.__version__.split('+')[0] == pinned and torch.version.cuda:
+        assert torch.version.cuda == ARGS['CUDA'], 'nvcc and torch must have the same CUDA version'
+
+
+def test_image_runs_as_a_job():
+    of_image = {name: arguments for stage, name, arguments in INSTRUCTIONS if stage == 'image'}
+    assert of_image['STOPSIGNAL'] == 'SIGTERM' and json.loads(of_image['ENTRYPOINT']) == ['tini', '--']
+    assert of_image['USER'] == '${UID}' and int(ARGS['UID']) > 0
+    assert json.loads(of_image['VOLUME']) == ['/data', '/work_dirs']
+    assert isinstance(json.loads(of_image['CMD']), list)  # without a shell that would keep signals for itself
+    stages = {stage for stage, *_ in INSTRUCTIONS}
+    assert {f'{part}-{device}' for part in ('runtime', 'compiler') for device in ('cpu', 'gpu')} <= stages
+
+
+# ---- what runs in it ----
+
+def parse(command, monkeypatch):
+    """Torchrun's arguments, if it is a launcher, and the configuration that the training would have."""
+    launcher = None
+    assert command.pop(0) == 'python'
+    if command[0] == 'tools/launch.py':
+        launcher = torchrun.parse_args(command[1:])
+        command = [launcher.training_script, *launcher.training_script_args]
+    assert command[0] == 'tools/train.py'
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', command)
+    import train
+    configurations = []
+
+    class Runner:
+        train = staticmethod(lambda: None)
+
+    monkeypatch.setattr(train, 'build_runner', lambda cfg: configurations.append(cfg) or Runner)
+    train.main()
+    cfg, = configurations
+    assert cfg.resume and cfg.load_from is None
+    assert cfg.launcher == ('pytorch' if launcher else 'none')
+    return launcher
+
+
+def seconds(duration):
+    value, unit = re.fullmatch(r'(\d+)([sm])', duration).groups()
+    return int(value) * dict(s=1, m=60)[unit]
+
+
+@pytest.mark.parametrize('name', COMPOSE['services'])
+def test_compose_service(name, monkeypatch):
+    service = COMPOSE['services'][name]
+    launcher = parse(list(service['command']), monkeypatch)
+    assert (launcher is not None) == (name == 'gpu')
+    assert seconds(service['stop_grace_period']) > 2 * TORCHRUN_GRACE
+    build = service['build']
+    assert (DOCKER / build['context']).resolve() == ROOT and (ROOT / build['dockerfile']).is_file()
+    assert build['args'].keys() <= ARGS.keys() and build['args']['DEVICE'] == name
+    if name == 'gpu':
+        default = ARGS['TORCH_CUDA_ARCH_LIST'].strip('"')
+        assert build['args']['TORCH_CUDA_ARCH_LIST'] == f'${{TORCH_CUDA_ARCH_LIST:-{default}}}'
+    assert {volume['target'] for volume in service['volumes']} == {'/data', '/work_dirs'}
+
+
+def test_kubernetes_nodes_meet(monkeypatch):
+    launcher = parse(list(CONTAINER['args']), monkeypatch)
+    spec, name = JOB['spec'], JOB['metadata']['name']
+    assert int(launcher.nnodes) == spec['completions'] == spec['parallelism']
+    assert int(launcher.nproc_per_node) == CONTAINER['resources']['limits']['nvidia.com/gpu']
+    assert POD['subdomain'] == SERVICE['metadata']['name'] and SERVICE['spec']['clusterIP'] == 'None'
+    assert SERVICE['spec']['publishNotReadyAddresses']
+    assert SERVICE['spec']['selector'] == {'batch.kubernetes.io/job-name': name}
+    host, port = launcher.rdzv_endpoint.split(':')
+    assert host == f'{name}-0.{POD["subdomain"]}' and int(port) and launcher.rdzv_backend == 'c10d'
+
+
+def test_kubernetes_tries_again_after_preemption():
+    spec = JOB['spec']
+    codes = [rule['onExitCodes'] for rule in spec['podFailurePolicy']['rules']
+             if rule['action'] == 'Ignore' and 'onExitCodes' in rule]
+    assert codes == [dict(containerName=CONTAINER['name'], operator='In', values=[EXIT_PREEMPTED])]
+    assert POD['restartPolicy'] == 'Never' and spec['completionMode'] == 'Indexed'
+    assert POD['terminationGracePeriodSeconds'] > 2 * TORCHRUN_GRACE
+
+
+def test_kubernetes_volumes():
+    mounts = {mount['name']: mount['mountPath'] for mount in CONTAINER['volumeMounts']}
+    assert mounts.keys() == {volume['name'] for volume in POD['volumes']}
+    assert set(mounts.values()) == {'/data', '/work_dirs', '/dev/shm'}
+    assert POD['securityContext']['runAsUser'] == int(ARGS['UID'])
+
+
+# ---- Slurm ----
+
+# Two nodes of this machine. Its exit code is the highest of the tasks', as srun's is.
+SRUN = '''#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & pids[node]=$!; done
+code=0
+for pid in "${pids[@]}"; do wait "$pid"; done_with=$?; ((done_with > code)) && code=$done_with; done
+exit $code
+'''
+SCONTROL = '''#!/usr/bin/env bash
+if [ "$1" = show ]; then printf 'localhost\\nother\\n'; else echo "$*" >>"$CALLS"; fi
+'''
+
+
+JOB_ID = str(os.getpid())  # the port comes from it
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Starts the script where commands of Slurm, and others that are given, are stubs."""
+    stubs = tmp_path / 'bin'
+    stubs.mkdir()
+    calls = tmp_path / 'calls'
+    calls.touch()
+
+    def submit(*arguments, programs=None, env=None):
+        for name, text in dict(srun=SRUN, scontrol=SCONTROL, **(programs or {})).items():
+            (stubs / name).write_text(text)
+            (stubs / name).chmod(0o755)
+        path = os.pathsep.join([str(stubs), str(Path(sys.executable).parent), os.environ['PATH']])
+        return start('env', f'--chdir={ROOT}', 'bash', DOCKER / 'slurm.sh', *arguments, PATH=path, CALLS=str(calls),
+                     SLURM_JOB_ID=JOB_ID, SLURM_JOB_NODELIST='node[1-2]', **(env or {}))
+
+    submit.calls = lambda: calls.read_text().splitlines()
+    return submit
+
+
+NOTE = '#!/usr/bin/env bash\necho "$*" >>"$CALLS"\nexit $((CODE * (SLURM_NODEID == CODE % 2)))\n'
+
+
+@pytest.mark.parametrize('code', [0, 1, EXIT_PREEMPTED])
+def test_slurm_requeues_what_was_preempted(slurm, code):
+    """Nothing else, and the exit code is that of the worst node."""
+    finish(slurm('tools/train.py', 'CONFIG', '--resume', programs=dict(python=NOTE), env=dict(CODE=str(code))), code)
+    launches, others = slurm.calls()[:2], slurm.calls()[2:]
+    assert others == ([f'requeue {JOB_ID}'] if code == EXIT_PREEMPTED else [])
+    assert launches[0] == launches[1]
+    name, *arguments = shlex.split(launches[0])
+    arguments = torchrun.parse_args(arguments)
+    assert name == 'tools/launch.py' and arguments.training_script_args == ['CONFIG', '--resume']
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.rdzv_id) == ('2', 'gpu', JOB_ID)
+    assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ('c10d', f'localhost:{20000 + int(JOB_ID) % 10000}')
+
+
+def test_slurm_in_a_container(slurm):
+    env = dict(CODE='0', CONTAINER='image.sif', DATA='/datasets')
+    finish(slurm('tools/train.py', 'CONFIG', programs=dict(apptainer=NOTE), env=env))
+    call, same_call = slurm.calls()
+    assert call == same_call
+    assert call.startswith(f'exec --nv --bind /datasets:/data --bind {ROOT}/work_dirs:/work_dirs '
+                           '--pwd /opt/mmlocalmamba image.sif python tools/launch.py --nnodes 2 ')
+
+
+def test_slurm_signal():
+    options = dict(re.findall(r'^#SBATCH --([\w-]+)=?(.*)$', (DOCKER / 'slurm.sh').read_text(), flags=re.M))
+    name, left = options['signal'].split('@')
+    assert f'SIG{name}' in {number.name for number in PreemptionHook.SIGNALS} and int(left) > 2 * TORCHRUN_GRACE
+    assert 'requeue' in options and options['open-mode'] == 'append' and options['ntasks-per-node'] == '1'
+
+
+def test_slurm_trains_on_two_nodes(slurm, tmp_path):
+    """The training itself, on a process for each of two launchers: preempted on one, it leaves on both."""
+    task = json.dumps(dict(work_dir=str(tmp_path / 'job'), launcher='pytorch', signal_at=4))
+    finish(slurm('tests/job_task.py', task, env=dict(PROCESSES='1')), EXIT_PREEMPTED)
+    assert slurm.calls() == [f'requeue {JOB_ID}']
+    assert torch.load(tmp_path / 'job/preempted.pth', weights_only=True)['meta']['iter'] == 4
