@@ -25,13 +25,15 @@ STRATEGY = dict(
 
 
 def main(work_dir, iterations=2):
+    """Without drop path, which each process draws for itself."""
     torch.manual_seed(0)
     processes = int(os.environ.get('WORLD_SIZE', 1))
     if processes > 1:
         torch.distributed.init_process_group('gloo')
     runner = FlexibleRunner(
-        model=Classifier(directions=['h', 'w2']), work_dir=work_dir, strategy=STRATEGY if processes > 1 else None,
-        default_scope='mmengine', train_dataloader=dict(loader(noise=0.), batch_size=BATCH // processes),
+        model=Classifier(directions=['h', 'w2'], drop_path_rate=0.), work_dir=work_dir,
+        strategy=STRATEGY if processes > 1 else None, default_scope='mmengine',
+        train_dataloader=dict(loader(noise=0.), batch_size=BATCH // processes),
         train_cfg=dict(by_epoch=False, max_iters=iterations), optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.02)),
         custom_hooks=[dict(type='mmlocalmamba.ExactResumeHook'), dict(type='mmlocalmamba.NumericalGuardHook')],
         launcher='pytorch' if processes > 1 else 'none', randomness=dict(seed=7), log_level='ERROR',

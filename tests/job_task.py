@@ -86,6 +86,8 @@ def state(runner):
 if __name__ == '__main__':
     torch.set_num_threads(1)
     if 'WORLD_SIZE' in os.environ:
+        if os.environ['RANK'] == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
+            time.sleep(float(os.environ.get('LATE_AFTER_RESTART', 0)))
         torch.distributed.init_process_group('gloo')
     for options in map(json.loads, sys.argv[1:]):
         # In the first life of one of the processes, under torchrun.

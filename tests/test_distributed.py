@@ -127,8 +127,9 @@ def local(restarts=0):
 
 
 def test_elastic_restart_goes_on_from_the_last_checkpoint(tmp_path, whole):
+    """Also if a process is late, so that another could find the address that it had in its first life."""
     task = job(tmp_path, workers=1, resume=True, kill_at=5)
-    output = finish(start(*launch(*local(restarts=1)), *task[3:]))
+    output = finish(start(*launch(*local(restarts=1)), *task[3:], LATE_AFTER_RESTART='4'))
     assert 'Signal 9 (SIGKILL)' in output or 'exitcode: -9' in output, output
     check(tmp_path, whole)
 

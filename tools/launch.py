@@ -20,6 +20,9 @@ EXIT_PREEMPTED = os.EX_TEMPFAIL
 def main():
     if len(sys.argv) == 1 or sys.argv[1] in ('-h', '--help'):
         print(__doc__)
+    # Or the processes find each other through a store that outlives them, and after a restart read the addresses of
+    # those that died: https://github.com/pytorch/pytorch/issues/135712
+    os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     # torchrun itself would die of this one.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
