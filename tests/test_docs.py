@@ -101,7 +101,7 @@ def options_of_mim(command, package):
 
 @cache
 def every_option():
-    known = options_of_torchrun()
+    known = options_of_torchrun() | options_of(ROOT / 'mmlocalmamba/__main__.py')
     for script in itertools.chain((ROOT / 'tools').rglob('*.py'), (ROOT / 'tools').rglob('*.sh')):
         known |= options_of(script)
     for command, package in itertools.product(('train', 'test'), PACKAGES):

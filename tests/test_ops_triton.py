@@ -11,8 +11,9 @@ import torch
 from test_ops import assert_same, directional_inputs, run
 from torch.utils.checkpoint import checkpoint
 
+from mmlocalmamba import __main__ as main
 from mmlocalmamba import ops
-from mmlocalmamba.ops import directional_scan, library, selective_scan, triton
+from mmlocalmamba.ops import directional_scan, library, selective_scan, triton, tuning
 from mmlocalmamba.scans import ScanTables, scan_tables
 
 pytest.importorskip('triton')
@@ -99,6 +100,75 @@ def test_equals_reference(plan, N):
 ], ids=str)
 def test_ways_to_call(plan, kwargs):
     compare(**kwargs)
+
+
+@pytest.mark.parametrize('forward,backward', list(zip(*tuning.CANDIDATES.values(), strict=True)), ids=str)
+def test_every_block_size(monkeypatch, forward, backward):
+    """In segments, which takes all kernels, and on channels that fill no block: three of 16, two of 32, one of 64."""
+    monkeypatch.setattr(triton, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
+    with tuning.forced('forward', forward), tuning.forced('backward', backward):
+        compare(H=1, W=11, D=37, directions=('w2_flip', ), rank=2)
+
+
+@pytest.fixture
+def tuning_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / 'tuning.json'))
+    tuning.saved.cache_clear()
+    yield tmp_path / 'tuning.json'
+    tuning.saved.cache_clear()
+
+
+def test_tuning(monkeypatch, tuning_file, capsys):
+    """With a clock of our own: a candidate that fails and one that computes wrongly win no race, others do."""
+    choices = {kernel: candidates[:4] for kernel, candidates in tuning.CANDIDATES.items()}
+    wrong, broken = choices['forward'][1], choices['backward'][3]
+    monkeypatch.setattr(tuning, 'CANDIDATES', choices)
+    scan = directional_scan
+
+    def wrong_once(**inputs):
+        return scan(**inputs) * (1.1 if tuning._forced.get('forward') == wrong else 1)
+
+    def timer(function):
+        (kernel, choice), = tuning._forced.items()
+        if choice == broken:
+            raise RuntimeError('out of registers')
+        return dict(forward=[5., .1, 4., 6.], backward=[5., 4.95, 6.])[kernel][choices[kernel].index(choice)]
+
+    monkeypatch.setattr(ops, 'directional_scan', wrong_once)
+    shape = dict(batch=1, H=1, W=2, width=3, rank=1)
+    assert main.tune(['float32'], [1], quick=True, device=DEVICE, shapes=[shape], timer=timer)
+    printed = capsys.readouterr().out
+    assert f'{wrong} is left out: ArithmeticError: results differ by 1.0e-01' in printed
+    assert f'{broken} is left out: RuntimeError: out of registers' in printed
+    assert str(tuning_file) in printed
+
+    problems = []
+    initialise = triton._Problem.__init__
+
+    def spy(self, *args):
+        initialise(self, *args)
+        problems.append((args[-1], self.flags['GROUP'], self.warps))
+
+    monkeypatch.setattr(triton._Problem, '__init__', spy)
+    compare(N=1, H=1, W=3, D=2, directions=('h', ))
+    assert problems == [(kernel, choice.group, choice.warps) for kernel, choice in
+                        (('forward', choices['forward'][2]), ('backward', choices['backward'][0]))]
+
+
+def test_tuning_stops_where_the_built_in_sizes_fail(tuning_file):
+
+    def tune(error):
+
+        def timer(function):
+            raise error
+
+        return main.tune(['float32'], [1], device=DEVICE, shapes=[dict(batch=1, H=1, W=1, width=1, rank=1)],
+                         timer=timer)
+
+    with pytest.raises(RuntimeError, match='the device is gone'):
+        tune(RuntimeError('the device is gone'))
+    assert not tune(torch.OutOfMemoryError())
+    assert not tuning_file.exists()
 
 
 def test_more_programs_than_are_launched_together(monkeypatch):
@@ -345,6 +415,19 @@ def test_more_than_32_bits_of_elements(monkeypatch):
 
     for ours, expected in zip(scan(slice(None)), scan(slice(batch - 1, None)), strict=True):
         torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+
+
+@gpu
+def test_tuning_on_this_gpu(monkeypatch, tuning_file, capsys):
+    monkeypatch.undo()
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tuning_file))
+    monkeypatch.setattr(sys, 'argv', ['mmlocalmamba', 'tune', '--quick', '--dtypes', 'bfloat16', '--states', '1'])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == 0
+    assert {(key.kernel, key.d_state, key.dtype) for key in tuning.saved()} == {
+        ('forward', 1, 'bfloat16'), ('backward', 1, 'bfloat16')}
+    assert 'left out' not in capsys.readouterr().out
 
 
 @gpu

@@ -156,8 +156,9 @@ def print_table(header, rows):
 
 
 def describe_machine(device):
+    from mmlocalmamba.ops import tuning
     if device == 'cuda':
-        name = torch.cuda.get_device_name()
+        name = '; '.join([torch.cuda.get_device_name(), *tuning.in_force(torch.device('cuda'))])
     else:
         name = 'CPU'
         if os.path.exists('/proc/cpuinfo'):

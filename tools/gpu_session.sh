@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one run and without network: tests first, then scans, then models.
+# Everything that wants a GPU, in one run and without network: tests, block sizes, scans, models.
 #
 #     bash tools/gpu_session.sh [OUTPUT] [PYTHON]
 #
-# OUTPUT (default work_dirs/gpu) gets a log of each part and the figures as JSON. A part that fails is reported and does
-# not stop the others, except for wrong results: figures of wrong kernels are worth nothing.
+# OUTPUT (default work_dirs/gpu) gets a log of each part, the figures as JSON, and the block sizes that were chosen for
+# this GPU, tuning.json, with which everything after that is measured. A part that fails is reported and does not stop
+# the others, except for wrong results: figures of wrong kernels are worth nothing.
 set -u
 cd "$(dirname "$0")/.." || exit
 output=${1:-work_dirs/gpu}
 python=${2:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$output"
+export MMLOCALMAMBA_CACHE=$output/tuning.json
 failed=()
 
 run() {
@@ -29,7 +31,9 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv | tee "$ou
 
 run doctor "$python" -m mmlocalmamba doctor || exit 1
 # Where the OpenMMLab stack is missing, these are the tests that need torch alone.
-run tests "$python" -m pytest -q tests/test_ops_triton.py tests/test_ops.py tests/test_scans.py || exit 1
+run tests "$python" -m pytest -q tests/test_ops_triton.py tests/test_tuning.py tests/test_ops.py  \
+    tests/test_scans.py || exit 1
+run tune "$python" -m mmlocalmamba tune
 
 scan() {
     local name=$1

@@ -20,19 +20,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mmlocalmamba.ops import library
+from mmlocalmamba.ops import library, tuning
 
 # Not asked for in functions: torch.compile traces through those that choose a backend.
 _INSTALLED = find_spec('triton') is not None
 _INTERPRETING = os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes')
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Channels and warps of a program, steps whose loads go out together, and how many programs keep a multiprocessor busy
-# (of the backward kernel no more fit, for its registers).
-_FORWARD = dict(channels=32, warps=1, group=4, programs=16)
-_BACKWARD = dict(channels=32, warps=1, group=2, programs=8)
 # State elements a thread can hold: programs with more states take fewer channels.
-_FORWARD_STATES, _BACKWARD_STATES = 32, 16
+_STATES = dict(forward=32, backward=16)
 # Programs of the backward pass that are launched together: some times what runs at once, since each has memory of its
 # own for the states of a chunk.
 _BACKWARD_PROGRAMS = 8192
@@ -102,7 +98,7 @@ def _check_table(src: Tensor | None, K: int, device: torch.device) -> None:
 class _Problem:
     """Checked arguments, and what kernels get of them."""
 
-    def __init__(self, u, delta, A, B, C, D, src, tokens, bias, weight, softplus, in_scan_order, choice, states):
+    def __init__(self, u, delta, A, B, C, D, src, tokens, bias, weight, softplus, in_scan_order, kernel):
         self.batch, self.K, self.rows = delta.shape[:3]
         self.channels, self.N = A.shape[1:]
         self.tokens, self.softplus, self.in_scan_order = tokens, softplus, in_scan_order
@@ -138,17 +134,18 @@ class _Problem:
             self.A if x is None else x.contiguous()
             for x in (D, bias, None if weight is None else weight.transpose(1, 2), src))
         self.block_N = _power(N)
-        self.block_D = min(choice['channels'], _power(self.channels),
-                           max(1, 32 * choice['warps'] * states // self.block_N))
-        self.warps = choice['warps']
+        choice = tuning.choose(kernel, u.device, self.block_N, u.dtype)
+        self.warps = choice.warps
+        self.block_D = min(choice.channels, _power(self.channels),
+                           max(1, 32 * self.warps * _STATES[kernel] // self.block_N))
         self.blocks = -(-self.channels // self.block_D)
         self.grid = (self.blocks * batch * K, )
         self.flags = dict(HAS_BIAS=bias is not None, HAS_SRC=src is not None, IN_ORDER=in_scan_order,
                           SOFTPLUS=softplus, N=N, R=self.R, BLOCK_D=self.block_D, BLOCK_R=_power(self.R),
-                          GROUP=choice['group'], num_warps=self.warps)
+                          GROUP=choice.group, num_warps=self.warps)
         self.has_D = D is not None
         self.empty = self.channels * self.N * self.steps * self.batch * self.K == 0
-        self.segments, self.segment = _segment(batch * K, self.blocks, self.steps, choice['programs'], u.device)
+        self.segments, self.segment = _segment(batch * K, self.blocks, self.steps, choice.programs, u.device)
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """Of batch, direction (0: shared) and row."""
@@ -184,8 +181,7 @@ def _on(device: torch.device):
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
              tokens: int, delta_bias: Tensor | None, dt_weight: Tensor | None, delta_softplus: bool,
              in_scan_order: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, _FORWARD,
-                 _FORWARD_STATES)
+    p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, 'forward')
     y = _empty(p.batch, p.K, tokens, p.channels, dtype=u.dtype, device=u.device)
     last = p.partial(p.batch, p.K, p.N, p.channels)
     checkpoints = p.partial(p.batch, p.K, max(0, (p.steps - 1) // library.CHUNK) if save else 0, p.N, p.channels)
@@ -206,8 +202,7 @@ def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta:
               C: Tensor, D: Tensor | None, src: Tensor | None, tokens: int, delta_bias: Tensor | None,
               dt_weight: Tensor | None, checkpoints: Tensor, delta_softplus: bool,
               in_scan_order: bool) -> tuple[Tensor, ...]:
-    p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, _BACKWARD,
-                 _BACKWARD_STATES)
+    p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, 'backward')
     batch, K, rows, channels, N = p.batch, p.K, p.rows, p.channels, p.N
     grad_u = _empty(batch, K, rows, channels, dtype=u.dtype, device=u.device)
     if dt_weight is None:
