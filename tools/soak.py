@@ -51,6 +51,15 @@ def rss(pid='self'):
         return 0.
 
 
+def processor_seconds(pid):
+    """That a process has used. Moments are counted in them, so that a busy machine changes nothing."""
+    try:
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return 0.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
 def children(pid):
     try:
         return Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
@@ -105,10 +114,11 @@ class Job:
         self.command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(folder),
                         '--resume', '--cfg-options', *options]
         self.log = folder / 'output.txt'
-        self.samples, self.worker_samples, self.first_checkpoint = [], [], None
+        self.samples, self.worker_samples = [], []
+        self.used = self.until_checkpoint = 0.  # of processor time, in the longest and the first life
 
-    def life(self, end=None, delay=None):
-        """Run until the training ends, or until it is interrupted ``delay`` seconds after the start: (exit code,
+    def life(self, end=None, moment=float('inf')):
+        """Run until the training ends, or is interrupted after ``moment`` seconds of processor time: (exit code,
         seconds)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
@@ -117,11 +127,11 @@ class Job:
             process = subprocess.Popen(self.command, cwd=ROOT, env=env, stdout=log, stderr=log,
                                        start_new_session=True)
         try:
-            if end is not None and self._watch(process, begin + delay):
+            if self._watch(process, moment):
                 number, while_writing = ENDS[end]
                 if not while_writing or self._catch_writing(process):
                     os.killpg(process.pid, number)
-            self._watch(process, float('inf'))
+            self._watch(process)
         finally:
             try:
                 os.killpg(process.pid, signal.SIGKILL)  # workers, if it left some
@@ -130,17 +140,19 @@ class Job:
             process.wait()
         return process.returncode, time.monotonic() - begin
 
-    def _watch(self, process, until):
-        """Sample the memory; whether the process is still running at that time."""
+    def _watch(self, process, moment=float('inf')):
+        """Sample the memory; whether the moment came before the end."""
         while process.poll() is None:
-            if time.monotonic() >= until:
+            used = processor_seconds(process.pid)
+            if used >= moment:
                 return True
             self.samples.append(rss(process.pid))
             self.worker_samples.append(sum(map(rss, children(process.pid))))
-            if self.first_checkpoint is None and (self.folder / 'last_checkpoint').exists():
-                self.first_checkpoint = time.monotonic()
+            self.used = max(self.used, used)
+            if not self.until_checkpoint and (self.folder / 'last_checkpoint').exists():
+                self.until_checkpoint = used
             try:
-                process.wait(min(1., max(0., until - time.monotonic())))
+                process.wait(min(1., max(0.01, moment - used)))
             except subprocess.TimeoutExpired:
                 pass
         return False
@@ -168,22 +180,23 @@ def undisturbed(job):
     return seconds
 
 
-def interrupted(job, minutes, mean, generator):
-    """Lives of ``mean`` seconds, until the time is over, and a last one to the end of the training."""
+def interrupted(job, minutes, cycles, mean, generator):
+    """Lives of ``mean`` seconds of processor time, until the time is over and there were as many interruptions as
+    wanted, and a last one to the end of the training."""
     lives, begin = [], time.monotonic()
     while True:
-        over = time.monotonic() - begin > 60 * minutes
+        over = time.monotonic() - begin > 60 * minutes and len(lives) >= cycles
         end = None if over else list(ENDS)[len(lives) % len(ENDS)]
-        delay = None if over else generator.uniform(0.2, 1.8) * mean
-        code, seconds = job.life(end, delay)
-        lives.append(dict(end=end, signal_after=delay, seconds=seconds, exit_code=code,
+        moment = float('inf') if over else generator.uniform(0.1, 1.9) * mean
+        code, seconds = job.life(end, moment)
+        lives.append(dict(end=end, moment=None if over else moment, seconds=seconds, exit_code=code,
                           last_checkpoint=job.last_checkpoint()))
-        print(f'{len(lives):4}  {end or "-":22} {delay or 0:8.1f} s {seconds:8.1f} s {code:5}  '
+        print(f'{len(lives):4}  {end or "-":22} {moment:8.1f} s {seconds:8.1f} s {code:5}  '
               f'{lives[-1]["last_checkpoint"]}', flush=True)
         if code == 0:
             return lives
         # A signal that comes before the hooks are there, in the first seconds, ends the process as any other.
-        if end is None or code not in (EXIT_PREEMPTED, -ENDS[end][0]):
+        if over or code not in (EXIT_PREEMPTED, -ENDS[end][0]):
             job.fail(code)
 
 
@@ -230,11 +243,14 @@ def main():
     parser.add_argument('config', nargs='?', help='an epoch-based configuration of the digits (default: detection)',
                         default=mmlocalmamba.config_path('mask-rcnn_localvmamba-nano_digits'))
     parser.add_argument('--minutes', type=float, default=30., help='how long it is interrupted (default: 30)')
-    parser.add_argument('--life', type=float, default=50.,
-                        help='mean seconds from a start to the signal (default: 50; at least twice the start)')
+    parser.add_argument('--cycles', type=int, help='at least so many interruptions (default: one per 90 s)')
+    parser.add_argument('--life', type=float, default=40.,
+                        help='mean seconds of processor time from a start to the signal (default: 40)')
     parser.add_argument('--seed', type=int, default=0, help='of the training, the sizes and the moments (default: 0)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/soak'), help='emptied first')
     args = parser.parse_args()
+    cycles = round(args.minutes / 1.5) if args.cycles is None else args.cycles
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the training, too
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     config, work_dir = Path(args.config).resolve(), args.work_dir.resolve()
     for folder in ('pilot', 'interrupted', 'undisturbed'):
@@ -244,18 +260,17 @@ def main():
     print(f'{SIZES} sizes: {json.dumps(sizes["rss_mb"])} MB, growth {sizes["growth"]:+.1%}', flush=True)
 
     pilot = Job(config, work_dir / 'pilot', VAL_INTERVAL, args.seed)
-    begin = time.monotonic()
-    total = undisturbed(pilot)
-    start = pilot.first_checkpoint - begin  # with one epoch
-    epoch = (begin + total - pilot.first_checkpoint) / (VAL_INTERVAL - 1)
-    # A life that is killed loses half an epoch or more.
-    share = max(0.2, 1 - (start + epoch / 2) / args.life)
-    epochs = max(VAL_INTERVAL, round(share * 60 * args.minutes / epoch))
+    undisturbed(pilot)
+    start = pilot.until_checkpoint  # with one epoch
+    epoch = (pilot.used - start) / (VAL_INTERVAL - 1)
+    # A life that is killed loses half an epoch or more; an epoch that was begun and never ended is none.
+    gain = max(0.2 * args.life, args.life - start - epoch / 2)
+    epochs = max(VAL_INTERVAL, round(gain * max(cycles, 60 * args.minutes / args.life) / epoch))
     print(f'start and first epoch {start:.1f} s, then {epoch:.1f} s an epoch: {epochs} epochs\n\n'
-          'life  end                        signal    seconds  exit  last checkpoint', flush=True)
+          'life  end                        moment    seconds  exit  last checkpoint', flush=True)
 
     job = Job(config, work_dir / 'interrupted', epochs, args.seed)
-    lives = interrupted(job, args.minutes, args.life, random.Random(args.seed))
+    lives = interrupted(job, args.minutes, cycles, args.life, random.Random(args.seed))
     plain = Job(config, work_dir / 'undisturbed', epochs, args.seed)
     seconds = undisturbed(plain)
     names, different = compare(job.folder, plain.folder)
@@ -265,7 +280,7 @@ def main():
                   workers=dict(max_mb=max(plain.worker_samples), growth=growth(plain.worker_samples)),
                   max_mb_interrupted=max(job.samples))
     checks = {'the checkpoints are equal': not different and len(names) > 0,
-              'it was interrupted': sum(signals.values()) > 0,
+              f'{cycles} interruptions': sum(signals.values()) >= cycles,
               'no partial file is left': not list(job.folder.glob('*.tmp')),
               'the caches are bounded': sizes['bounded'],
               'the memory is flat over the sizes': sizes['growth'] <= MAX_GROWTH,
