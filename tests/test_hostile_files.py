@@ -160,18 +160,9 @@ IMAGES = dict(classification='imagenet/train', detection='coco/train', segmentat
 INSTANCES = 'coco/annotations/instances_train.json'
 
 
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    pytest.importorskip('sklearn')
-    from test_digits_dataset import digits as converter
-    folder = tmp_path_factory.mktemp('data') / 'digits'
-    converter.generate(folder, scale='tiny')
-    return folder
-
-
 @pytest.fixture
-def digits(tiny, tmp_path):
-    return Path(shutil.copytree(tiny, tmp_path / 'digits'))
+def digits(tiny_digits, tmp_path):
+    return Path(shutil.copytree(tiny_digits, tmp_path / 'digits'))
 
 
 def dataset(digits, task):

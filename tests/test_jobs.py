@@ -11,6 +11,7 @@ import job_task
 import numpy as np
 import pytest
 import torch
+from loss_task import losses
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
 from search_task import Images
@@ -333,6 +334,15 @@ def test_guard_counts_on_after_resumption(tmp_path):
         train(tmp_path, guard=dict(skip=1), hooks=[Poison({2}, 'gradient')], signal_at=3)
     with pytest.raises(FloatingPointError, match='iteration 5: .*1 such steps were skipped before'):
         train(tmp_path, guard=dict(skip=1), hooks=[Poison({5}, 'gradient')], resume=True)
+
+
+@pytest.mark.parametrize('config', ['localvim-nano_digits', 'localvmamba-nano_digits'])
+def test_bfloat16_is_not_stopped_by_the_guard(tiny_digits, tmp_path, config):
+    task = dict(config=config, iterations=4, batch=8)
+    plain, low = (losses(tiny_digits, tmp_path / str(bfloat16), bfloat16=bfloat16, **task)
+                  for bfloat16 in (False, True))
+    plain, low = (torch.tensor([step['loss'] for step in curve]) for curve in (plain, low))
+    assert not torch.equal(plain, low) and torch.allclose(plain, low, rtol=0.05)
 
 
 class Broken(Images):
