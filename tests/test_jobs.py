@@ -280,6 +280,22 @@ def test_best_checkpoints_are_replaced_after_they_are_written(tmp_path, monkeypa
     assert order[2:] == [str(tmp_path / 'best_score_epoch_5.pth'), first] and not Path(first).exists()
 
 
+def test_the_soak_sees_every_difference(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    import soak
+    for name in ('first', 'second'):
+        train(tmp_path / name, epochs=1)
+    assert soak.compare(tmp_path / 'first', tmp_path / 'second') == (['epoch_1.pth'], [])
+    path = tmp_path / 'second' / 'epoch_1.pth'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['state_dict']['fc.2.bias'][0] = checkpoint['state_dict']['fc.2.bias'][0].nextafter(torch.tensor(1e9))
+    checkpoint['optimizer']['state'][0]['step'] += 1
+    checkpoint['message_hub']['log_scalars']['train/loss']._log_history[2] += 1e-7
+    torch.save(checkpoint, path)
+    assert soak.compare(tmp_path / 'first', tmp_path / 'second')[1] == [
+        'epoch_1.pth/state_dict/fc.2.bias', 'epoch_1.pth/optimizer/state/0/step', 'epoch_1.pth/losses/train/loss/0/2']
+
+
 # ---- numerical guard ----
 
 class Poison(Hook):
