@@ -31,7 +31,8 @@ except ModuleNotFoundError:
     # mmlocalmamba.ops and mmlocalmamba.scans need torch alone.
     pass
 else:
-    from mmlocalmamba.compat import allow_checkpoints, load_checkpoints_safely, register_scope
+    from mmlocalmamba.compat import allow_checkpoints, load_checkpoints_safely, name_annotation_files, register_scope
     register_scope()
     allow_checkpoints()
     load_checkpoints_safely()
+    name_annotation_files()

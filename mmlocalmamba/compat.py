@@ -1,5 +1,6 @@
 """The only file that knows versions: OpenMMLab and OneDL packages, MMEngine, torch."""
 import os
+import traceback
 from argparse import Namespace
 from collections import OrderedDict
 from functools import partial
@@ -55,6 +56,26 @@ def load_checkpoints_safely() -> None:
     checkpoint.load_url = partial(checkpoint.load_url, weights_only=True)
     if hasattr(checkpoint, '_safe_torch_load'):
         checkpoint._safe_torch_load = partial(torch.load, weights_only=True)
+
+
+def name_annotation_files() -> None:
+    """Let an error in a dataset's annotation file name the file, which a JSON parser does not know."""
+    from mmengine.registry import DATASETS
+    build = DATASETS.build_func
+
+    def build_dataset(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return build(*args, **kwargs)
+        except Exception as error:
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if frame.f_code.co_name == 'load_data_list':
+                    path = getattr(frame.f_locals.get('self'), 'ann_file', None)
+                    if path and path not in str(error):
+                        raise RuntimeError(f'{path} was not read as annotations: {type(error).__name__}: '
+                                           f'{error}') from error
+            raise
+
+    DATASETS.build_func = build_dataset
 
 
 def register_scope() -> None:

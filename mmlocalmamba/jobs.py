@@ -1,7 +1,9 @@
 """Training as a job on a cluster: stopped at any moment, resumed as if it never was, halted before NaN reaches weights.
+Files of the data that cannot be read are named.
 
 The hooks work with the loops of MMEngine's Runner. What they promise, and what they do not cover: docs/jobs.md.
 """
+import fcntl
 import glob
 import itertools
 import json
@@ -16,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import mmcv
 import numpy as np
 import torch
 from mmengine import dist
 from mmengine.dataset import InfiniteSampler
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import LocalBackend, get, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -36,6 +39,7 @@ from mmlocalmamba.registry import HOOKS
 # "Temporary failure, try again" of sysexits.h: 75. Batch systems take it as: requeue.
 EXIT_PREEMPTED = os.EX_TEMPFAIL
 PREEMPTED_FILE = 'preempted.pth'
+SKIPPED_FILE = 'skipped_files.txt'
 # What random numbers are for: the second part of a seed.
 _ITERATION, _DATA = 1, 2
 # Entries of a checkpoint.
@@ -240,6 +244,12 @@ class ExactResumeHook(Hook):
         seed_everything(runner.seed, _ITERATION, runner.iter * self.world_size + self.rank)
 
 
+def _need_exact_resumption(runner: Any, hook: Hook, why: str) -> None:
+    if not any(isinstance(other, ExactResumeHook) for other in runner.hooks):
+        raise ValueError(f"{type(hook).__name__} needs dict(type='mmlocalmamba.ExactResumeHook') in custom_hooks, "
+                         f'{why}')
+
+
 # ---- checkpoints that are whole ----
 
 @register_backend('whole_files')
@@ -366,9 +376,7 @@ class PreemptionHook(Hook):
         self.group: Any = None
 
     def before_train(self, runner: Any) -> None:
-        if not any(isinstance(hook, ExactResumeHook) for hook in runner.hooks):
-            raise ValueError("PreemptionHook needs dict(type='mmlocalmamba.ExactResumeHook') in custom_hooks, or a "
-                             'resumed epoch would start again')
+        _need_exact_resumption(runner, self, 'or a resumed epoch would start again')
         if threading.current_thread() is not threading.main_thread():
             print_log('PreemptionHook: the training does not run in the main thread, so signals are not caught',
                       logger='current', level=logging.WARNING)
@@ -523,3 +531,109 @@ class NumericalGuardHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         runner.optim_wrapper.backward, runner.optim_wrapper.step = self.backward, self.step
+
+
+# ---- files that cannot be read ----
+
+def _can_be_read(path: str) -> bool:
+    """By all that may read it: images are decoded by OpenCV, label images by Pillow."""
+    try:
+        content = get(path)
+        return all(mmcv.imfrombytes(content, flag='unchanged', backend=backend) is not None
+                   for backend in ('cv2', 'pillow'))
+    except Exception:  # whatever a decoder stumbles over
+        return False
+
+
+class _Reader:
+    """Takes the place of a dataset's ``prepare_data``."""
+
+    def __init__(self, dataset: Any, record: str = '', skip: int = 0) -> None:
+        self.dataset, self.record, self.skip = dataset, record, skip
+
+    def __call__(self, index: int) -> Any:
+        try:
+            return type(self.dataset).prepare_data(self.dataset, index)
+        except Exception as error:
+            files = [value for key, value in self.dataset.get_data_info(index).items()
+                     if key.endswith('_path') and isinstance(value, str)]
+            broken = [path for path in files if not _can_be_read(path)]
+            message = (f'sample {index} of {type(self.dataset).__name__} was not loaded: '
+                       + (f'{" and ".join(broken)} cannot be read' if broken else f'its files are {", ".join(files)}')
+                       + f' ({type(error).__name__}: {error})')
+            if broken and self.skip:
+                self._leave_out(broken, message)
+                return None  # the dataset draws another sample
+            raise RuntimeError(message) from error
+
+    def _leave_out(self, broken: list[str], message: str) -> None:
+        with open(self.record, 'a+') as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of other workers and processes
+            file.seek(0)
+            known = set(file.read().splitlines())
+            new = [path for path in broken if path not in known]
+            if len(known) + len(new) > self.skip:
+                raise RuntimeError(f'{message}. {len(known)} files were left out before, see {self.record}; '
+                                   'BrokenFilesHook(skip=...) says how many may be')
+            file.writelines(f'{path}\n' for path in new)
+        if new:
+            print_log(f'{message}. Another sample takes its place', logger='current', level=logging.WARNING)
+
+
+def _datasets(dataset: Any) -> Iterator[Any]:
+    """What wrappers hold, or the dataset itself."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    if inner[0] is None:
+        yield dataset
+    else:
+        for part in inner:
+            yield from _datasets(part)
+
+
+@HOOKS.register_module()
+class BrokenFilesHook(Hook):
+    """Names the sample that cannot be loaded, and which of its files is missing or damaged.
+
+    Args:
+        skip: a training leaves out up to so many different files, and takes other samples of the dataset, drawn at
+            random, in their place. Each is logged as a warning and listed in ``skipped_files.txt`` in the work
+            directory. Validation and test always stop.
+
+    Raises:
+        RuntimeError: while data are loaded, with the above.
+        ValueError: before training, if there is no ExactResumeHook: workers may have begun already.
+    """
+
+    def __init__(self, skip: int = 0) -> None:
+        if skip < 0:
+            raise ValueError(f'skip must be at least 0, got {skip}')
+        self.skip = skip
+
+    @staticmethod
+    def _watch(loop: Any, *args: Any) -> None:
+        if loop is not None:
+            for dataset in _datasets(loop.dataloader.dataset):
+                if hasattr(dataset, 'prepare_data') and not isinstance(dataset.prepare_data, _Reader):
+                    dataset.prepare_data = _Reader(dataset, *args)
+
+    def before_train(self, runner: Any) -> None:
+        _need_exact_resumption(runner, self, 'or workers that have begun already do not know of it')
+        self.record = os.path.join(runner.work_dir, SKIPPED_FILE)
+        if not runner._resume and dist.is_main_process() and os.path.exists(self.record):
+            os.remove(self.record)
+        dist.barrier()
+        self._watch(runner.train_loop, self.record, self.skip)
+        self._watch(runner.val_loop)
+
+    def before_val(self, runner: Any) -> None:
+        self._watch(runner.val_loop)
+
+    def before_test(self, runner: Any) -> None:
+        self._watch(runner.test_loop)
+
+    def after_train(self, runner: Any) -> None:
+        if os.path.exists(self.record):
+            with open(self.record) as file:
+                count = len(file.read().splitlines())
+            print_log(f'{count} files were left out of the training, see {self.record}', logger='current',
+                      level=logging.WARNING)

@@ -1,6 +1,6 @@
 """The loss curve of digits configurations on tiny data, for the tests, on one process or on several.
 
-    python tests/loss_task.py DATA OUT '[{"config": "localvim-nano_digits", "iterations": 4}, ...]'
+    python tests/loss_task.py DATA OUT '[{"config": "localvim-nano_digits", "iterations": 4, "bfloat16": true}, ...]'
 """
 import json
 import os
@@ -44,13 +44,16 @@ def configure(data, config, work_dir, iterations, batch=1, workers=0, options=No
     return cfg
 
 
-def losses(data, work_dir, launcher='none', **task):
+def losses(data, work_dir, launcher='none', bfloat16=False, **task):
     hook = Losses()
     cfg = configure(data, work_dir=work_dir, **task)
     cfg.launcher = launcher
     cfg.experiment_name = f'{cfg.work_dir}{os.environ.get("RANK", "")}'.replace('/', '_')
     runner = build_runner(cfg)
     runner.register_hook(hook)
+    if bfloat16:  # MMEngine's AmpOptimWrapper refuses CPUs
+        model = runner.model
+        model.forward = torch.autocast(next(model.parameters()).device.type, torch.bfloat16)(model.forward)
     runner.train()
     return hook.values
 

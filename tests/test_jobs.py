@@ -11,6 +11,7 @@ import job_task
 import numpy as np
 import pytest
 import torch
+from loss_task import losses
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
 from search_task import Images
@@ -279,6 +280,22 @@ def test_best_checkpoints_are_replaced_after_they_are_written(tmp_path, monkeypa
     assert order[2:] == [str(tmp_path / 'best_score_epoch_5.pth'), first] and not Path(first).exists()
 
 
+def test_the_soak_sees_every_difference(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    import soak
+    for name in ('first', 'second'):
+        train(tmp_path / name, epochs=1)
+    assert soak.compare(tmp_path / 'first', tmp_path / 'second') == (['epoch_1.pth'], [])
+    path = tmp_path / 'second' / 'epoch_1.pth'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['state_dict']['fc.2.bias'][0] = checkpoint['state_dict']['fc.2.bias'][0].nextafter(torch.tensor(1e9))
+    checkpoint['optimizer']['state'][0]['step'] += 1
+    checkpoint['message_hub']['log_scalars']['train/loss']._log_history[2] += 1e-7
+    torch.save(checkpoint, path)
+    assert soak.compare(tmp_path / 'first', tmp_path / 'second')[1] == [
+        'epoch_1.pth/state_dict/fc.2.bias', 'epoch_1.pth/optimizer/state/0/step', 'epoch_1.pth/losses/train/loss/0/2']
+
+
 # ---- numerical guard ----
 
 class Poison(Hook):
@@ -333,6 +350,15 @@ def test_guard_counts_on_after_resumption(tmp_path):
         train(tmp_path, guard=dict(skip=1), hooks=[Poison({2}, 'gradient')], signal_at=3)
     with pytest.raises(FloatingPointError, match='iteration 5: .*1 such steps were skipped before'):
         train(tmp_path, guard=dict(skip=1), hooks=[Poison({5}, 'gradient')], resume=True)
+
+
+@pytest.mark.parametrize('config', ['localvim-nano_digits', 'localvmamba-nano_digits'])
+def test_bfloat16_is_not_stopped_by_the_guard(tiny_digits, tmp_path, config):
+    task = dict(config=config, iterations=4, batch=8)
+    plain, low = (losses(tiny_digits, tmp_path / str(bfloat16), bfloat16=bfloat16, **task)
+                  for bfloat16 in (False, True))
+    plain, low = (torch.tensor([step['loss'] for step in curve]) for curve in (plain, low))
+    assert not torch.equal(plain, low) and torch.allclose(plain, low, rtol=0.05)
 
 
 class Broken(Images):

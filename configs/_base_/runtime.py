@@ -7,7 +7,8 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     exact_resume=dict(type='mmlocalmamba.ExactResumeHook'),
     preemption=dict(type='mmlocalmamba.PreemptionHook'),
-    numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'))
+    numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'),
+    broken_files=dict(type='mmlocalmamba.BrokenFilesHook'))
 
 # Before anything loads a checkpoint: inferencers do so before they build the model, and torch would
 # refuse what MMEngine writes into its checkpoints.

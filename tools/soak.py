@@ -1,0 +1,305 @@
+"""Interrupt a training at random moments for some time; at the end it must equal one that nothing interrupted.
+
+    python tools/soak.py --minutes 30
+
+1. Images of 1,000 sizes go through both backbones: their caches stay bounded, the memory stays flat.
+2. A short training measures how long the start and an epoch take, which sets the number of epochs.
+3. The training is run, and interrupted by SIGTERM, SIGUSR1, SIGKILL, and SIGKILL while a checkpoint is being
+   written; each time it is started again with --resume.
+4. The same training is run without interruption, and its memory sampled.
+5. All checkpoints that both leave must be equal bit for bit: weights, optimizer, schedulers, position in the data,
+   and every loss since the first iteration.
+
+Prints a table, writes WORK_DIR/soak.json, and exits with 1 if a check fails. The data: `make demo`, or
+tools/dataset_converters/digits.py data/digits.
+"""
+import argparse
+import functools
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import mmlocalmamba
+from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.jobs import EXIT_PREEMPTED
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = 80  # 10 iterations an epoch, so that there are many checkpoints
+VAL_INTERVAL = 4
+SIZES = 1000
+# A leak of a few tables per size or iteration is far above it, the allocator's noise is below.
+MAX_GROWTH = 0.05
+# How a life ends: the signal, and whether it waits for a checkpoint that is being written.
+ENDS = {'SIGTERM': (signal.SIGTERM, False), 'SIGUSR1': (signal.SIGUSR1, False), 'SIGKILL': (signal.SIGKILL, False),
+        'SIGKILL while writing': (signal.SIGKILL, True)}
+
+
+def rss(pid='self'):
+    """Resident memory of a process in MB; 0 if it has gone."""
+    try:
+        return int(Path(f'/proc/{pid}/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
+    except OSError:
+        return 0.
+
+
+def processor_seconds(pid):
+    """That a process has used. Moments are counted in them, so that a busy machine changes nothing."""
+    try:
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return 0.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
+def children(pid):
+    try:
+        return Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    except OSError:
+        return []
+
+
+def growth(samples):
+    """Of the median of the second quarter of the samples to that of the last."""
+    def median(values):
+        return sorted(values)[len(values) // 2]
+
+    quarter = len(samples) // 4
+    return median(samples[-quarter:]) / median(samples[quarter:2 * quarter]) - 1 if quarter else 0.
+
+
+# ---- sizes ----
+
+def through_sizes(seed):
+    """Forward and backward passes with SIZES different numbers of tokens, H x W."""
+    generator = random.Random(seed)
+    sizes = generator.sample([(H, W) for H in range(1, 65) for W in range(1, 65)], SIZES)
+    directions = ['h', 'v_flip', 'w3', 'hilbert']
+    backbones = [LocalVMamba(dict(embed_dims=[8, 16], depths=[1, 1], d_state=1), directions=directions, patch_size=1),
+                 LocalVim(dict(embed_dims=8, num_layers=1, d_state=1), directions=directions, patch_size=1,
+                          img_size=8)]
+    caches = [cache for cache in gc.get_objects() if type(cache) is functools._lru_cache_wrapper
+              and cache.__module__.startswith('mmlocalmamba')]
+    samples = []
+    for H, W in sizes:
+        for backbone in backbones:
+            sum(out.sum() for out in backbone(torch.rand(1, 3, H, W))).backward()
+        samples.append(rss())
+    info = {f'{cache.__module__}.{cache.__name__}': cache.cache_info() for cache in caches}
+    return dict(rss_mb=dict(after_100=samples[99], after_500=samples[499], after_1000=samples[-1]),
+                growth=growth(samples),
+                caches={name: dict(entries=entry.currsize, limit=entry.maxsize) for name, entry in info.items()},
+                # Those without a limit do not depend on sizes: they hold a few entries, if any.
+                bounded=all(entry.currsize <= (entry.maxsize or 8) for entry in info.values()))
+
+
+# ---- lives of a training ----
+
+class Job:
+    """A training in a folder: each ``life`` is a process."""
+
+    def __init__(self, config, folder, epochs, seed):
+        self.folder, self.epochs = folder, epochs
+        options = [f'train_dataloader.dataset.indices={IMAGES}', f'val_dataloader.dataset.indices={IMAGES // 8}',
+                   f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={VAL_INTERVAL}',
+                   f'randomness.seed={seed}']
+        self.command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(folder),
+                        '--resume', '--cfg-options', *options]
+        self.log = folder / 'output.txt'
+        self.samples, self.worker_samples = [], []
+        self.used = self.until_checkpoint = 0.  # of processor time, in the longest and the first life
+
+    def life(self, end=None, moment=float('inf')):
+        """Run until the training ends, or is interrupted after ``moment`` seconds of processor time: (exit code,
+        seconds)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
+        with open(self.log, 'ab') as log:
+            process = subprocess.Popen(self.command, cwd=ROOT, env=env, stdout=log, stderr=log,
+                                       start_new_session=True)
+        try:
+            if self._watch(process, moment):
+                number, while_writing = ENDS[end]
+                if not while_writing or self._catch_writing(process):
+                    os.killpg(process.pid, number)
+            self._watch(process)
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # workers, if it left some
+            except ProcessLookupError:
+                pass
+            process.wait()
+        return process.returncode, time.monotonic() - begin
+
+    def _watch(self, process, moment=float('inf')):
+        """Sample the memory; whether the moment came before the end."""
+        while process.poll() is None:
+            used = processor_seconds(process.pid)
+            if used >= moment:
+                return True
+            self.samples.append(rss(process.pid))
+            self.worker_samples.append(sum(map(rss, children(process.pid))))
+            self.used = max(self.used, used)
+            if not self.until_checkpoint and (self.folder / 'last_checkpoint').exists():
+                self.until_checkpoint = used
+            try:
+                process.wait(min(1., max(0.01, moment - used)))
+            except subprocess.TimeoutExpired:
+                pass
+        return False
+
+    def _catch_writing(self, process):
+        while process.poll() is None:
+            if any(name.endswith('.tmp') for name in os.listdir(self.folder)):
+                return True
+            time.sleep(0.002)
+        return False
+
+    def last_checkpoint(self):
+        record = self.folder / 'last_checkpoint'
+        return Path(record.read_text()).name if record.exists() else ''
+
+    def fail(self, code):
+        lines = self.log.read_text(errors='replace').splitlines()[-30:]
+        raise SystemExit('\n'.join([*lines, f'the training ended with {code}; all its output: {self.log}']))
+
+
+def undisturbed(job):
+    code, seconds = job.life()
+    if code:
+        job.fail(code)
+    return seconds
+
+
+def interrupted(job, minutes, cycles, mean, generator):
+    """Lives of ``mean`` seconds of processor time, until the time is over and there were as many interruptions as
+    wanted, and a last one to the end of the training."""
+    lives, begin = [], time.monotonic()
+    while True:
+        over = time.monotonic() - begin > 60 * minutes and len(lives) >= cycles
+        end = None if over else list(ENDS)[len(lives) % len(ENDS)]
+        moment = float('inf') if over else generator.uniform(0.1, 1.9) * mean
+        code, seconds = job.life(end, moment)
+        lives.append(dict(end=end, moment=None if over else moment, seconds=seconds, exit_code=code,
+                          last_checkpoint=job.last_checkpoint()))
+        print(f'{len(lives):4}  {end or "-":22} {moment:8.1f} s {seconds:8.1f} s {code:5}  '
+              f'{lives[-1]["last_checkpoint"]}', flush=True)
+        if code == 0:
+            return lives
+        # A signal that comes before the hooks are there, in the first seconds, ends the process as any other.
+        if over or code not in (EXIT_PREEMPTED, -ENDS[end][0]):
+            job.fail(code)
+
+
+# ---- comparison ----
+
+def losses(checkpoint):
+    """Every value that was logged, but times and memory."""
+    history = checkpoint['message_hub']['log_scalars']
+    return {name: (value._log_history.tolist(), value._count_history.tolist()) for name, value in history.items()
+            if name.startswith('train/') and not name.endswith(('time', 'memory'))}
+
+
+def differences(first, second, place=''):
+    """Paths inside of two nested structures where they are not equal bit for bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return [] if torch.equal(first, second) and first.dtype == second.dtype else [place]
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        return [path for key in first for path in differences(first[key], second[key], f'{place}/{key}')]
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        return [path for i, (a, b) in enumerate(zip(first, second)) for path in differences(a, b, f'{place}/{i}')]
+    return [] if first == second else [place]
+
+
+def compare(first, second):
+    """Checkpoints of two folders, without those of preemptions: (names, differences)."""
+    names = [sorted(path.name for path in folder.glob('*.pth') if path.name != 'preempted.pth')
+             for folder in (first, second)]
+    if names[0] != names[1]:
+        return names[0], [f'{names[0]} and {names[1]}']
+    found = []
+    for name in names[0]:
+        states = []
+        for folder in (first, second):
+            checkpoint = torch.load(folder / name, weights_only=True)
+            state = {key: value for key, value in checkpoint.items() if key not in ('meta', 'message_hub')}
+            states.append(dict(state, losses=losses(checkpoint),
+                               progress=[checkpoint['meta'][key] for key in ('epoch', 'iter', 'seed')]))
+        found += differences(*states, place=name)
+    return names[0], found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', nargs='?', help='an epoch-based configuration of the digits (default: detection)',
+                        default=mmlocalmamba.config_path('mask-rcnn_localvmamba-nano_digits'))
+    parser.add_argument('--minutes', type=float, default=30., help='how long it is interrupted (default: 30)')
+    parser.add_argument('--cycles', type=int, help='at least so many interruptions (default: one per 90 s)')
+    parser.add_argument('--life', type=float, default=40.,
+                        help='mean seconds of processor time from a start to the signal (default: 40)')
+    parser.add_argument('--seed', type=int, default=0, help='of the training, the sizes and the moments (default: 0)')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/soak'), help='emptied first')
+    args = parser.parse_args()
+    cycles = round(args.minutes / 1.5) if args.cycles is None else args.cycles
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the training, too
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    config, work_dir = Path(args.config).resolve(), args.work_dir.resolve()
+    for folder in ('pilot', 'interrupted', 'undisturbed'):
+        shutil.rmtree(work_dir / folder, ignore_errors=True)
+
+    sizes = through_sizes(args.seed)
+    print(f'{SIZES} sizes: {json.dumps(sizes["rss_mb"])} MB, growth {sizes["growth"]:+.1%}', flush=True)
+
+    pilot = Job(config, work_dir / 'pilot', VAL_INTERVAL, args.seed)
+    undisturbed(pilot)
+    start = pilot.until_checkpoint  # with one epoch
+    epoch = (pilot.used - start) / (VAL_INTERVAL - 1)
+    # A life that is killed loses half an epoch or more; an epoch that was begun and never ended is none.
+    gain = max(0.2 * args.life, args.life - start - epoch / 2)
+    epochs = max(VAL_INTERVAL, round(gain * max(cycles, 60 * args.minutes / args.life) / epoch))
+    print(f'start and first epoch {start:.1f} s, then {epoch:.1f} s an epoch: {epochs} epochs\n\n'
+          'life  end                        moment    seconds  exit  last checkpoint', flush=True)
+
+    job = Job(config, work_dir / 'interrupted', epochs, args.seed)
+    lives = interrupted(job, args.minutes, cycles, args.life, random.Random(args.seed))
+    plain = Job(config, work_dir / 'undisturbed', epochs, args.seed)
+    seconds = undisturbed(plain)
+    names, different = compare(job.folder, plain.folder)
+
+    signals = {end: sum(life['end'] == end and life['exit_code'] != 0 for life in lives) for end in ENDS}
+    memory = dict(training=dict(max_mb=max(plain.samples), growth=growth(plain.samples)),
+                  workers=dict(max_mb=max(plain.worker_samples), growth=growth(plain.worker_samples)),
+                  max_mb_interrupted=max(job.samples))
+    checks = {'the checkpoints are equal': not different and len(names) > 0,
+              f'{cycles} interruptions': sum(signals.values()) >= cycles,
+              'no partial file is left': not list(job.folder.glob('*.tmp')),
+              'the caches are bounded': sizes['bounded'],
+              'the memory is flat over the sizes': sizes['growth'] <= MAX_GROWTH,
+              'the memory is flat over the training': memory['training']['growth'] <= MAX_GROWTH}
+    summary = dict(config=config.name, seed=args.seed, epochs=epochs, iterations=epochs * IMAGES // 8,
+                   seconds_interrupted=sum(life['seconds'] for life in lives), seconds_undisturbed=seconds,
+                   interruptions=signals, compared=names, different=different[:20], memory=memory, sizes=sizes,
+                   checks=checks, lives=lives)
+    (work_dir / 'soak.json').write_text(json.dumps(summary, indent=1))
+    rows = [('interrupted training', f'{summary["seconds_interrupted"] / 60:.1f} min, {len(lives)} lives'),
+            ('undisturbed training', f'{seconds / 60:.1f} min'),
+            *[(f'ended by {end}', count) for end, count in signals.items()],
+            ('compared', ', '.join(names)), ('different', ', '.join(different[:5]) or 'nothing'),
+            ('memory, growth', f'{memory["training"]["max_mb"]:.0f} MB, {memory["training"]["growth"]:+.1%}'),
+            ('workers, growth', f'{memory["workers"]["max_mb"]:.0f} MB, {memory["workers"]["growth"]:+.1%}'),
+            *[(name, 'yes' if good else 'NO') for name, good in checks.items()]]
+    print('\n' + '\n'.join(f'{name:38} {value}' for name, value in rows))
+    sys.exit(0 if all(checks.values()) else 1)
+
+
+if __name__ == '__main__':
+    main()
