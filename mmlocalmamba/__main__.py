@@ -248,8 +248,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest='command', required=True)
     commands.add_parser('doctor', help='versions, backends, and a self-test of each')
     command = commands.add_parser('tune', help='choose block sizes of the Triton scan kernels for this GPU',
-                                  description=f'The choice goes to {tuning.path()}; {tuning.CACHE_VARIABLE} names '
-                                              'another file.')
+                                  description='The choice goes to ~/.cache/mmlocalmamba/tuning.json (or under '
+                                              f'$XDG_CACHE_HOME), or to the file that ${tuning.CACHE_VARIABLE} names.')
     command.add_argument('--dtypes', nargs='+', choices=[str(dtype).removeprefix('torch.') for dtype in _AGREE],
                          default=['bfloat16', 'float32'], help='of the activations (default: %(default)s)')
     command.add_argument('--states', nargs='+', type=_positive, default=[16, 1],
