@@ -1,6 +1,7 @@
 """Files that are broken, or that somebody has made to do harm: a clear error that names the file, and nothing else."""
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -272,5 +273,7 @@ def test_a_validation_never_skips(digits, tmp_path):
         start(Runner)
         with pytest.raises(RuntimeError, match='cannot be read'):
             data[0]
+    with pytest.raises(RuntimeError, match='cannot be read'):
+        pickle.loads(pickle.dumps(data))[0]  # as in workers that are spawned
     with pytest.raises(ValueError, match='skip must be at least 0, got -1'):
         jobs.BrokenFilesHook(skip=-1)
