@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -354,6 +354,15 @@ def _shield_worker(init: Any, worker: int) -> None:
         threading.Thread(target=_obey_parent_alone, daemon=True).start()
 
 
+def _start_shielded(start: Callable[[], Any]) -> Any:
+    """Start workers with signals blocked, until each has shielded itself. Those to the training wait meanwhile."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, PreemptionHook.SIGNALS)
+    try:
+        return start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 @HOOKS.register_module()
 class PreemptionHook(Hook):
     """SIGTERM or SIGUSR1: finish the iteration, write a checkpoint, leave with exit code 75 (EX_TEMPFAIL).
@@ -386,6 +395,8 @@ class PreemptionHook(Hook):
             self.group = torch.distributed.new_group(backend='gloo')
         for loader in _loaders(runner):
             loader.worker_init_fn = partial(_shield_worker, loader.worker_init_fn)
+            if hasattr(signal, 'pthread_sigmask'):
+                loader._get_iterator = partial(_start_shielded, loader._get_iterator)
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def _note(self, number: int, frame: Any) -> None:

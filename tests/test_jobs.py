@@ -184,6 +184,23 @@ def test_signals_to_a_whole_process_group(tmp_path):
     assert (saved['epoch'], saved['iter']) == (1, 8)
 
 
+class SignalledWorkers(Hook):
+    priority = 'HIGHEST'
+
+    def before_train(self, runner):
+        runner.train_loop.dataloader.worker_init_fn = self.signal_itself
+
+    @staticmethod
+    def signal_itself(worker):
+        for number in jobs.PreemptionHook.SIGNALS:
+            os.kill(os.getpid(), number)
+
+
+def test_workers_are_shielded_from_their_first_moment(tmp_path):
+    runner = train(tmp_path, workers=1, epochs=2, hooks=[SignalledWorkers()])
+    assert runner.iter == 12 and not (tmp_path / 'preempted.pth').exists()
+
+
 # ---- SIGKILL ----
 
 def test_killed_at_a_random_iteration(tmp_path):
