@@ -126,6 +126,7 @@ def test_preempted_training_equals_the_uninterrupted_one(tmp_path, case):
     """Weights, optimizer, schedulers, random numbers, and each image loaded as often."""
     options = dict(CASES[case])
     at = options.pop('signal_at')
+    handler = signal.getsignal(signal.SIGTERM)
     whole = train(tmp_path / 'whole', **options)
     for signal_at in (at, at + 3):  # twice
         with pytest.raises(SystemExit) as left:
@@ -139,7 +140,7 @@ def test_preempted_training_equals_the_uninterrupted_one(tmp_path, case):
     assert same(job_task.state(whole), job_task.state(resumed))
     if not options.get('workers'):  # they load ahead
         assert len((tmp_path / 'parts' / 'loaded').read_text().split()) <= 2 * (whole.iter + 2)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_without_the_hook_resumption_differs(tmp_path):
