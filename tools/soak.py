@@ -68,12 +68,14 @@ def children(pid):
 
 
 def growth(samples):
-    """Of the median of the second quarter of the samples to that of the last."""
+    """From the median of the second quarter of the samples to that of the last; 0 of too few samples to tell."""
     def median(values):
         return sorted(values)[len(values) // 2]
 
     quarter = len(samples) // 4
-    return median(samples[-quarter:]) / median(samples[quarter:2 * quarter]) - 1 if quarter else 0.
+    if quarter < 15:
+        return 0.
+    return median(samples[-quarter:]) / median(samples[quarter:2 * quarter]) - 1
 
 
 # ---- sizes ----
@@ -146,10 +148,11 @@ class Job:
             used = processor_seconds(process.pid)
             if used >= moment:
                 return True
-            self.samples.append(rss(process.pid))
-            self.worker_samples.append(sum(map(rss, children(process.pid))))
             self.used = max(self.used, used)
-            if not self.until_checkpoint and (self.folder / 'last_checkpoint').exists():
+            if self.until_checkpoint:
+                self.samples.append(rss(process.pid))
+                self.worker_samples.append(sum(map(rss, children(process.pid))))
+            elif (self.folder / 'last_checkpoint').exists():
                 self.until_checkpoint = used
             try:
                 process.wait(min(1., max(0.01, moment - used)))
@@ -180,14 +183,14 @@ def undisturbed(job):
     return seconds
 
 
-def interrupted(job, minutes, cycles, mean, generator):
-    """Lives of ``mean`` seconds of processor time, until the time is over and there were as many interruptions as
-    wanted, and a last one to the end of the training."""
+def interrupted(job, minutes, cycles, moments):
+    """Lives that are interrupted after ``moments`` (over and over again), until the time is over and there were as many
+    interruptions as wanted, and a last one to the end of the training."""
     lives, begin = [], time.monotonic()
     while True:
         over = time.monotonic() - begin > 60 * minutes and len(lives) >= cycles
         end = None if over else list(ENDS)[len(lives) % len(ENDS)]
-        moment = float('inf') if over else generator.uniform(0.1, 1.9) * mean
+        moment = float('inf') if over else moments[len(lives) % len(moments)]
         code, seconds = job.life(end, moment)
         lives.append(dict(end=end, moment=None if over else moment, seconds=seconds, exit_code=code,
                           last_checkpoint=job.last_checkpoint()))
@@ -243,13 +246,13 @@ def main():
     parser.add_argument('config', nargs='?', help='an epoch-based configuration of the digits (default: detection)',
                         default=mmlocalmamba.config_path('mask-rcnn_localvmamba-nano_digits'))
     parser.add_argument('--minutes', type=float, default=30., help='how long it is interrupted (default: 30)')
-    parser.add_argument('--cycles', type=int, help='at least so many interruptions (default: one per 90 s)')
+    parser.add_argument('--cycles', type=int, help='at least so many interruptions (default: one per 90 s, and four)')
     parser.add_argument('--life', type=float, default=40.,
                         help='mean seconds of processor time from a start to the signal (default: 40)')
     parser.add_argument('--seed', type=int, default=0, help='of the training, the sizes and the moments (default: 0)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/soak'), help='emptied first')
     args = parser.parse_args()
-    cycles = round(args.minutes / 1.5) if args.cycles is None else args.cycles
+    cycles = max(len(ENDS), round(args.minutes / 1.5)) if args.cycles is None else args.cycles
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the training, too
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     config, work_dir = Path(args.config).resolve(), args.work_dir.resolve()
@@ -263,22 +266,26 @@ def main():
     undisturbed(pilot)
     start = pilot.until_checkpoint  # with one epoch
     epoch = (pilot.used - start) / (VAL_INTERVAL - 1)
-    # A life that is killed loses half an epoch or more; an epoch that was begun and never ended is none.
-    gain = max(0.2 * args.life, args.life - start - epoch / 2)
-    epochs = max(VAL_INTERVAL, round(gain * max(cycles, 60 * args.minutes / args.life) / epoch))
+    # Even quantiles in random order, so that few lives do not take much more time than they are expected to.
+    planned = max(cycles, round(60 * args.minutes / args.life))
+    moments = [args.life * (0.1 + 1.8 * (number + 0.5) / planned) for number in range(planned)]
+    random.Random(args.seed).shuffle(moments)
+    # Lives that are killed lose some of it, so that the training does not end before the interruptions do.
+    gain = sum(max(0., moment - start + epoch) for moment in moments)
+    epochs = max(VAL_INTERVAL, round(gain / epoch) + 2)
     print(f'start and first epoch {start:.1f} s, then {epoch:.1f} s an epoch: {epochs} epochs\n\n'
           'life  end                        moment    seconds  exit  last checkpoint', flush=True)
 
     job = Job(config, work_dir / 'interrupted', epochs, args.seed)
-    lives = interrupted(job, args.minutes, cycles, args.life, random.Random(args.seed))
+    lives = interrupted(job, args.minutes, cycles, moments)
     plain = Job(config, work_dir / 'undisturbed', epochs, args.seed)
     seconds = undisturbed(plain)
     names, different = compare(job.folder, plain.folder)
 
     signals = {end: sum(life['end'] == end and life['exit_code'] != 0 for life in lives) for end in ENDS}
-    memory = dict(training=dict(max_mb=max(plain.samples), growth=growth(plain.samples)),
-                  workers=dict(max_mb=max(plain.worker_samples), growth=growth(plain.worker_samples)),
-                  max_mb_interrupted=max(job.samples))
+    memory = dict(training=dict(max_mb=max(plain.samples, default=0.), growth=growth(plain.samples)),
+                  workers=dict(max_mb=max(plain.worker_samples, default=0.), growth=growth(plain.worker_samples)),
+                  max_mb_interrupted=max(job.samples, default=0.))
     checks = {'the checkpoints are equal': not different and len(names) > 0,
               f'{cycles} interruptions': sum(signals.values()) >= cycles,
               'no partial file is left': not list(job.folder.glob('*.tmp')),
