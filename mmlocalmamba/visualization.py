@@ -133,8 +133,11 @@ def draw_alphas(steps: Sequence[int], probabilities: np.ndarray, candidates: Seq
                       marker='.' if len(steps) == 1 else None)
         axes.set_title(block, fontsize=7)
         axes.tick_params(labelsize=6)
-    for axes in figure.axes[len(blocks):]:
+    for index, axes in enumerate(figure.axes[len(blocks):], len(blocks)):
         axes.set_axis_off()
+        figure.axes[index - columns].tick_params(labelbottom=True)
+    figure.supxlabel('epoch or iteration', fontsize=7)
+    figure.supylabel('probability', fontsize=7)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=7)
     return figure
 
