@@ -21,11 +21,9 @@ digits = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(digits)
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp('data') / 'digits'
-    digits.generate(out, scale='tiny')
-    return out
+@pytest.fixture
+def data(tiny_digits):
+    return tiny_digits
 
 
 def hashes(folder):

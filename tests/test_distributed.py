@@ -3,43 +3,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 
 import pytest
 import torch
-from test_jobs import ROOT, finish, same
-
-PYTHON = [sys.executable, '-W', 'ignore']
-
-
-def port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return str(free.getsockname()[1])
-
-
-def start(*command, **env):
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
-
-
-def run_on_two(*command, returncode=0):
-    number = port()
-    processes = [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                       MASTER_PORT=number) for rank in range(2)]
-    for process in processes:
-        finish(process, returncode)
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data') / 'digits'
-    subprocess.run([*PYTHON, str(ROOT / 'tools/dataset_converters/digits.py'), str(folder), '--scale', 'tiny'],
-                   check=True, capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    return folder
-
+from processes import PYTHON, ROOT, finish, port, run_on_two, start
+from test_jobs import same
 
 STEPS = 3
 # UperNet pools to one pixel, which BatchNorm cannot take in batches of one image. Across processes, BatchNorm works
@@ -50,7 +19,7 @@ TASKS = [dict(config='localvim-nano_digits'),
               options={'model.decode_head.norm_cfg': dict(type='GN', num_groups=8)})]
 
 
-def test_two_processes_have_the_loss_curve_of_one(digits, tmp_path):
+def test_two_processes_have_the_loss_curve_of_one(tiny_digits, tmp_path):
     """One image for each process, and one process that accumulates the gradients of two images.
 
     Losses of detectors are divided by what each process found in its images, so that it must be the same images. No
@@ -58,7 +27,7 @@ def test_two_processes_have_the_loss_curve_of_one(digits, tmp_path):
     """
     for name in ('one', 'two'):
         (tmp_path / name).mkdir()
-    program = [*PYTHON, ROOT / 'tests/loss_task.py', digits]
+    program = [*PYTHON, ROOT / 'tests/loss_task.py', tiny_digits]
     single = [dict(task, iterations=2 * STEPS, options={**task.get('options', {}),
                                                          'optim_wrapper.accumulative_counts': 2}) for task in TASKS]
     finish(start(*program, tmp_path / 'one', json.dumps(single)))
@@ -145,7 +114,7 @@ def test_launcher_says_that_it_was_preempted(tmp_path, whole):
         except subprocess.TimeoutExpired:
             pass
     process.send_signal(signal.SIGUSR1)
-    finish(process, 75)
+    finish(process, returncode=75)
     assert (tmp_path / 'last_checkpoint').read_text().endswith('preempted.pth')
     finish(start(*launch(*local()), *job(tmp_path, workers=1, resume=True)[3:]))
     check(tmp_path, whole)
@@ -183,7 +152,6 @@ def test_two_nodes(two_nodes, tmp_path, whole):
     processes = [start('ip', 'netns', 'exec', name, *arguments, '--local-addr', f'10.98.76.{number}', '--rdzv-conf',
                        f'is_host={number == 1}', *task, GLOO_SOCKET_IFNAME=name)
                  for number, name in enumerate(two_nodes, 1)]
-    for process in processes:
-        finish(process)
+    finish(*processes)
     states = [torch.load(tmp_path / f'state{rank}.pt') for rank in range(2)]
     check(tmp_path, whole if same(states[0]['model'], whole[0]['model']) else whole[::-1])

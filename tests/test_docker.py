@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_distributed import finish, start
+from processes import ROOT, finish, start
 from torch.distributed import run as torchrun
 
 from mmlocalmamba.jobs import EXIT_PREEMPTED, PreemptionHook
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / 'docker'
 COMPOSE = yaml.safe_load((DOCKER / 'compose.yml').read_text())
 SERVICE, JOB = yaml.safe_load_all((DOCKER / 'kubernetes.yml').read_text())
@@ -194,7 +193,6 @@ def parse(command, monkeypatch):
         launcher = torchrun.parse_args(command[1:])
         command = [launcher.training_script, *launcher.training_script_args]
     assert command[0] == 'tools/train.py'
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', command)
     import train
@@ -303,7 +301,8 @@ NOTE = '#!/usr/bin/env bash\necho "$*" >>"$CALLS"\nexit $((CODE * (SLURM_NODEID 
 @pytest.mark.parametrize('code', [0, 1, EXIT_PREEMPTED])
 def test_slurm_requeues_what_was_preempted(slurm, code):
     """Nothing else, and the exit code is that of the worst node."""
-    finish(slurm('tools/train.py', 'CONFIG', '--resume', programs=dict(python=NOTE), env=dict(CODE=str(code))), code)
+    finish(slurm('tools/train.py', 'CONFIG', '--resume', programs=dict(python=NOTE), env=dict(CODE=str(code))),
+           returncode=code)
     launches, others = slurm.calls()[:2], slurm.calls()[2:]
     assert others == ([f'requeue {JOB_ID}'] if code == EXIT_PREEMPTED else [])
     assert launches[0] == launches[1]
@@ -333,6 +332,6 @@ def test_slurm_signal():
 def test_slurm_trains_on_two_nodes(slurm, tmp_path):
     """The training itself, on a process for each of two launchers: preempted on one, it leaves on both."""
     task = json.dumps(dict(work_dir=str(tmp_path / 'job'), launcher='pytorch', signal_at=4))
-    finish(slurm('tests/job_task.py', task, env=dict(PROCESSES='1')), EXIT_PREEMPTED)
+    finish(slurm('tests/job_task.py', task, env=dict(PROCESSES='1')), returncode=EXIT_PREEMPTED)
     assert slurm.calls() == [f'requeue {JOB_ID}']
     assert torch.load(tmp_path / 'job/preempted.pth', weights_only=True)['meta']['iter'] == 4

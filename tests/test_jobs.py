@@ -10,17 +10,17 @@ from pathlib import Path
 import job_task
 import numpy as np
 import pytest
+import soak
 import torch
 from loss_task import losses
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
+from processes import PYTHON, ROOT, finish, start
 from search_task import Images
 from torch.utils.data import DataLoader
 
 from mmlocalmamba import jobs
 from mmlocalmamba.files import write_whole
-
-ROOT = Path(__file__).parents[1]
 
 
 def train(*args, **kwargs):
@@ -30,28 +30,12 @@ def train(*args, **kwargs):
 
 
 def same(first, second):
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
+    return not soak.differences(first, second)
 
 
-def start(*tasks, **env):
-    return subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'job_task.py'), *map(json.dumps, tasks)],
-                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-
-def finish(process, returncode=0):
-    try:
-        output, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == returncode, output
-    return output
+def start_jobs(*tasks, **env):
+    """Trainings one after the other, in a process that leads a group of its own."""
+    return start(*PYTHON, ROOT / 'tests/job_task.py', *map(json.dumps, tasks), new_session=True, **env)
 
 
 # ---- data ----
@@ -179,7 +163,7 @@ def test_signals_to_a_whole_process_group(tmp_path):
     """Schedulers and torchrun signal dataloader workers, too, which would take the training with them."""
     options = dict(work_dir=str(tmp_path / 'parts'), workers=2, persistent=True)
     begin = time.time()
-    finish(start(dict(options, signal_at=8, signal_group=True, slow=0.05)), returncode=75)
+    finish(start_jobs(dict(options, signal_at=8, signal_group=True, slow=0.05)), returncode=75)
     assert time.time() - begin < 60
     saved = torch.load(tmp_path / 'parts' / 'preempted.pth', weights_only=True)['meta']
     assert (saved['epoch'], saved['iter']) == (1, 8)
@@ -207,8 +191,8 @@ def test_workers_are_shielded_from_their_first_moment(tmp_path):
 def test_killed_at_a_random_iteration(tmp_path):
     kill_at = int(np.random.default_rng().integers(1, 18))
     options = dict(work_dir=str(tmp_path / 'parts'), workers=1)
-    finish(start(dict(options, kill_at=kill_at)), returncode=-signal.SIGKILL)
-    finish(start(dict(options, resume=True), dict(options, work_dir=str(tmp_path / 'whole'))))
+    finish(start_jobs(dict(options, kill_at=kill_at)), returncode=-signal.SIGKILL)
+    finish(start_jobs(dict(options, resume=True), dict(options, work_dir=str(tmp_path / 'whole'))))
     whole, resumed = (torch.load(tmp_path / name / 'state0.pt') for name in ('whole', 'parts'))
     assert same(whole, resumed), f'killed at iteration {kill_at}'
 
@@ -298,9 +282,7 @@ def test_best_checkpoints_are_replaced_after_they_are_written(tmp_path, monkeypa
     assert order[2:] == [str(tmp_path / 'best_score_epoch_5.pth'), first] and not Path(first).exists()
 
 
-def test_the_soak_sees_every_difference(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools')
-    import soak
+def test_the_soak_sees_every_difference(tmp_path):
     for name in ('first', 'second'):
         train(tmp_path / name, epochs=1)
     assert soak.compare(tmp_path / 'first', tmp_path / 'second') == (['epoch_1.pth'], [])
@@ -312,6 +294,12 @@ def test_the_soak_sees_every_difference(tmp_path, monkeypatch):
     torch.save(checkpoint, path)
     assert soak.compare(tmp_path / 'first', tmp_path / 'second')[1] == [
         'epoch_1.pth/state_dict/fc.2.bias', 'epoch_1.pth/optimizer/state/0/step', 'epoch_1.pth/losses/train/loss/0/2']
+
+
+def test_the_soak_sees_growth():
+    assert soak.flat(soak.growth([100.] * 80)) is True
+    assert soak.flat(soak.growth([100.] * 40 + [106.] * 40)) is False
+    assert soak.flat(soak.growth([100.] * 20 + [106.] * 20)) is None  # too few to tell
 
 
 # ---- numerical guard ----

@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,11 +13,11 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
+from processes import PYTHON, ROOT, finish, run_on_two, start
 
 from mmlocalmamba.backbones import LocalVMamba
 from mmlocalmamba.convert import to_official
 
-ROOT = Path(__file__).parents[1]
 FILES = {'directions.json', 'alphas.csv', 'directions.png', 'alphas.png'}
 
 
@@ -193,46 +192,29 @@ def test_resuming_something_else_is_refused(tmp_path):
         train(tmp_path, 'joint', resume=True)
 
 
-def start(*searches, **env):
+def command(*searches):
     """Run (work_dir, options) one after the other in a process of their own."""
     arguments = [str(part) if isinstance(part, Path) else json.dumps(part) for search in searches for part in search]
-    return subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'search_task.py'), *arguments],
-                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process, returncode=0):
-    try:
-        output, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == returncode, output
+    return [*PYTHON, ROOT / 'tests/search_task.py', *arguments]
 
 
 def test_sigkill_at_a_random_iteration(tmp_path):
     """Killed for real, with workers, in the middle of an epoch or between two."""
     kill_at = random.SystemRandom().randint(1, 8)
     options = dict(mode='bilevel', workers=1)
-    finish(start((tmp_path / 'parts', dict(options, kill_at=kill_at))), returncode=-9)
+    finish(start(*command((tmp_path / 'parts', dict(options, kill_at=kill_at)))), returncode=-9)
     assert not (tmp_path / 'parts' / 'alphas0.pt').exists()
-    processes = [start((tmp_path / 'whole', options)), start((tmp_path / 'parts', dict(options, resume=True)))]
-    for process in processes:
-        finish(process)
+    finish(start(*command((tmp_path / 'whole', options))),
+           start(*command((tmp_path / 'parts', dict(options, resume=True)))))
     assert all(same(tmp_path / 'whole', tmp_path / 'parts').values()), f'killed at iteration {kill_at}'
 
 
 def test_two_processes_have_the_same_logits(tmp_path):
     """In the middle of training, too: the hook compares ranks at every report."""
-    with socket.socket() as port:
-        port.bind(('127.0.0.1', 0))
-        number = str(port.getsockname()[1])
     directions = dict(candidates=search_task.CANDIDATES, sampling='single_path', samples=2)
     searches = [(tmp_path / mode, dict(mode=mode, epochs=2, launcher='pytorch', directions=directions))
                 for mode in ('joint', 'bilevel')]
-    processes = [start(*searches, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                       MASTER_PORT=number) for rank in range(2)]
-    for process in processes:
-        finish(process)
+    run_on_two(*command(*searches))
     for work_dir, _ in searches:
         first, second = (torch.load(work_dir / f'alphas{rank}.pt') for rank in range(2))
         assert torch.equal(first, second)
