@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import search_task
 import torch
+from loss_task import configure, losses
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
@@ -53,6 +54,25 @@ def test_search_writes_what_a_backbone_takes(tmp_path, mode):
     assert len(lines) == 1 + 3 * 2 * 5 and lines[-1].startswith('3,backbone.stages.1.blocks.0,diag,')
     with pytest.raises(ValueError, match='has 2 entries, but the backbone has 5 blocks'):
         LocalVMamba('nano', directions=str(tmp_path / 'directions.json'))
+
+
+@pytest.mark.parametrize('config', ['mask-rcnn_localvmamba-nano_digits', 'upernet_localvmamba-nano_digits'])
+def test_detection_and_segmentation_search_by_their_own_losses(tiny_digits, tmp_path, config):
+    """From the configuration alone, with held-out data that mmdet and mmseg load, collate and preprocess."""
+    task = dict(config=config, iterations=2, batch=2)
+    held_out = dict(configure(tiny_digits, work_dir=tmp_path, **task).train_dataloader, batch_size=2)
+    found = {}
+    for name, hook in dict(joint={}, bilevel=dict(held_out=held_out, optimizer=dict(type='Adam', lr=1e-2))).items():
+        losses(tiny_digits, tmp_path / name, **task, options={
+            'model.backbone.directions': 'search',
+            'custom_hooks': [dict(type='mmlocalmamba.ScanSearchHook', mode=name, interval=2, **hook)],
+            'optim_wrapper.paramwise_cfg': dict(custom_keys=dict(alphas=dict(decay_mult=0.)))})
+        found[name] = json.loads((tmp_path / name / 'directions.json').read_text())
+        assert found[name]['provenance'].items() >= dict(mode=name, iteration=2).items()
+        LocalVMamba('nano', directions=str(tmp_path / name / 'directions.json'))
+    for result in found.values():  # every block's logits moved: gradients of this loss came to all
+        assert len(result['probabilities']) == 5
+        assert all(max(block) > min(block) for block in result['probabilities'])
 
 
 def groups_of(runner):
