@@ -23,6 +23,7 @@ import os
 
 import numpy as np
 import torch
+from mmengine.config import DictAction
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
@@ -60,10 +61,10 @@ class Planted(torch.utils.data.Dataset):
 
 class Classifier(BaseModel):
 
-    def __init__(self, dim, depth):
+    def __init__(self, dim, depth, sampling):
         super().__init__()
         self.backbone = LocalVim(dict(embed_dims=dim, num_layers=depth, d_state=4), img_size=SIDE, patch_size=1,
-                                 directions='search', drop_path_rate=0.)
+                                 directions=dict(candidates=CANDIDATES, **sampling), drop_path_rate=0.)
         self.head = nn.Linear(dim, 2)
 
     def forward(self, inputs, labels, mode='loss'):
@@ -85,7 +86,7 @@ def search(direction, seed, args):
     if args.mode == 'bilevel':
         hook.update(held_out=loader(1), optimizer=dict(type='Adam', lr=10 * args.lr, betas=(0.5, 0.999)))
     runner = Runner(
-        model=Classifier(args.dim, args.depth), work_dir=work_dir, experiment_name=f'{direction}-{seed}',
+        model=Classifier(args.dim, args.depth, args.sampling), work_dir=work_dir, experiment_name=f'{direction}-{seed}',
         default_scope='mmengine', train_dataloader=loader(0),
         train_cfg=dict(by_epoch=False, max_iters=args.iterations),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=args.lr, weight_decay=0.05), clip_grad=dict(max_norm=5.),
@@ -116,6 +117,8 @@ def main():
     parser.add_argument('--directions', nargs='+', default=['h', 'v', 'w2', 'w7'])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--mode', default='joint', choices=['joint', 'bilevel'])
+    parser.add_argument('--sampling', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+                        help='options of the search, for example sampling=single_path samples=2')
     parser.add_argument('--iterations', type=int, default=100)
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--lr', type=float, default=4e-3)
