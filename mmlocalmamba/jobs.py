@@ -395,8 +395,7 @@ class PreemptionHook(Hook):
             self.group = torch.distributed.new_group(backend='gloo')
         for loader in _loaders(runner):
             loader.worker_init_fn = partial(_shield_worker, loader.worker_init_fn)
-            if hasattr(signal, 'pthread_sigmask'):
-                loader._get_iterator = partial(_start_shielded, loader._get_iterator)
+            loader._get_iterator = partial(_start_shielded, loader._get_iterator)
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def _note(self, number: int, frame: Any) -> None:

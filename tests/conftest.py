@@ -1,4 +1,5 @@
-"""Triton's kernels run in its interpreter where there is no GPU, which must be said before Triton is imported."""
+"""Triton's kernels run in its interpreter where there is no GPU, which must be said before Triton is imported; what
+several files of tests share."""
 import os
 
 import pytest
@@ -16,3 +17,14 @@ def tiny_digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'digits'
     digits.generate(folder, scale='tiny')
     return folder
+
+
+@pytest.fixture
+def tuning_file(tmp_path, monkeypatch):
+    """Where the choice of block sizes is kept, and not the user's own: in a folder that does not exist yet."""
+    from mmlocalmamba.ops import tuning
+    path = tmp_path / 'cache' / 'tuning.json'
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(path))
+    tuning.saved.cache_clear()
+    yield path
+    tuning.saved.cache_clear()

@@ -146,10 +146,11 @@ def test_layers_install_what_make_installs(stack, context, tmp_path):
         if name == 'COPY':
             *sources, target = arguments.replace('${STACK}', stack).split()
             for source in sources:
-                path = image / target / ('' if (context / source).is_dir() else Path(source).name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                copy = shutil.copytree if (context / source).is_dir() else shutil.copy2
-                copy(context / source, path, **(dict(dirs_exist_ok=True) if copy is shutil.copytree else {}))
+                if (context / source).is_dir():
+                    shutil.copytree(context / source, image / target, dirs_exist_ok=True)
+                else:
+                    (image / target).mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(context / source, image / target)
         elif name == 'RUN':
             command = arguments.partition('bash tools/install.sh ')[2]
             outputs.append(install(image, *command.split()))

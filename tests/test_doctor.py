@@ -38,21 +38,16 @@ def test_a_wrong_backend_is_called_so(monkeypatch, capsys):
     assert 'chunked     FAILS: RuntimeError: no such kernel' in capsys.readouterr().out
 
 
-def test_block_sizes_and_their_origin(monkeypatch, capsys, tmp_path):
+def test_block_sizes_and_their_origin(monkeypatch, capsys, tuning_file):
     pytest.importorskip('triton')
     monkeypatch.setattr(ops, 'BACKENDS', {'reference': ops.reference})
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / 'tuning.json'))
-    tuning.saved.cache_clear()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     forward, backward = (tuning.CANDIDATES[kernel][0] for kernel in ('forward', 'backward'))
-    try:
-        assert main.doctor()
-        assert f'Block sizes of the Triton scan kernels:\n  forward: {forward} (built in)' in capsys.readouterr().out
-        tuning.save({tuning.Key(tuning.gpu(device), 'backward', 16, 'float32'): backward})
-        assert main.doctor()
-        assert f'  backward, d_state 16, float32: {backward} ({tmp_path / "tuning.json"})' in capsys.readouterr().out
-    finally:
-        tuning.saved.cache_clear()
+    assert main.doctor()
+    assert f'Block sizes of the Triton scan kernels:\n  forward: {forward} (built in)' in capsys.readouterr().out
+    tuning.save({tuning.Key(tuning.gpu(device), 'backward', 16, 'float32'): backward})
+    assert main.doctor()
+    assert f'  backward, d_state 16, float32: {backward} ({tuning_file})' in capsys.readouterr().out
 
 
 def test_unknown_command():

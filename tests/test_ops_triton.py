@@ -110,14 +110,6 @@ def test_every_block_size(monkeypatch, forward, backward):
         compare(H=1, W=11, D=37, directions=('w2_flip', ), rank=2)
 
 
-@pytest.fixture
-def tuning_file(tmp_path, monkeypatch):
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / 'tuning.json'))
-    tuning.saved.cache_clear()
-    yield tmp_path / 'tuning.json'
-    tuning.saved.cache_clear()
-
-
 def test_tuning(monkeypatch, tuning_file, capsys):
     """With a clock of our own: a candidate that fails and one that computes wrongly win no race, others do."""
     choices = {kernel: candidates[:4] for kernel, candidates in tuning.CANDIDATES.items()}

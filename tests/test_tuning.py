@@ -14,12 +14,8 @@ KEY = tuning.Key('interpreter', 'forward', 16, 'bfloat16')
 
 
 @pytest.fixture(autouse=True)
-def path(tmp_path, monkeypatch):
-    path = tmp_path / 'cache' / 'tuning.json'
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(path))
-    tuning.saved.cache_clear()
-    yield path
-    tuning.saved.cache_clear()
+def path(tuning_file):
+    return tuning_file
 
 
 def choose(kernel='forward', d_state=16, dtype=torch.bfloat16):

@@ -111,11 +111,6 @@ INLINE V<T> polynomial(V<T> x, const T (&coefficients)[n]) {
   return p;
 }
 
-template <typename T>
-INLINE V<T> fraction_exp2(V<T> r) {
-  return polynomial<T>(r, Constants<T>::exp2) * r + T(1);
-}
-
 // Of vectors side by side: the chain of one is long, and what waits for it would fill the processor's queues.
 template <typename T, int count>
 INLINE void fraction_exp2(V<T> (&r)[count]) {
@@ -130,6 +125,13 @@ INLINE void fraction_exp2(V<T> (&r)[count]) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) r[i] = p[i] * r[i] + T(1);
+}
+
+template <typename T>
+INLINE V<T> fraction_exp2(V<T> r) {
+  V<T> alone[1] = {r};
+  fraction_exp2<T, 1>(alone);
+  return alone[0];
 }
 
 #ifdef ISA_AVX512
