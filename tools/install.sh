@@ -195,7 +195,7 @@ install_mmcv() {
         fi
         say "        the ready one does not work with this torch"
     fi
-    say "        compiles mmcv and its ops: 7 minutes on 2 cores, longer for a GPU"
+    say "        compiles mmcv and its ops: 7 to 10 minutes on 2 cores, longer for a GPU"
     # Not the cache: a wheel in it may have been built for another torch.
     CFLAGS="${CFLAGS:--g0 -O2}" MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc 2>/dev/null || echo 2)} quietly \
         "mmcv needs gcc and g++, and for a GPU an nvcc of torch's CUDA version. With too little memory: MAX_JOBS=1." \
@@ -237,7 +237,7 @@ install_package() {
 # ---- go --------------------------------------------------------------------
 
 if [ $use_venv = yes ]; then
-    say "Installing the $STACK stack into ${venv##*/}; in all 2 to 4 minutes, 7 more if mmcv must be compiled."
+    say "Installing the $STACK stack into ${venv##*/}; in all 2 to 4 minutes, 7 to 10 more if mmcv must be compiled."
     # The path is part of the key: the scripts of a moved environment do not start.
     venv_key="$(digest) $venv"
     step venv "$venv_key" "virtual environment ${venv##*/} ($("$python" -V))" "5 s" make_venv
@@ -253,7 +253,7 @@ step build "$(digest requirements/build.txt)" \
     "build tools: setuptools, wheel, ninja, psutil" "5 s" \
     quietly "$network" pip_install -r requirements/build.txt
 step mmcv "$mmcv $(digest requirements/torch.txt)" \
-    "$mmcv with its ops" "10 s from a wheel, 7 minutes when compiled on 2 cores" install_mmcv
+    "$mmcv with its ops" "10 s from a wheel, 7 to 10 minutes when compiled on 2 cores" install_mmcv
 step stack "$(digest "${stack_files[@]}") $dev" \
     "MMEngine, mmpretrain, mmdet, mmsegmentation, mim, test tools" "1 to 2 minutes" install_rest
 step verify "$mmcv $(digest requirements/torch.txt "${stack_files[@]}")" \
