@@ -7,7 +7,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-import mmlocalmamba.engine  # noqa: F401
+import mmlocalmamba.engine.official  # noqa: F401
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.convert import to_official
 

@@ -20,8 +20,8 @@ FLOORS = {
     'mmlocalmamba.convert': 3,
     'mmlocalmamba.backbones': 4,
     'mmlocalmamba.necks': 5,
-    'mmlocalmamba.engine': 5,
-    'mmlocalmamba.jobs': 1,
+    'mmlocalmamba.engine.official': 5,
+    'mmlocalmamba.engine': 1,
     'mmlocalmamba.visualization': 5,
     'mmlocalmamba.__main__': 7,
 }
