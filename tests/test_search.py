@@ -17,7 +17,7 @@ from mmlocalmamba.search.directions import (
     top_directions,
     unchanged,
 )
-from mmlocalmamba.search.mixed_scan import inclusion_probabilities, systematic_sample
+from mmlocalmamba.search.supernet import inclusion_probabilities, systematic_sample
 
 MIXERS = [LocalVimMixer, LocalVMambaMixer]
 SIZE = (4, 6)
