@@ -72,8 +72,8 @@ class ScanSearchHook(Hook):
     The model is any whose backbone has ``directions='search'``. Work directory, at every ``interval`` and at the end:
     ``directions.json``, which a backbone takes as ``directions``, ``alphas.csv``, ``directions.png``, ``alphas.png``.
 
-    The state of the search is in every checkpoint. With the loops of mmlocalmamba, a search that is resumed equals one that was
-    never interrupted.
+    The state of the search is in every checkpoint. With the loops of mmlocalmamba, a search that is resumed equals one
+    that was never interrupted.
 
     Args:
         mode: 'joint' trains the logits with the weights, by the same optimizer, without weight decay (the authors').
