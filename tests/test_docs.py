@@ -184,7 +184,7 @@ def test_the_reference_is_complete():
     """What packages export, and what configurations can name."""
     listed = set(re.findall(r'^.. autoapi\w+:: (\S+)$', (ROOT / 'docs/api.md').read_text(), flags=re.M))
     listed = {name.rsplit('.', 1)[-1] for name in listed}
-    for known in (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS):
+    for known in (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPER_CONSTRUCTORS):
         known.import_from_location()
         assert set(known.module_dict) <= listed
     for package in (backbones, layers, search):
