@@ -6,6 +6,7 @@
 
 #include "vector.h"
 
+#include "columns.h"
 #include "conv_kernel.h"
 #include "merge_kernel.h"
 #include "scan_kernel.h"
