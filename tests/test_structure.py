@@ -17,11 +17,10 @@ FLOORS = {
     'mmlocalmamba.layers': 2,
     'mmlocalmamba.search.hook': 6,
     'mmlocalmamba.search': 3,
-    'mmlocalmamba.convert': 3,
     'mmlocalmamba.backbones': 4,
     'mmlocalmamba.necks': 5,
-    'mmlocalmamba.engine': 5,
-    'mmlocalmamba.jobs': 1,
+    'mmlocalmamba.weights': 5,
+    'mmlocalmamba.engine': 1,
     'mmlocalmamba.visualization': 5,
     'mmlocalmamba.__main__': 7,
 }
