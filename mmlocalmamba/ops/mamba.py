@@ -1,5 +1,5 @@
-"""The functions of the packages ``mamba_ssm`` (2.3) and ``causal_conv1d`` (1.7) by their names, arguments and meaning, on
-any device, with all derivatives: other Mamba models run without those packages, which need CUDA.
+"""The functions of the packages ``mamba_ssm`` (2.3) and ``causal_conv1d`` (1.7) by their names, arguments and meaning,
+on any device, with all derivatives: other Mamba models run without those packages, which need CUDA.
 
 Where their CUDA kernels drop something, it is computed here: gradients of the last state, constant B and C, complex
 state spaces, sequences that start within a batch. Bad shapes raise a ValueError instead of an AssertionError.
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmlocalmamba.ops import linear, selective_scan
-from mmlocalmamba.ops.causal_conv import (causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update,
-                                          causal_conv1d_update_ref)
+from mmlocalmamba.ops.causal_conv import (
+    causal_conv1d_fn,
+)
 from mmlocalmamba.ops.dispatch import check_dtypes, compute_dtype, expect_shape, without_autocast
 
 # Where the packages keep the functions.
