@@ -55,7 +55,7 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_
         activation: None, 'silu' or 'swish' (the same).
 
     Returns:
-        (B, D, L) in x's dtype, computed in float32 at least; with ``return_final_states`` also the states (B, D, W - 1).
+        (B, D, L) in x's dtype, computed in float32 at least; with ``return_final_states`` also (B, D, W - 1).
 
     Raises:
         ValueError: shapes that do not fit, final states with ``seq_idx``.
