@@ -18,7 +18,7 @@ import yaml
 from processes import ROOT, finish, start
 from torch.distributed import run as torchrun
 
-from mmlocalmamba.jobs import EXIT_PREEMPTED, PreemptionHook
+from mmlocalmamba.engine import EXIT_PREEMPTED, PreemptionHook
 
 DOCKER = ROOT / 'docker'
 COMPOSE = yaml.safe_load((DOCKER / 'compose.yml').read_text())

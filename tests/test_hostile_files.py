@@ -14,9 +14,9 @@ from loss_task import build_runner, configure
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from mmlocalmamba import jobs
 from mmlocalmamba.backbones import LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
+from mmlocalmamba.engine import broken_files
 
 ROOT = Path(__file__).parents[1]
 ARCH = dict(embed_dims=[8, 16], depths=[1, 1], d_state=1)
@@ -185,7 +185,7 @@ DAMAGE = dict(missing=Path.unlink, truncated=truncate, empty=lambda path: path.w
 @pytest.mark.parametrize('task,key', [*((task, 'img_path') for task in CONFIGS), ('segmentation', 'seg_map_path')])
 def test_an_image_that_cannot_be_read_is_named(digits, task, key, damage):
     data = dataset(digits, task)
-    data.prepare_data = jobs._Reader(data)
+    data.prepare_data = broken_files._Reader(data)
     assert data[0] and data[1]
     DAMAGE[damage](Path(data.get_data_info(1)[key]))
     assert data[0]
@@ -217,7 +217,7 @@ def test_an_annotation_that_makes_no_mask_names_its_image(digits):
         annotation['segmentation'] = dict(size=[128, 128], counts=[[1]])
     (digits / INSTANCES).write_text(json.dumps(content))
     data = dataset(digits, 'detection')
-    data.prepare_data = jobs._Reader(data)
+    data.prepare_data = broken_files._Reader(data)
     with pytest.raises(RuntimeError, match='sample 0 of CocoDataset was not loaded: its files are .*train/.*png'):
         data[0]
 
@@ -259,7 +259,7 @@ def test_a_training_skips_no_more_than_it_may(digits):
 
 
 def test_a_validation_never_skips(digits, tmp_path):
-    hook = jobs.BrokenFilesHook(skip=100)
+    hook = broken_files.BrokenFilesHook(skip=100)
     data = dataset(digits, 'classification')
     Path(data.get_data_info(0)['img_path']).unlink()
 
@@ -276,4 +276,4 @@ def test_a_validation_never_skips(digits, tmp_path):
     with pytest.raises(RuntimeError, match='cannot be read'):
         pickle.loads(pickle.dumps(data))[0]  # as in workers that are spawned
     with pytest.raises(ValueError, match='skip must be at least 0, got -1'):
-        jobs.BrokenFilesHook(skip=-1)
+        broken_files.BrokenFilesHook(skip=-1)

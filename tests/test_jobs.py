@@ -19,7 +19,7 @@ from processes import PYTHON, ROOT, finish, start
 from search_task import Images
 from torch.utils.data import DataLoader
 
-from mmlocalmamba import jobs
+from mmlocalmamba import engine
 from mmlocalmamba.files import write_whole
 
 
@@ -42,7 +42,7 @@ def start_jobs(*tasks, **env):
 
 def batches(sampler, skip=0, epoch=0, rank=0, world_size=1, batch_size=3, **kwargs):
     loader = DataLoader(Images(), batch_size=batch_size, sampler=sampler, **kwargs)
-    repeatable = jobs.RepeatableBatches(loader, 7, rank=rank, world_size=world_size)
+    repeatable = engine.loops.RepeatableBatches(loader, 7, rank=rank, world_size=world_size)
     repeatable.start(epoch, skip)
     return loader
 
@@ -73,7 +73,7 @@ def test_streams_skip_without_loading(kind, tmp_path):
         (tmp_path / name).mkdir()
         data = job_task.Log(tmp_path / name)
         loader = DataLoader(data, batch_size=5, sampler=kind(data, seed=1))
-        return jobs.BatchStream(jobs.RepeatableBatches(loader, 7), done, done)
+        return engine.loops.BatchStream(engine.loops.RepeatableBatches(loader, 7), done, done)
 
     whole, resumed = stream('whole', 0), stream('resumed', 4)
     expected = [next(whole) for _ in range(7)]
@@ -88,7 +88,7 @@ def test_streams_of_data_cannot_be_repeated():
             yield 1
 
     with pytest.raises(TypeError, match='Stream is read as a stream'):
-        jobs.RepeatableBatches(DataLoader(Stream()), 7)
+        engine.loops.RepeatableBatches(DataLoader(Stream()), 7)
 
 
 # ---- preemption and resumption ----
@@ -115,7 +115,7 @@ def test_preempted_training_equals_the_uninterrupted_one(tmp_path, case):
     for signal_at in (at, at + 3):  # twice
         with pytest.raises(SystemExit) as left:
             train(tmp_path / 'parts', resume=True, signal_at=signal_at, **options)
-        assert left.value.code == jobs.EXIT_PREEMPTED == 75
+        assert left.value.code == engine.EXIT_PREEMPTED == 75
         saved = torch.load(tmp_path / 'parts' / 'preempted.pth', weights_only=True)['meta']
         assert saved['iter'] == -(-signal_at // options.get('accumulate', 1)) * options.get('accumulate', 1)
         assert (tmp_path / 'parts' / 'last_checkpoint').read_text() == str(tmp_path / 'parts' / 'preempted.pth')
@@ -133,7 +133,7 @@ def test_without_the_hook_resumption_differs(tmp_path):
     with pytest.raises(SystemExit):
         train(tmp_path / 'parts', signal_at=8)
     runner = job_task.build(tmp_path / 'parts', resume=True)
-    for hook in [h for h in runner.hooks if isinstance(h, jobs.ExactResumeHook | jobs.PreemptionHook)]:
+    for hook in [h for h in runner.hooks if isinstance(h, engine.ExactResumeHook | engine.PreemptionHook)]:
         runner._hooks.remove(hook)
     runner.train()
     assert not same(job_task.state(whole)['model'], job_task.state(runner)['model'])
@@ -146,7 +146,7 @@ def test_no_iteration_is_left_when_the_last_is_signalled(tmp_path):
 
 def test_preemption_needs_exact_resumption(tmp_path):
     runner = job_task.build(tmp_path)
-    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, jobs.ExactResumeHook)]
+    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, engine.ExactResumeHook)]
     with pytest.raises(ValueError, match='PreemptionHook needs .*ExactResumeHook'):
         runner.train()
 
@@ -177,7 +177,7 @@ class SignalledWorkers(Hook):
 
     @staticmethod
     def signal_itself(worker):
-        for number in jobs.PreemptionHook.SIGNALS:
+        for number in engine.PreemptionHook.SIGNALS:
             os.kill(os.getpid(), number)
 
 
@@ -266,12 +266,13 @@ def test_resumption_takes_the_newest_whole_checkpoint(tmp_path, record):
 
 
 def test_best_checkpoints_are_replaced_after_they_are_written(tmp_path, monkeypatch):
-    hook = jobs.CheckpointHook(save_best='score', rule='greater', max_keep_ckpts=1)
+    hook = engine.CheckpointHook(save_best='score', rule='greater', max_keep_ckpts=1)
     runner = job_task.build(tmp_path, epochs=1)
     runner.train()
     hook.before_train(runner)
     order = []
-    monkeypatch.setattr(jobs, 'write_whole', lambda path, content: order.append(path) or write_whole(path, content))
+    monkeypatch.setattr(engine.checkpoints, 'write_whole',
+                        lambda path, content: order.append(path) or write_whole(path, content))
     monkeypatch.setattr(os, 'remove', lambda path, remove=os.remove: order.append(path) or remove(path))
     hook.after_val_epoch(runner, dict(score=1.))
     first = hook.best_ckpt_path
@@ -348,7 +349,7 @@ def test_guard_skips_as_often_as_it_may(tmp_path):
     with pytest.raises(FloatingPointError, match='2 such steps were skipped before'):
         train(tmp_path / 'more', epochs=1, guard=dict(skip=2), hooks=[Poison({2, 3, 4}, 'gradient')])
     with pytest.raises(ValueError, match='skip must be at least 0, got -1'):
-        jobs.NumericalGuardHook(skip=-1)
+        engine.NumericalGuardHook(skip=-1)
 
 
 def test_guard_counts_on_after_resumption(tmp_path):
@@ -385,5 +386,5 @@ def test_guard_does_not_skip_when_statistics_are_spoilt(tmp_path):
 def test_guard_names_the_samples():
     from mmengine.structures import BaseDataElement
     sample = BaseDataElement(metainfo=dict(img_path='a.png', img_id=3, ori_shape=(1, 2)))
-    assert jobs._sample_names(dict(inputs=[], data_samples=[sample])) == [dict(img_path='a.png', img_id=3)]
-    assert jobs._sample_names((1, 2)) == [] and jobs._sample_names(dict(inputs=0)) == []
+    assert engine.guard._sample_names(dict(inputs=[], data_samples=[sample])) == [dict(img_path='a.png', img_id=3)]
+    assert engine.guard._sample_names((1, 2)) == [] and engine.guard._sample_names(dict(inputs=0)) == []

@@ -13,7 +13,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# As mmlocalmamba.jobs.EXIT_PREEMPTED, whose import would take seconds.
+# As mmlocalmamba.engine.EXIT_PREEMPTED, whose import would take seconds.
 EXIT_PREEMPTED = os.EX_TEMPFAIL
 
 

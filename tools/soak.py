@@ -31,7 +31,7 @@ import torch
 
 import mmlocalmamba
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.jobs import EXIT_PREEMPTED
+from mmlocalmamba.engine import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 80  # 10 iterations an epoch, so that there are many checkpoints

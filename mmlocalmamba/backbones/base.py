@@ -5,20 +5,20 @@ import logging
 import os
 import reprlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.convert import architecture, backbone_state_dict
+from mmlocalmamba.registry import WEIGHT_INITIALIZERS
 from mmlocalmamba.scans import check_scan
 from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
 
 Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
-_LOCALVMAMBA_S = ('LocalVMamba', (2, 2, 27, 2), (96, 192, 384, 768))
+# What weights may need without showing it.
+FACTS = ('directions', 'stride', 'rope')
 # The results of a search with hundreds of blocks are far smaller.
 _MAX_DIRECTIONS_FILE = 1 << 20
 
@@ -140,20 +140,21 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 class LocalMambaBackbone(BaseModule):
-    """Freezing, norm_eval and the loading of pre-trained weights.
+    """Freezing, and what loading asks of a backbone.
+
+    Whatever loads a state dict, MMEngine's and torch's functions too, resizes positions, refuses one that has nothing
+    for this backbone, and one whose metadata say that it belongs to other scan directions (see :meth:`facts`).
 
     ``init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)`` takes checkpoints of this package (of a backbone, or
     of a classifier, detector or segmentor that holds one) and those of the authors, which are converted on the fly.
-    What does not match is reported, and a backbone that is not completely filled is an error unless the dict says
-    ``strict=False``; output norms of more stages than the checkpoint's model had may stay at their initial values.
-    ``checkpoint=None`` trains from scratch and says so.
+    See :class:`mmlocalmamba.weights.Pretrained`. ``checkpoint=None`` trains from scratch and says so.
     """
 
-    def __init__(self, frozen_stages: int, norm_eval: bool, init_cfg: dict | None) -> None:
+    def __init__(self, frozen_stages: int, init_cfg: dict | None) -> None:
         super().__init__(init_cfg)
         self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.register_load_state_dict_pre_hook(_warn_of_foreign_weights)
+        self.register_state_dict_post_hook(_tell_facts)
+        self.register_load_state_dict_pre_hook(_prepare_to_load)
 
     def init_weights(self) -> None:
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
@@ -166,104 +167,80 @@ class LocalMambaBackbone(BaseModule):
         super().init_weights()
         self.init_cfg = own
         for cfg in pretrained:
-            self.load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
+            WEIGHT_INITIALIZERS.build({**cfg, 'type': 'mmlocalmamba.Pretrained'})(self)
 
-    def load_pretrained(self, checkpoint: str | None, strict: bool = True, prefix: str | None = None,
-                        map_location: str = 'cpu') -> None:
-        """Load the backbone's weights from a file or URL; see the class docstring.
+    def facts(self) -> dict[str, Any]:
+        """What these weights need and their shapes do not show. State dicts carry it as metadata."""
+        return dict(directions=[list(block) for block in self.directions])
+
+    def check_facts(self, facts: dict[str, Any], source: str) -> None:
+        """Compare with facts that came with weights, as far as they did.
 
         Raises:
-            RuntimeError: weights of the other backbone; with ``strict``, weights that are missing or do not fit.
+            RuntimeError: they differ; it names both sides.
         """
-        if checkpoint is None:
-            print_log(f'{type(self).__name__}: no pre-trained weights were given (init_cfg.checkpoint=None), '
-                      'the backbone starts from scratch', logger='current', level=logging.WARNING)
+        own = self.facts()
+        differing = [key for key in FACTS if key in facts and facts[key] != own.get(key)]
+        if not differing:
             return
-        loaded = load_checkpoint(checkpoint, map_location)
-        weights = backbone_state_dict(loaded, prefix=prefix)
-        check_architecture(weights, self, checkpoint)
-        weights = self.adapt_state_dict(weights)
-        own = self.state_dict()
-        unfit = {name: f'{tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} here'
-                 for name in weights if name in own and weights[name].shape != own[name].shape}
-        missing = [name for name in own if name not in weights and not self.is_new_for_task(name)]
-        unexpected = [name for name in weights if name not in own and not self.is_new_for_task(name)]
-        self.load_state_dict({name: w for name, w in weights.items() if name in own and name not in unfit},
-                             strict=False)
-        report = [f'{len(own) - len(missing) - len(unfit)} of {len(own)} weights of {type(self).__name__} come from '
-                  f'{checkpoint}']
-        fresh = [name for name in own if name not in weights and self.is_new_for_task(name)]
-        for title, names in (('new for this task, left as initialised', fresh), ('missing in the file', missing),
-                             ('of another shape', [f'{name} ({why})' for name, why in unfit.items()]),
-                             ('in the file only', unexpected)):
-            if names:
-                report.append(f'{title}: {", ".join(names)}')
-        report = '\n  '.join(report)
-        if (missing or unfit or unexpected) and strict:
-            raise RuntimeError(f'{report}\nThis checkpoint is not of this backbone. If a partial match is what you '
-                               "want, add strict=False to init_cfg.")
-        print_log(report, logger='current', level=logging.WARNING if missing or unfit or unexpected else logging.INFO)
+        lines = [f'{source} belongs to another {type(self).__name__}:']
+        for key in differing:
+            theirs, ours = facts[key], own.get(key)
+            if key == 'directions' and len(theirs) == len(ours):
+                block = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
+                count = sum(a != b for a, b in zip(theirs, ours))
+                theirs, ours = (f'{", ".join(blocks[block])} in block {block}' for blocks in (theirs, ours))
+                ours += f' ({count} of {len(self.directions)} blocks differ)'
+            elif key == 'directions':
+                theirs, ours = (f'{len(blocks)} blocks' for blocks in (theirs, ours))
+            lines.append(f'{key}: its weights were trained with {theirs}, here: {ours}')
+        lines = '\n  '.join(lines)
+        raise RuntimeError(f'{lines}\nIts features would be meaningless here: set the backbone accordingly. If the '
+                           f'difference is meant, say allow={differing} in init_cfg or on the OfficialCheckpointHook, '
+                           'or strict=False to load_state_dict.')
 
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit weights to this model where that is exact by meaning (e.g. positions of another grid)."""
+        """Fit weights to this model where that is exact by meaning (e.g. positions of another grid), and say so."""
         return weights
 
     def is_new_for_task(self, name: str) -> bool:
         """Parameters that a downstream task adds to the pre-trained model, or has no use for."""
         raise NotImplementedError
 
-    def stages_to_freeze(self) -> list[nn.Module]:
-        """Modules in their order: the patch embedding, then every stage or block."""
+    def stages_to_freeze(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What ``frozen_stages`` 0, 1, ... each adds: the embedding, then every stage or block with its output norm."""
         raise NotImplementedError
 
     def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        for module in self.stages_to_freeze()[:self.frozen_stages + 1]:
-            module.eval()
-            for parameter in module.parameters():
-                parameter.requires_grad = False
+        for parts in self.stages_to_freeze()[:self.frozen_stages + 1]:
+            for part in parts:
+                part.requires_grad_(False)
+                if isinstance(part, nn.Module):
+                    part.eval()
 
     def train(self, mode: bool = True) -> 'LocalMambaBackbone':
         super().train(mode)
         self._freeze()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
         return self
 
 
-def _warn_of_foreign_weights(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """What loads a whole model without our hook, an inferencer for one, skips names it does not know."""
-    if not any(name.startswith(prefix) for name in state_dict):
-        print_log(f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}", the backbone stays as it '
-                  'is. If the file is of another project, convert it first: '
-                  'tools/model_converters/official_to_mmlocalmamba.py', logger='current', level=logging.WARNING)
+def _tell_facts(backbone: LocalMambaBackbone, state_dict: dict[str, Any], prefix: str, metadata: dict) -> None:
+    metadata.update(backbone.facts())
 
 
-def check_architecture(weights: dict[str, Tensor], backbone: nn.Module, source: str) -> None:
-    """Refuse weights of the other backbone, of which nothing fits.
-
-    Args:
-        weights: of a backbone, under our names.
-        source: where they come from, for the message.
-
-    Raises:
-        RuntimeError: they are of another class than ``backbone``.
-    """
-
-    def describe(name: str, blocks: Sequence[int], channels: Sequence[int]) -> str:
-        return f'a {name} of {", ".join(map(str, blocks))} blocks and {", ".join(map(str, channels))} channels'
-
-    found, own = architecture(weights), architecture(backbone.state_dict())
-    if found is None or found[0] == own[0]:
-        return
-    message = f'{source} holds {describe(*found)}: it is not of this backbone, {describe(*own)}.'
-    if found == _LOCALVMAMBA_S:
-        message += (' It is the file of LocalVMamba-S, which the README of hunto/LocalMamba links for LocalVim-S as '
-                    'well: weights of LocalVim-S are not linked there.')
-    raise RuntimeError(message)
+def _prepare_to_load(backbone: LocalMambaBackbone, state_dict: dict[str, Tensor], prefix: str, metadata: dict,
+                     strict: bool, *_) -> None:
+    """Before any loading: MMEngine's skips what it does not know, so the files of others would leave random weights."""
+    own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    if not own:
+        message = (f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}". If the file is of '
+                   'another project, convert it first: tools/model_converters/official_to_mmlocalmamba.py')
+        if strict:
+            raise RuntimeError(message)
+        print_log(message, logger='current', level=logging.WARNING)
+    if strict:
+        backbone.check_facts(metadata, 'the checkpoint')
+    state_dict.update({prefix + name: value for name, value in backbone.adapt_state_dict(own).items()})
 
 
 def check_frozen_stages(frozen_stages: int, count: int) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmlocalmamba import __version__
+from mmlocalmamba.engine.loops import RepeatableBatches
 from mmlocalmamba.files import write_whole
-from mmlocalmamba.jobs import RepeatableBatches
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.search.directions import (
     alphas_csv,
@@ -36,7 +36,7 @@ from mmlocalmamba.visualization import draw_alphas, draw_directions
 MODES = ('joint', 'bilevel')
 # Entry of a checkpoint that holds the state of a search.
 STATE = 'scan_search'
-# What random numbers are for: the second part of a seed, as in mmlocalmamba.jobs.
+# What random numbers are for: the second part of a seed, as in mmlocalmamba.engine.loops.
 _HELD_OUT = 3
 # Relative entropies: above, a block has not decided at the end; below, within the first part of training, it decided
 # before its weights meant anything.

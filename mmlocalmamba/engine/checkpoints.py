@@ -1,0 +1,100 @@
+"""Checkpoints that are whole, whatever the moment a process is killed in."""
+import glob
+import itertools
+import logging
+import os
+import zipfile
+from typing import Any
+
+from mmengine import dist
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import print_log
+
+from mmlocalmamba.files import write_whole
+from mmlocalmamba.registry import HOOKS
+
+PREEMPTED_FILE = 'preempted.pth'
+
+
+@register_backend('whole_files')
+class WholeFileBackend(LocalBackend):
+    """MMEngine's local files, written whole or not at all: ``backend_args=dict(backend='whole_files')``."""
+
+    def put(self, obj: bytes, filepath: str) -> None:
+        write_whole(str(filepath), obj)
+
+    def put_text(self, obj: str, filepath: str, encoding: str = 'utf-8') -> None:
+        write_whole(str(filepath), obj.encode(encoding))
+
+
+def is_whole(path: str) -> bool:
+    """Whether a checkpoint has an end: torch.save's files are ZIP archives, whose table of contents comes last."""
+    try:
+        with zipfile.ZipFile(path):
+            return True
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """MMEngine's CheckpointHook, of which no moment to be killed in loses a checkpoint or leaves a partial one.
+
+    A local file is written beside its place, synced and renamed. Older ones are removed after that, so that there is
+    room for one more than ``max_keep_ckpts`` needed. Resuming (without load_from) takes the newest whole checkpoint if
+    ``last_checkpoint`` names none. All arguments are MMEngine's.
+    """
+
+    def before_run(self, runner: Any) -> None:
+        if runner._resume and runner._load_from is None:
+            self._mend_last_checkpoint(runner)
+            dist.barrier()
+
+    @dist.master_only
+    def _mend_last_checkpoint(self, runner: Any) -> None:
+        folder = str(runner.work_dir)
+        if self.out_dir is not None:
+            folder = os.path.join(str(self.out_dir), os.path.basename(folder.rstrip(os.sep)))
+        for path in glob.glob(os.path.join(glob.escape(folder), '*.pth.*.tmp')):
+            os.remove(path)  # of a process that was killed while it wrote
+        record = os.path.join(runner.work_dir, 'last_checkpoint')
+        last = ''
+        if os.path.isfile(record):
+            with open(record) as file:
+                last = file.read().strip()
+        if '://' in last or is_whole(last):
+            return
+        names = itertools.chain(*(
+            glob.glob(os.path.join(glob.escape(place), name)) for place, name in
+            ((folder, self.filename_tmpl.format('*')), (str(runner.work_dir), PREEMPTED_FILE))))
+        whole = sorted(filter(is_whole, names), key=os.path.getmtime)
+        if whole:
+            print_log(f'last_checkpoint names no whole checkpoint ({last or "nothing"}); the newest is {whole[-1]}',
+                      logger='current', level=logging.WARNING)
+            write_whole(record, whole[-1])
+
+    def before_train(self, runner: Any) -> None:
+        if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir or ''):
+            self.backend_args = dict(backend='whole_files')
+        super().before_train(runner)
+        self.outdated: list[str] = []
+        if isinstance(self.file_backend, WholeFileBackend):
+            # MMEngine removes old checkpoints before it writes the new one.
+            self.file_backend.remove = self.outdated.append
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self._remove_outdated()
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self._remove_outdated()
+
+    def _remove_outdated(self) -> None:
+        current = {self.last_ckpt, getattr(self, 'best_ckpt_path', None),
+                   *getattr(self, 'best_ckpt_path_dict', {}).values()}
+        while self.outdated:
+            path = self.outdated.pop()
+            if path not in current and os.path.isfile(path):
+                os.remove(path)
