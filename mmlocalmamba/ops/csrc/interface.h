@@ -76,16 +76,16 @@ struct ConvProblem {
   T *dweight, *dbias;     // (B, K, D, W), (B, K, D)
 };
 
-// Tokens that one work item of a merge or norm handles.
-constexpr int64_t kPiece = 64;
+// Tokens that one work item of a sum of directions or of a norm handles.
+constexpr int64_t kTokensPerItem = 64;
 
 // Sum over directions of gated features: with f = y * silu(z), or y if there is no z,
-//   statistics  mean over tokens of f normalised over channels, in parts (pieces, B, K, D)
+//   statistics  mean over tokens of f normalised over channels, in parts (ranges of tokens, B, K, D)
 //   forward     out = sum over k of f[k] * gate[k]
-//   reduce      gradient of the gate, in parts (pieces, B, K, D)
+//   reduce      gradient of the gate, in parts (ranges of tokens, B, K, D)
 //   backward    dy = (dout * gate[k] + gradient through the normalised mean) * silu(z), and dz
 template <typename T>
-struct MergeProblem {
+struct SCAttnSumProblem {
   int64_t batch, directions, tokens, channels;
   T eps;
   const T* y;             // (B, K, tokens, D)
@@ -103,7 +103,7 @@ struct MergeProblem {
 // The residual stream between two blocks, token by token: sum = turn(x + residual), out = sum * weight / rms(sum).
 // Neighbouring channels (a, b) are turned to (a cos - b sin, b cos + a sin).
 template <typename T>
-struct NormProblem {
+struct AddRMSNormProblem {
   int64_t batch, tokens, channels;
   T eps;
   const T *x, *residual;  // (B, tokens, D), channels contiguous; residual may be null
@@ -130,14 +130,14 @@ struct Kernels {
   struct {
     int64_t (*scratch)(int64_t directions, int64_t channels);
     // One batch item and piece of tokens.
-    void (*statistics)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*forward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*reduce)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*backward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*statistics)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*forward)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*reduce)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*backward)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
     // out = act(weight (rows, columns) times x + bias), act being the identity or the logistic function.
     void (*product)(const T* weight, const T* x, const T* bias, int64_t rows, int64_t columns, bool logistic, T* out);
-  } merge;
-  void (*norm)(const NormProblem<T>&, int64_t batch, int64_t piece);
+  } scattn_sum;
+  void (*add_rms_norm)(const AddRMSNormProblem<T>&, int64_t batch, int64_t piece);
 };
 
 struct InstructionSet {

@@ -11,7 +11,7 @@ namespace {
 
 template <typename T>
 int64_t items_of_sequence(const ScanProblem<T>& p) {
-  return pieces(p.channels, kernels<T>().scan.channels);
+  return ceil_div(p.channels, kernels<T>().scan.channels);
 }
 
 // Runs over all items, in parallel but for the dimensions named, along which a thread goes in ascending order.
@@ -33,12 +33,12 @@ void for_each_item(const ScanProblem<T>& p, bool backward, Function run, bool di
 }
 
 // Owns what a ScanProblem points to.
-struct Arguments {
+struct ScanArguments {
   Tensor u, delta, A, B, C, D, bias, dt_weight, table;
   int64_t batch, directions, steps, rows, tokens, channels, states, dt_rank;
   bool in_scan_order, softplus;
 
-  Arguments(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
+  ScanArguments(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
             const OptionalTensor& D_, const OptionalTensor& table_, int64_t tokens_, const OptionalTensor& bias_,
             const OptionalTensor& dt_weight_, bool softplus_, bool in_scan_order_)
       : tokens(tokens_), in_scan_order(in_scan_order_), softplus(softplus_) {
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> directional_scan(const Tensor& u, const Tenso
                                                     const OptionalTensor& delta_bias,
                                                     const OptionalTensor& dt_weight, bool delta_softplus,
                                                     bool in_scan_order, bool save) {
-  const Arguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
+  const ScanArguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
   Tensor y = at::empty({a.batch, a.directions, a.tokens, a.channels}, u.options());
   Tensor last = at::empty({a.batch, a.directions, a.states, a.channels}, u.options());
   Tensor checkpoints =
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> directional_scan(const Tensor& u, const Tenso
 Tensor sum_directions(const Tensor& x) {
   if (x.size(1) == 1) return x.squeeze(1);
   Tensor sum = at::empty({x.size(0), x.size(2), x.size(3)}, x.options());
-  const int64_t count = x.size(1), size = x.size(2) * x.size(3), pieces = (size + 1023) / 1024;
+  const int64_t count = x.size(1), size = x.size(2) * x.size(3), pieces = ceil_div(size, 1024);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sum_directions", [&] {
     at::parallel_for(0, x.size(0) * pieces, 16, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     const OptionalTensor& dy_, const OptionalTensor& dlast_, const Tensor& u, const Tensor& delta, const Tensor& A,
     const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& src, int64_t tokens,
     const OptionalTensor& delta_bias, const OptionalTensor& dt_weight, const Tensor& checkpoints_, bool delta_softplus, bool in_scan_order) {
-  const Arguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
+  const ScanArguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
   const auto options = u.options();
   const int64_t batch = a.batch, K = a.directions, N = a.states, width = a.channels;
   Tensor dy = at::zeros({1, 1, 1, 1}, options).expand({batch, K, tokens, width});

@@ -7,7 +7,7 @@ namespace mmlocalmamba {
 namespace {
 
 template <typename T>
-struct Common {
+struct ChunkScratch {
   int64_t *read, *write;  // rows of the chunk's steps, -1: none
   T *B, *C;               // (step, state), zeros for pads
   T *factor;              // (step, rank): low-rank delta, zeros for pads
@@ -16,7 +16,7 @@ struct Common {
   V<T> *h;                // (block, state): state, in the backward pass its gradient
   V<T> *dt, *dtu, *y;     // per step
 
-  Common(Scratch& s, int64_t N, int64_t R)
+  ChunkScratch(Scratch& s, int64_t N, int64_t R)
       : read(s.take<int64_t>(kChunk)), write(s.take<int64_t>(kChunk)), B(s.take<T>(kChunk * N)),
         C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)), A(s.take<V<T>>(kBlocks * N)), h(s.take<V<T>>(kBlocks * N)),
         dt(s.take<V<T>>(kChunk)), dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
@@ -58,7 +58,7 @@ struct Next {
 
 // Rows of the chunk's steps, B, C and the factor of delta.
 template <typename T>
-void open_chunk(const ScanProblem<T>& p, Item item, int64_t start, int64_t steps, Common<T>& c) {
+void open_chunk(const ScanProblem<T>& p, Item item, int64_t start, int64_t steps, ChunkScratch<T>& c) {
   for (int64_t t = 0; t < steps; ++t) {
     c.write[t] = token(p, item, start + t);
     c.read[t] = p.in_scan_order ? start + t : c.write[t];
@@ -102,7 +102,7 @@ INLINE void expand_steps(const T* factor, const V<T>* weight, int64_t R, V<T> bi
 
 // delta + bias of a chunk, into c.dt.
 template <typename T>
-INLINE void load_steps(const ScanProblem<T>& p, const Common<T>& c, Item item, int64_t steps, int64_t block,
+INLINE void load_steps(const ScanProblem<T>& p, const ChunkScratch<T>& c, Item item, int64_t steps, int64_t block,
                        int64_t channel, int lanes, V<T> bias) {
   if (p.dt_rank) {
     const V<T>* weight = c.weight + block * p.dt_rank;
@@ -158,7 +158,7 @@ void advance(int64_t steps, int64_t N, const V<T>* A_memory, const T* B, const T
 }
 
 template <typename T, int count>
-INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const Common<T>& c, int64_t block) {
+INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const ChunkScratch<T>& c, int64_t block) {
   for (; N - n >= count; n += count) {
     advance<T, count>(steps, N, c.A + block * N + n, c.B + n, c.C + n, c.dt, c.dtu, c.h + block * N + n, c.y);
   }
@@ -170,7 +170,7 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
-  Common<T> c(scratch, N, p.dt_rank);
+  ChunkScratch<T> c(scratch, N, p.dt_rank);
   load_transposed(p.A, N, Constants<T>::log2e, p.channels, item, channels, c.A);
   if (p.dt_rank) load_transposed(p.dt_weight, p.dt_rank, T(1), p.channels, item, channels, c.weight);
   for (int64_t i = 0; i < channels.blocks * N; ++i) c.h[i] = V<T>{};
@@ -231,7 +231,7 @@ template <typename T>
 constexpr int kBackwardTail = kBackwardStates<T> > 2 ? 2 : 1;
 
 template <typename T>
-struct Buffers {
+struct BackwardScratch {
   V<T> *u, *dy, *slope;   // per step; slope: d dt / d (delta + bias)
   V<T> *ddt, *ddtu;       // per step: gradients of dt (over the decay, times log2(e)) and of dt * u
   V<T> *decay, *decayed;  // (step, state of the group): exp(dt A) and exp(dt A) h[t - 1]
@@ -239,7 +239,7 @@ struct Buffers {
   V<T> *dA;               // (block, state)
   V<T> *dD, *dbias;       // per block
 
-  Buffers(Scratch& s, int64_t N)
+  BackwardScratch(Scratch& s, int64_t N)
       : u(s.take<V<T>>(kChunk)), dy(s.take<V<T>>(kChunk)), slope(s.take<V<T>>(kChunk)), ddt(s.take<V<T>>(kChunk)),
         ddtu(s.take<V<T>>(kChunk)), decay(s.take<V<T>>(kChunk * kBackwardStates<T>)),
         decayed(s.take<V<T>>(kChunk * kBackwardStates<T>)), sums(s.take<V<T>>(kChunk * N)),
@@ -330,7 +330,7 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
 
 template <typename T, int count>
 INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, Item item, int64_t start, int64_t steps,
-                               const Channels<T>& channels, int64_t block, const Common<T>& c, const Buffers<T>& g) {
+                               const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c, const BackwardScratch<T>& g) {
   const int64_t N = p.states;
   for (; N - n >= count; n += count, sums += kChunk) {
     V<T> h[count];
@@ -348,7 +348,7 @@ INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, 
 }
 
 template <typename T, int count>
-INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const Common<T>& c, int64_t steps, int64_t N, bool add, T* dB,
+INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c, int64_t steps, int64_t N, bool add, T* dB,
                           T* dC) {
   for (; N - n >= count; n += count, sums += kChunk) {
     for (int64_t t = 0; t < steps; ++t) {
@@ -369,8 +369,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
-  Common<T> c(scratch, N, p.dt_rank);
-  Buffers<T> g(scratch, N);
+  ChunkScratch<T> c(scratch, N, p.dt_rank);
+  BackwardScratch<T> g(scratch, N);
   load_transposed(p.A, N, Constants<T>::log2e, p.channels, item, channels, c.A);
   if (p.dt_rank) load_transposed(p.dt_weight, p.dt_rank, T(1), p.channels, item, channels, c.weight);
   for (int64_t block = 0; block < channels.blocks; ++block) {
@@ -454,8 +454,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
 template <typename T>
 int64_t scan_scratch(int64_t states, int64_t dt_rank, bool with_backward) {
   Scratch scratch{nullptr};
-  Common<T> common(scratch, states, dt_rank);
-  if (with_backward) Buffers<T> buffers(scratch, states);
+  ChunkScratch<T> common(scratch, states, dt_rank);
+  if (with_backward) BackwardScratch<T> buffers(scratch, states);
   return scratch.used;
 }
 
