@@ -169,7 +169,7 @@ def exists(name):
             continue
         for part in parts[end:]:
             value = getattr(value, part, None)
-        registries = (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS,
+        registries = (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPER_CONSTRUCTORS,
                       registry.WEIGHT_INITIALIZERS)
         return value is not None or len(parts) == 2 and any(known.get(parts[1]) for known in registries)
     return False
