@@ -1,4 +1,5 @@
 """One step of a training, to see what would go wrong: ``python -m mmlocalmamba check CONFIG``. Nothing is kept."""
+import io
 import random
 import resource
 import tempfile
@@ -7,6 +8,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,11 @@ class _Report:
         self.problems += word == 'problem'
         print(f'{word:8}{text}', flush=True)
 
-    def attempt(self, what: str, function: Callable[[], Any]) -> Any:
-        """The function's result; None, and a problem, if it fails."""
+    def attempt(self, what: str, function: Callable[[], Any], silent: bool = False) -> Any:
+        """The function's result; None, and a problem, if it fails. ``silent`` drops what it prints itself."""
         try:
-            return function()
+            with redirect_stdout(io.StringIO()) if silent else nullcontext():
+                return function()
         except Exception as error:  # whatever the user's configuration and data make of it
             place = traceback.extract_tb(error.__traceback__)[-1]
             self.line('problem', f'{what}: {type(error).__name__}: {error or "(no message)"} '
@@ -192,8 +195,8 @@ def _check(report: _Report, cfg: Config) -> None:
         report.line('note', f'{type(backbone).__name__} starts from scratch: pretrained=None, and no load_from')
     else:
         report.line('', f'weights: {checks.starts_from(backbone) or cfg.load_from}')
-    loop = report.attempt('training data', lambda: runner.train_loop)
-    val_loop = report.attempt('validation data', lambda: runner.val_loop)
+    loop = report.attempt('training data', lambda: runner.train_loop, silent=True)
+    val_loop = report.attempt('validation data', lambda: runner.val_loop, silent=True)
     if loop is None:
         return
     train = loop.dataloader.dataset
@@ -208,4 +211,4 @@ def _check(report: _Report, cfg: Config) -> None:
     if not report.problems:
         report.attempt('a step of training', lambda: _step(report, runner, cfg))
     if not report.problems and val_loop is not None:
-        report.attempt('a step of validation', lambda: _validate(runner))
+        report.attempt('a step of validation', lambda: _validate(runner), silent=True)
