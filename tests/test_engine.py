@@ -106,7 +106,7 @@ def test_official_checkpoints_load_from_and_foreign_ones_are_refused(tmp_path):
     assert all(torch.equal(back[name], value) for name, value in official.items())
 
     torch.save(dict(state_dict={'backbone.conv.weight': torch.zeros(1)}), tmp_path / 'other.pth')
-    with pytest.raises(RuntimeError, match='weights of LocalVMamba are missing in the checkpoint'):
+    with pytest.raises(RuntimeError, match='0 of 38 weights of LocalVMamba come from the checkpoint'):
         runner(tmp_path, 'other', load_from=str(tmp_path / 'other.pth')).load_or_resume()
 
     vim = LocalVim(dict(embed_dims=8, num_layers=1, d_state=1), img_size=16, patch_size=8, directions=['h'])

@@ -232,8 +232,8 @@ def _prepare_to_load(backbone: LocalMambaBackbone, state_dict: dict[str, Tensor]
                      strict: bool, *_) -> None:
     """Before any loading: MMEngine's skips what it does not know, so the files of others would leave random weights."""
     own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
-    if not own:
-        message = (f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}". If the file is of '
+    if not any(name in own for name, _ in backbone.named_parameters()):
+        message = (f'{type(backbone).__name__}: the checkpoint has no weight of it under "{prefix}". If the file is of '
                    'another project, convert it first: tools/model_converters/official_to_mmlocalmamba.py')
         if strict:
             raise RuntimeError(message)
