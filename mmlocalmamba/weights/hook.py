@@ -73,11 +73,12 @@ class OfficialCheckpointHook(Hook):
         if found.missing or found.unfit:
             lines.append(found.report(type(backbone).__name__, 'the checkpoint'))
         if not isinstance(runner._train_loop, BaseLoop):  # nothing will be trained: whatever is missing stays random
+            told = {contents.prefix + name for name in (*found.missing, *found.unfit)}
             random = [name for name, value in model.named_parameters()
-                      if name not in weights or weights[name].shape != value.shape]
+                      if name not in told and (name not in weights or weights[name].shape != value.shape)]
             if random:
-                lines.append(f'{len(random)} of {len(list(model.parameters()))} parameters of {type(model).__name__} '
-                             f'would be random in this test: {", ".join(grouped(random))}')
+                lines.append(f'{len(random)} more parameters of {type(model).__name__} are not in the checkpoint or '
+                             f'have another shape, and this is a test, not a training: {", ".join(grouped(random))}')
         if lines and self.strict:
             lines = '\n'.join(lines)
             raise RuntimeError(f'{lines}\nThe checkpoint is of another model. If a partial match is what you want, set '
