@@ -165,7 +165,11 @@ class LocalMambaBackbone(BaseModule):
         super().init_weights()
         self.init_cfg = own
         for cfg in pretrained:
-            WEIGHT_INITIALIZERS.build({**cfg, 'type': 'mmlocalmamba.Pretrained'})(self)
+            self.load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
+
+    def load_pretrained(self, checkpoint: str | None, **options: Any) -> None:
+        """Load weights from a file or URL; options and errors are those of :class:`mmlocalmamba.weights.Pretrained`."""
+        WEIGHT_INITIALIZERS.build(dict(type='mmlocalmamba.Pretrained', checkpoint=checkpoint, **options))(self)
 
     def facts(self) -> dict[str, Any]:
         """What these weights need and their shapes do not show. State dicts carry it as metadata."""
