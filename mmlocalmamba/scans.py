@@ -15,7 +15,7 @@ directions. Built-in names, each also with the suffix ``_flip`` (the same table 
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,10 @@ def _base(name: str) -> str:
     return name[:-len(_FLIP)] if isinstance(name, str) and name.endswith(_FLIP) else name
 
 
+def _of_family(function: Callable, K: int, H: int, W: int) -> Tensor:
+    return function(H, W, K)
+
+
 def _resolve(name: str) -> tuple[Callable[[int, int], Tensor], bool]:
     """A function of (H, W), and whether it is built in."""
     base = _base(name)
@@ -126,7 +130,7 @@ def _resolve(name: str) -> tuple[Callable[[int, int], Tensor], bool]:
         match = re.fullmatch(re.escape(pattern[:-len('<K>')]) + r'(\d{1,9})', base)
         if match and 1 <= int(match.group(1)) <= _MAX_K:
             K = int(match.group(1))
-            return lambda H, W: function(H, W, K), pattern in _BUILT_IN
+            return partial(_of_family, function, K), pattern in _BUILT_IN
     raise ValueError(f'unknown scan {reprlib.repr(name)}: known are {", ".join(_SCANS)} (K from 1 to {_MAX_K}), '
                      f"each also with '{_FLIP}'; @mmlocalmamba.scans.register_scan adds others")
 

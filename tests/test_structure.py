@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / 'mmlocalmamba'
 FLOORS = {
     'mmlocalmamba.compat': 0,
     'mmlocalmamba.files': 0,
+    'mmlocalmamba.recipes': 0,
     'mmlocalmamba.registry': 0,
     'mmlocalmamba.sizes': 0,
     'mmlocalmamba.scans': 1,
@@ -23,6 +24,8 @@ FLOORS = {
     'mmlocalmamba.weights': 5,
     'mmlocalmamba.engine': 1,
     'mmlocalmamba.visualization': 6,
+    'mmlocalmamba.checks': 6,
+    'mmlocalmamba.trial': 7,
     'mmlocalmamba.__main__': 8,
 }
 FORBIDDEN = {'mmdet', 'mmseg', 'mmpretrain'}
