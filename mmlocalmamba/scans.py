@@ -12,7 +12,6 @@ directions. Built-in names, each also with the suffix ``_flip`` (the same table 
 - ``zigzag``: rows, every other one backwards, so that each step goes to a neighbour;
 - ``hilbert``: along the Hilbert curve through the smallest square of 2^n x 2^n tokens that holds the grid.
 """
-import re
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
@@ -125,12 +124,12 @@ def _resolve(name: str) -> tuple[Callable[[int, int], Tensor], bool]:
     if base in _SCANS and '<K>' not in base:
         return _SCANS[base], base in _BUILT_IN
     for pattern, function in _SCANS.items():
-        if not pattern.endswith('<K>') or not isinstance(base, str):
+        family = pattern.removesuffix('<K>')
+        if family == pattern or not isinstance(base, str) or not base.startswith(family):
             continue
-        match = re.fullmatch(re.escape(pattern[:-len('<K>')]) + r'(\d{1,9})', base)
-        if match and 1 <= int(match.group(1)) <= _MAX_K:
-            K = int(match.group(1))
-            return partial(_of_family, function, K), pattern in _BUILT_IN
+        digits = base[len(family):]  # torch.compile traces this: no regular expressions
+        if digits.isascii() and digits.isdecimal() and len(digits) < 10 and 1 <= int(digits) <= _MAX_K:
+            return partial(_of_family, function, int(digits)), pattern in _BUILT_IN
     raise ValueError(f'unknown scan {reprlib.repr(name)}: known are {", ".join(_SCANS)} (K from 1 to {_MAX_K}), '
                      f"each also with '{_FLIP}'; @mmlocalmamba.scans.register_scan adds others")
 
