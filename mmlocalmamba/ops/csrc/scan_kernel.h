@@ -18,8 +18,9 @@ struct ChunkScratch {
 
   ChunkScratch(Scratch& s, int64_t N, int64_t R)
       : read(s.take<int64_t>(kChunk)), write(s.take<int64_t>(kChunk)), B(s.take<T>(kChunk * N)),
-        C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)), A(s.take<V<T>>(kBlocks * N)), h(s.take<V<T>>(kBlocks * N)),
-        dt(s.take<V<T>>(kChunk)), dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
+        C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)),
+        A(s.take<V<T>>(kBlocks * N)), h(s.take<V<T>>(kBlocks * N)), dt(s.take<V<T>>(kChunk)),
+        dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
 };
 
 template <typename T>
@@ -84,7 +85,8 @@ void load_transposed(const T* from, int64_t count, T factor, int64_t total, Item
 }
 
 template <typename T>
-INLINE V<T> load_weight(const T* weight, const ScanProblem<T>& p, Item item, const Channels<T>& channels, int64_t block) {
+INLINE V<T> load_weight(const T* weight, const ScanProblem<T>& p, Item item, const Channels<T>& channels,
+                        int64_t block) {
   return weight ? load(weight + item.direction * p.channels + channels.begin(block), channels.lanes(block)) : V<T>{};
 }
 
@@ -292,7 +294,7 @@ void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* 
   }
 }
 
-template <typename T, int count>
+template <typename T, int count, bool with_dA>
 void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
                 const V<T>* dy, const V<T>* decay, const V<T>* decayed, V<T>* dh_memory, V<T>* dA_memory, V<T>* sums,
                 V<T>* ddt, V<T>* ddtu) {
@@ -315,7 +317,7 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
       input_sum[n % 2] += dh[n] * b;
       const V<T> dexponent = dh[n] * before;
       step_sum[n % 2] += dexponent * A[n];
-      dA[n] += dexponent * step;
+      if constexpr (with_dA) dA[n] += dexponent * step;
       dh[n] *= decay[t * count + n];
     }
     sums[t] += sum_lanes<T>(products);
@@ -324,13 +326,14 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
   }
   for (int n = 0; n < count; ++n) {
     dh_memory[n] = dh[n];
-    dA_memory[n] += dA[n];
+    if constexpr (with_dA) dA_memory[n] += dA[n];
   }
 }
 
 template <typename T, int count>
 INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, Item item, int64_t start, int64_t steps,
-                               const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c, const BackwardScratch<T>& g) {
+                               const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c,
+                               const BackwardScratch<T>& g) {
   const int64_t N = p.states;
   for (; N - n >= count; n += count, sums += kChunk) {
     V<T> h[count];
@@ -341,15 +344,16 @@ INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, 
     }
     const int64_t state = block * N + n;
     recompute<T, count>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
-    sweep_back<T, count>(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay, g.decayed, c.h + state,
-                         g.dA + state, sums, g.ddt, g.ddtu);
+    const auto sweep = p.dA ? sweep_back<T, count, true> : sweep_back<T, count, false>;
+    sweep(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay, g.decayed, c.h + state, g.dA + state,
+          sums, g.ddt, g.ddtu);
   }
   return n;
 }
 
 template <typename T, int count>
-INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c, int64_t steps, int64_t N, bool add, T* dB,
-                          T* dC) {
+INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c, int64_t steps, int64_t N, bool add,
+                          T* dB, T* dC) {
   for (; N - n >= count; n += count, sums += kChunk) {
     for (int64_t t = 0; t < steps; ++t) {
       if (c.read[t] < 0) continue;
@@ -397,8 +401,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       const T* u = p.u + offset(p.u_strides, item) + channel;
       const T* delta = p.delta + offset(p.delta_strides, item) + channel;
       const T* dy = p.dy + offset(p.dy_strides, item) + channel;
-      T* du = p.du + (p.du_in_parts ? sequence : item.batch) * p.rows * p.channels + channel;
-      T* ddelta = p.ddelta + offset(p.ddelta_strides, item) + channel;
+      T* du = p.du ? p.du + (p.du_in_parts ? sequence : item.batch) * p.rows * p.channels + channel : nullptr;
+      T* ddelta = p.ddelta ? p.ddelta + offset(p.ddelta_strides, item) + channel : nullptr;
       load_steps(p, c, item, steps, block, channel, lanes, bias);
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
@@ -406,8 +410,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
         PREFETCH(u, next.read, p.u_strides.row, 0);
         if (!p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
         PREFETCH(dy, next.write, p.dy_strides.row, 0);
-        PREFETCH(du, next.read, p.channels, 1);
-        PREFETCH(ddelta, next.read, p.ddelta_strides.row, 1);
+        if (du) PREFETCH(du, next.read, p.channels, 1);
+        if (ddelta) PREFETCH(ddelta, next.read, p.ddelta_strides.row, 1);
         V<T> slope = splat(T(1));
         g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
         g.dy[t] = g.ddt[t] = g.ddtu[t] = V<T>{};
@@ -425,13 +429,16 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
         g.dbias[block] += ddt;
         g.dD[block] += g.dy[t] * g.u[t];
         if (c.read[t] >= 0) {
-          T* to = du + c.read[t] * p.channels;
-          const V<T> gradient = g.ddtu[t] * c.dt[t] + g.dy[t] * D;
-          store(to, add_du ? load(to, lanes) + gradient : gradient, lanes);
-          store(ddelta + c.read[t] * p.ddelta_strides.row, ddt, lanes);
+          if (du) {
+            T* to = du + c.read[t] * p.channels;
+            const V<T> gradient = g.ddtu[t] * c.dt[t] + g.dy[t] * D;
+            store(to, add_du ? load(to, lanes) + gradient : gradient, lanes);
+          }
+          if (ddelta) store(ddelta + c.read[t] * p.ddelta_strides.row, ddt, lanes);
         }
       }
     }
+    if (!p.dB) continue;
     const V<T>* sums = g.sums;
     T *dB = p.dB + part, *dC = p.dC + part;
     int64_t n = write_sums<T, kBackwardStates<T>>(0, sums, c, steps, N, add_dB, dB, dC);
@@ -444,7 +451,7 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
     const int lanes = channels.lanes(block);
     store(p.dD + sequence * p.channels + channel, g.dD[block], lanes);
     store(p.dbias + sequence * p.channels + channel, g.dbias[block], lanes);
-    for (int lane = 0; lane < lanes; ++lane) {
+    for (int lane = 0; p.dA && lane < lanes; ++lane) {
       T* to = p.dA + (sequence * p.channels + channel + lane) * N;
       for (int64_t n = 0; n < N; ++n) to[n] = g.dA[block * N + n][lane];
     }
