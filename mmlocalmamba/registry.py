@@ -16,7 +16,7 @@ MODELS = Registry(
     locations=['mmlocalmamba.layers', 'mmlocalmamba.backbones', 'mmlocalmamba.necks'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope=SCOPE,
-    locations=['mmlocalmamba.engine', 'mmlocalmamba.weights', 'mmlocalmamba.search.hook'])
+    locations=['mmlocalmamba.engine', 'mmlocalmamba.weights', 'mmlocalmamba.search.hook', 'mmlocalmamba.checks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope=SCOPE,
     locations=['mmlocalmamba.engine'])

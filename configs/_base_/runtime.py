@@ -8,17 +8,24 @@ default_hooks = dict(
     exact_resume=dict(type='mmlocalmamba.ExactResumeHook'),
     preemption=dict(type='mmlocalmamba.PreemptionHook'),
     numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'),
-    broken_files=dict(type='mmlocalmamba.BrokenFilesHook'))
+    broken_files=dict(type='mmlocalmamba.BrokenFilesHook'),
+    # converts the authors' checkpoints, and refuses one that does not fill the backbone
+    official_checkpoint=dict(type='mmlocalmamba.OfficialCheckpointHook'),
+    checks=dict(type='mmlocalmamba.TrainingChecksHook'))
+
+# Weights the backbone starts from, a path or URL, ours or the authors'; None starts from scratch. Works in every
+# configuration that inherits this one and as --cfg-options pretrained=FILE: TrainingChecksHook hands it on.
+pretrained = None
 
 # Before anything loads a checkpoint: inferencers do so before they build the model, and torch would
 # refuse what MMEngine writes into its checkpoints.
 custom_imports = dict(imports=['mmlocalmamba'])
 
-# Converts the authors' checkpoints, and refuses one that does not fill the backbone.
-custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook')]
+custom_hooks = []
 
-# No weight decay on the state space parameters, norms, biases and embeddings. Every schedule adds
-# its optimizer.
+# No weight decay on the state space parameters, norms, biases and embeddings: one rule for the whole model and all
+# tasks, heads included. (MMDetection's and MMSegmentation's files of Swin decay the biases of heads.) Every schedule
+# adds its optimizer.
 no_decay = dict(decay_mult=0.0)
 optim_wrapper = dict(
     paramwise_cfg=dict(
@@ -34,10 +41,16 @@ optim_wrapper = dict(
         }))
 del no_decay
 
+# cudnn_benchmark: sizes of images vary in detection and segmentation, and each would be timed anew; and which
+# algorithm wins may differ from run to run.
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
+# Mixed precision is for GPUs: MMEngine's AmpOptimWrapper cannot be built on a CPU. Schedules take it from here.
+amp_optim_wrapper = ('OptimWrapper' if __import__('mmengine.device').device.get_device() in ('cpu', 'mps') else
+                     'AmpOptimWrapper')
+
 vis_backends = [dict(type='LocalVisBackend')]
 log_level = 'INFO'
 load_from = None

@@ -32,7 +32,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f'the extension cannot be loaded, {again} ({error})'
     if _version(extension.TORCH_VERSION) != _version(torch.__version__):
-        return None, f'the extension was built for torch {extension.TORCH_VERSION}, this is {torch.__version__}: {again}'
+        return None, (f'the extension was built for torch {extension.TORCH_VERSION}, this is {torch.__version__}: '
+                      f'{again}')
     try:
         x = torch.tensor([[3., 4.]], dtype=torch.float32, device='cpu')
         out, _ = torch.ops.mmlocalmamba.add_rms_norm(x[None], None, torch.ones_like(x[0]), 0., None, None)

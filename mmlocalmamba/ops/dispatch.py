@@ -162,8 +162,8 @@ def available_backends(u: Tensor) -> dict[str, str | None]:
 @cache
 def _warn_of_slow_scan(name: str, best: str, reason: str) -> None:
     """Once for each reason."""
-    warnings.warn(f'selective scans run on the backend {name!r}, many times slower than on {best!r}: {reason}',
-                  stacklevel=6)
+    warnings.warn(f'the backend {name!r} computes selective scans, many times slower than {best!r} would: {reason}',
+                  stacklevel=5)
 
 
 def choose(u: Tensor, name: str | None = None) -> Backend:
@@ -177,7 +177,7 @@ def choose(u: Tensor, name: str | None = None) -> Backend:
     if name is None:
         at_home = [backend for backend in BACKENDS.values() if backend.home in (None, u.device.type)]
         chosen = next(backend for backend in at_home if backend.unavailable(u) is None)
-        if chosen is not at_home[0] and u.numel() >= _LARGE:
+        if chosen is not at_home[0] and u.numel() >= _LARGE:  # where nothing is at home, the first is the best
             _warn_of_slow_scan(chosen.name, at_home[0].name, at_home[0].unavailable(u))
         return chosen
     if name not in BACKENDS:
@@ -201,9 +201,10 @@ def run_scan(inputs: ScanInputs, name: str | None) -> tuple[Tensor, Tensor]:
         return backend.scan(inputs)
 
 
-def fused_op(op: str, *tensors: Tensor | None) -> Callable | None:
-    """The chosen backend's version of an op for these tensors; None if plain PyTorch has to do it."""
+def fused_op(op: str, name: str | None, *tensors: Tensor | None) -> Callable | None:
+    """The version of an op that the backend of this name, or the chosen one, has for these tensors; None if plain
+    PyTorch has to do it."""
     given = [x for x in tensors if x is not None]
-    backend = choose(given[0])
+    backend = choose(given[0], name)
     function = getattr(backend, op)
     return function if function is not None and backend.reads(given) else None

@@ -59,8 +59,13 @@ inline Tensor with_contiguous_channels(const Tensor& x) {
   return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
+// Whether rows are contiguous, and channels are not: (B, K, L, D) as a view of (B, K, D, L). Also in ops/library.py.
+inline bool in_columns(const Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 && x.stride(-2) == 1; }
+
 inline Strides strides(const Tensor& x) {
-  return x.dim() == 3 ? Strides{x.stride(0), 0, x.stride(1)} : Strides{x.stride(0), x.stride(1), x.stride(2)};
+  const int64_t channel = in_columns(x) ? x.stride(-1) : 1;
+  return x.dim() == 3 ? Strides{x.stride(0), 0, x.stride(1), channel}
+                      : Strides{x.stride(0), x.stride(1), x.stride(2), channel};
 }
 
 // What an operator returns for a gradient that nobody wants.

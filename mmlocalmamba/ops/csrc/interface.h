@@ -13,9 +13,12 @@ constexpr int64_t kChunk = 32;
 // the rows of B and C are fetched once. A constant: sums over channels do not depend on the number of threads.
 constexpr int64_t kBlocks = 4;
 
-// Element strides of (batch, direction, row); channels and states are contiguous unless said otherwise.
+// Element strides of (batch, direction, row, channel); channels and states are contiguous unless said otherwise.
 struct Strides {
-  int64_t batch = 0, direction = 0, row = 0;
+  int64_t batch = 0, direction = 0, row = 0, channel = 1;
+
+  // Rows are contiguous instead (mamba_ssm's layout): only where there is no table, so that rows are steps.
+  bool columns() const { return channel != 1; }
 };
 
 // One scan of all directions; see directional_scan in ops/__init__.py for the meaning of the arrays. Row r of an array
@@ -27,6 +30,7 @@ struct ScanProblem {
   bool in_scan_order, softplus;
   const int32_t* table;  // (K, steps): token of each step or -1; null: step t is token t
 
+  // Channels or rows of u, delta, y, dy, du and ddelta are contiguous.
   const T *u, *delta, *B, *C;  // delta: (B, K, rows, D), or (B, K, rows, dt_rank)
   Strides u_strides, delta_strides, B_strides, C_strides;
   int64_t B_state_stride, C_state_stride;
@@ -34,11 +38,12 @@ struct ScanProblem {
   const T *dt_weight;     // (K, D, dt_rank), with delta (B, K, rows, dt_rank)
   const T *D, *bias;      // (K, D) or null
   T *y;                   // (B, K, tokens, D)
+  Strides y_strides;
   T *last;                // (B, K, N, D)
   T *checkpoints;         // (B, K, chunks - 1, N, D): states at the start of every chunk but the first; null: none
 
   // Backward only.
-  const T *dy;            // channels contiguous
+  const T *dy;
   Strides dy_strides;
   const T *dlast;         // (B, K, N, D) or null
   T *ddelta;              // (B, K, rows, D), also where delta is given by a factor; null: not wanted
@@ -47,6 +52,7 @@ struct ScanProblem {
   // Sums over directions, and over the items of a sequence: either in place, which needs the summands to be computed
   // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later. Or null.
   T *du;
+  Strides du_strides;     // its directions are 0 apart if in place
   bool du_in_parts;
   T *dB, *dC;
   bool dB_in_parts;

@@ -7,6 +7,7 @@
 #include "vector.h"
 
 #include "add_rms_norm_kernel.h"
+#include "columns.h"
 #include "conv_kernel.h"
 #include "scan_kernel.h"
 #include "scattn_sum_kernel.h"

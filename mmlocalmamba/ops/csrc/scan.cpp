@@ -66,8 +66,8 @@ struct ScanArguments {
     TORCH_CHECK_VALUE((in_scan_order ? steps : tokens) == rows, "delta has ", rows, " rows for ", steps, " steps and ",
                       tokens, " tokens");
     TORCH_CHECK_VALUE(table_ || tokens == steps, tokens, " tokens for ", steps, " steps need src");
-    u = with_contiguous_channels(u_);
-    delta = with_contiguous_channels(delta_);
+    u = readable(u_);
+    delta = readable(delta_);
     A = A_.contiguous();
     if (dt_weight_) {
       TORCH_CHECK_VALUE(dt_rank > 0, "dt_weight needs a rank of at least 1");
@@ -78,6 +78,15 @@ struct ScanArguments {
     C = C_;
     if (D_) check(*D_, "D", {directions, channels}, u_), D = D_->contiguous();
     if (bias_) check(*bias_, "delta_bias", {directions, channels}, u_), bias = bias_->contiguous();
+  }
+
+  // Rows may be contiguous instead of channels where they are the steps.
+  Tensor readable(const Tensor& x) const { return !table.defined() && in_columns(x) ? x : with_contiguous_channels(x); }
+
+  // Uninitialised (B, K, size, D), laid out like x.
+  Tensor like(const Tensor& x, int64_t size) const {
+    return in_columns(x) ? at::empty({batch, directions, channels, size}, x.options()).transpose(2, 3)
+                         : at::empty({batch, directions, size, channels}, x.options());
   }
 
   template <typename T>
@@ -108,13 +117,13 @@ std::tuple<Tensor, Tensor, Tensor> directional_scan(const Tensor& u, const Tenso
                                                     const OptionalTensor& dt_weight, bool delta_softplus,
                                                     bool in_scan_order, bool save) {
   const ScanArguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
-  Tensor y = at::empty({a.batch, a.directions, a.tokens, a.channels}, u.options());
+  Tensor y = a.like(a.u, a.tokens);
   Tensor last = at::empty({a.batch, a.directions, a.states, a.channels}, u.options());
   Tensor checkpoints =
       at::empty({a.batch, a.directions, save ? a.checkpoints() : 0, a.states, a.channels}, u.options());
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "directional_scan", [&] {
     ScanProblem<scalar_t> p = a.problem<scalar_t>();
-    p.y = y.mutable_data_ptr<scalar_t>();
+    p.y = y.mutable_data_ptr<scalar_t>(), p.y_strides = strides(y);
     p.last = last.mutable_data_ptr<scalar_t>();
     p.checkpoints = save ? checkpoints.mutable_data_ptr<scalar_t>() : nullptr;
     for_each_item(p, false, kernels<scalar_t>().scan.forward);
@@ -156,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     check(*dy_, "grad_y", {batch, K, tokens, width}, u);
     dy = *dy_;
   }
-  dy = with_contiguous_channels(dy);
+  dy = a.readable(dy);
   Tensor dlast;
   if (dlast_) {
     check(*dlast_, "grad_last", {batch, K, N, width}, u);
@@ -168,8 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
   Tensor du, ddelta, dA, dB, dC, dD = at::empty({batch, K, width}, options), dbias = at::empty_like(dD);
   // With a factor of delta, all rows of a direction lie together, for the products that follow.
   if (wanted[1]) {
-    ddelta = dt_weight ? at::empty({K, batch, a.rows, width}, options).transpose(0, 1)
-                       : at::empty({batch, K, a.rows, width}, options);
+    ddelta = dt_weight ? at::empty({K, batch, a.rows, width}, options).transpose(0, 1) : a.like(a.delta, a.rows);
   }
   if (wanted[2]) dA = at::empty({batch, K, width, N}, options);
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "directional_scan_backward", [&] {
@@ -179,9 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     const bool shared = u.dim() == 3;
     p.dB_in_parts = batch * (shared ? 1 : K) < enough;
     p.du_in_parts = !shared || (p.dB_in_parts && batch * items < enough);
-    if (wanted[0]) {
-      du = p.du_in_parts ? at::empty({batch, K, a.rows, width}, options) : at::empty({batch, a.rows, width}, options);
-    }
+    if (wanted[0]) du = p.du_in_parts ? a.like(a.u, a.rows) : at::empty({batch, a.rows, width}, options);
     if (wanted[3] || wanted[4]) {
       dB = at::empty({p.dB_in_parts ? items : 1, batch, K, a.rows, N}, options);
       dC = at::empty_like(dB);
@@ -189,8 +195,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     p.checkpoints = checkpoints.mutable_data_ptr<scalar_t>();
     p.dy = dy.const_data_ptr<scalar_t>(), p.dy_strides = strides(dy);
     p.dlast = dlast.defined() ? dlast.const_data_ptr<scalar_t>() : nullptr;
-    p.du = data_or_null<scalar_t>(du), p.ddelta = data_or_null<scalar_t>(ddelta);
-    if (ddelta.defined()) p.ddelta_strides = strides(ddelta);
+    if (du.defined()) p.du = du.mutable_data_ptr<scalar_t>(), p.du_strides = strides(du);
+    if (ddelta.defined()) p.ddelta = ddelta.mutable_data_ptr<scalar_t>(), p.ddelta_strides = strides(ddelta);
     p.dA = data_or_null<scalar_t>(dA), p.dB = data_or_null<scalar_t>(dB), p.dC = data_or_null<scalar_t>(dC);
     p.dD = dD.mutable_data_ptr<scalar_t>(), p.dbias = dbias.mutable_data_ptr<scalar_t>();
     for_each_item(p, true, kernels<scalar_t>().scan.backward, !p.du_in_parts, !p.dB_in_parts);

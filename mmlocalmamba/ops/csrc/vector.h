@@ -103,6 +103,12 @@ struct Constants<double> {
       -0.49999999999999834, 1.};
 };
 
+#if defined(__clang__)
+#define SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, Bits<T>{__VA_ARGS__})
+#endif
+
 // Polynomial without its constant term, divided by the argument.
 template <typename T, int n>
 INLINE V<T> polynomial(V<T> x, const T (&coefficients)[n]) {

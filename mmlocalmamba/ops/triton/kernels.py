@@ -248,8 +248,9 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
                   HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
                   SOFTPLUS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, HAS_LEAVE: tl.constexpr, WANT_U: tl.constexpr,
                   WANT_DELTA: tl.constexpr, WANT_A: tl.constexpr, WANT_VECTORS: tl.constexpr):
-    """All gradients that are wanted (WANT_VECTORS: of B and C), backwards through the chunks of CHUNK steps. In each, the states at the starts of its groups are
-    found first, from the saved one at its own start, and put into ``starts``, which is small enough to stay in cache.
+    """All gradients that are wanted (WANT_VECTORS: of B and C), backwards through the chunks of CHUNK steps. In each,
+    the states at the starts of its groups are found first, from the saved one at its own start, and put into
+    ``starts``, which is small enough to stay in cache.
 
     States are (BLOCK_N1, BLOCK_D, BLOCK_N2): this way the default layout puts a few states and a few channels into
     each thread, which keeps sums over states and sums over channels, of which there are two each, equally short.
