@@ -142,6 +142,29 @@ def test_the_way_out_of_a_missing_second_derivative(case, monkeypatch):
         assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
 
 
+@pytest.mark.parametrize('backbone', ['LocalVim', 'LocalVMamba'])
+def test_second_derivatives_of_a_model(backbone, monkeypatch):
+    """What the environment promises: a Hessian times a vector, against differences of gradients."""
+    backbones = pytest.importorskip('mmlocalmamba.backbones')
+    monkeypatch.setenv(ops.BACKEND_VARIABLE, 'reference')
+    torch.manual_seed(0)
+    arch, more = dict(LocalVim=(dict(embed_dims=8, num_layers=2, d_state=2),
+                                dict(img_size=8, patch_size=4, out_type='featmap')),
+                      LocalVMamba=(dict(embed_dims=[8], depths=[1], d_state=2), {}))[backbone]
+    model = getattr(backbones, backbone)(arch=arch, directions=['h', 'w2_flip'], out_indices=(0, ), **more)
+    model.double().eval()
+    image, vector = randn(1, 3, 8, 8), randn(1, 3, 8, 8, seed=1)
+
+    def gradient(x, create_graph=False):
+        return torch.autograd.grad(model(x)[0].square().sum(), x, create_graph=create_graph)[0]
+
+    x = image.clone().requires_grad_()
+    ours, = torch.autograd.grad((gradient(x, True) * vector).sum(), x)
+    step = 1e-5
+    there, back = (gradient((image + sign * step * vector).requires_grad_()) for sign in (1, -1))
+    torch.testing.assert_close(ours, (there - back) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
 @every_case
 def test_torch_func(case, backend):
     """grad; grad for each sample; and a sum of samples is the gradient of their sum."""

@@ -370,9 +370,15 @@ INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, 
     }
     const int64_t state = block * N + n;
     recompute<T, count>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
-    const auto sweep = p.dA ? sweep_back<T, count, true> : sweep_back<T, count, false>;
-    sweep(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay, g.decayed, c.h + state, g.dA + state,
-          sums, g.ddt, g.ddtu);
+    const auto sweep = [&](auto with_dA) {
+      sweep_back<T, count, decltype(with_dA)::value>(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay,
+                                                     g.decayed, c.h + state, g.dA + state, sums, g.ddt, g.ddtu);
+    };
+    if (p.dA) {
+      sweep(std::true_type{});
+    } else {
+      sweep(std::false_type{});
+    }
   }
   return n;
 }
