@@ -278,6 +278,18 @@ def test_convolution(monkeypatch, case, dtype, rtol):
     assert_same(*results, rtol)
 
 
+def test_high_ranks_are_not_multiplied_in_16_bits(monkeypatch):
+    monkeypatch.setattr(host, '_MAX_RANK', 1)
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=24, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE, torch.bfloat16 if name in ('u', 'delta') else x.dtype)
+              for name, x in inputs.items()}
+    ours, exact = (directional_scan(**{name: x.to(dtype or x.dtype) for name, x in inputs.items()},
+                                    tables=to_device(tables), delta_softplus=True, return_last_state=True,
+                                    backend=backend)[1]
+                   for backend, dtype in (('triton', None), ('reference', torch.float64)))
+    assert (ours - exact).norm() / exact.norm() < 1e-5
+
+
 def operator(name, x):
     return getattr(torch.ops.mmlocalmamba, name + host._suffix(x))
 
