@@ -23,16 +23,3 @@ def config_path(name: str) -> str:
     known = sorted(path.stem for folder in folders[:1] for path in folder.glob('*.py'))
     similar = difflib.get_close_matches(stem, known, n=5, cutoff=0.3) or known
     raise ValueError(f'no config {name!r}; similar: {", ".join(similar) or "none, the configs are not installed"}')
-
-
-try:
-    import mmengine as _mmengine  # noqa: F401
-except ModuleNotFoundError:
-    # mmlocalmamba.ops and mmlocalmamba.scans need torch alone.
-    pass
-else:
-    from mmlocalmamba.compat import allow_checkpoints, load_checkpoints_safely, name_annotation_files, register_scope
-    register_scope()
-    allow_checkpoints()
-    load_checkpoints_safely()
-    name_annotation_files()

@@ -291,7 +291,7 @@ def test_the_soak_sees_every_difference(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint['state_dict']['fc.2.bias'][0] = checkpoint['state_dict']['fc.2.bias'][0].nextafter(torch.tensor(1e9))
     checkpoint['optimizer']['state'][0]['step'] += 1
-    checkpoint['message_hub']['log_scalars']['train/loss']._log_history[2] += 1e-7
+    checkpoint['message_hub']['log_scalars']['train/loss']['log_history'][2] += 1e-7
     torch.save(checkpoint, path)
     assert soak.compare(tmp_path / 'first', tmp_path / 'second')[1] == [
         'epoch_1.pth/state_dict/fc.2.bias', 'epoch_1.pth/optimizer/state/0/step', 'epoch_1.pth/losses/train/loss/0/2']

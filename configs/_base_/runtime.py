@@ -10,10 +10,6 @@ default_hooks = dict(
     numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'),
     broken_files=dict(type='mmlocalmamba.BrokenFilesHook'))
 
-# Before anything loads a checkpoint: inferencers do so before they build the model, and torch would
-# refuse what MMEngine writes into its checkpoints.
-custom_imports = dict(imports=['mmlocalmamba'])
-
 # Converts the authors' checkpoints, and refuses one that does not fill the backbone.
 custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook')]
 

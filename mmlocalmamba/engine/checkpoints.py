@@ -10,7 +10,10 @@ from mmengine import dist
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import print_log
+from mmengine.runner import find_latest_checkpoint
 
+from mmlocalmamba.compat import weights_only
+from mmlocalmamba.engine.plain import histories, plain
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 
@@ -43,13 +46,29 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     A local file is written beside its place, synced and renamed. Older ones are removed after that, so that there is
     room for one more than ``max_keep_ckpts`` needed. Resuming (without load_from) takes the newest whole checkpoint if
-    ``last_checkpoint`` names none. All arguments are MMEngine's.
+    ``last_checkpoint`` names none.
+
+    Checkpoints hold numbers and tensors alone and are loaded with ``weights_only=True`` on any torch
+    (:func:`mmlocalmamba.compat.load_checkpoint`), to resume, to test and as ``load_from``; so are MMEngine's own.
+
+    All arguments are MMEngine's.
     """
 
     def before_run(self, runner: Any) -> None:
         if runner._resume and runner._load_from is None:
             self._mend_last_checkpoint(runner)
             dist.barrier()
+            runner._load_from = find_latest_checkpoint(runner.work_dir)
+        if runner._load_from is not None:
+            runner._load_from = weights_only(runner._load_from)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        checkpoint.update({key: plain(checkpoint[key]) for key in ('meta', 'message_hub')})
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        hub = checkpoint.get('message_hub')
+        if hub:
+            hub['log_scalars'] = histories(hub.get('log_scalars', {}))
 
     @dist.master_only
     def _mend_last_checkpoint(self, runner: Any) -> None:
