@@ -7,9 +7,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-import mmlocalmamba.engine.official  # noqa: F401
+import mmlocalmamba.weights  # noqa: F401
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.convert import to_official
+from mmlocalmamba.weights import to_official
 
 ARCH = dict(embed_dims=[8, 16], depths=[1, 1], d_state=1)
 

@@ -146,7 +146,8 @@ def test_dispatcher(monkeypatch):
     inputs, tables = directional_inputs(H=2, W=2)
     with pytest.raises(ValueError, match="unknown backend 'fast': known are"):
         directional_scan(**inputs, tables=tables, backend='fast')
-    monkeypatch.setattr(chunked, 'unavailable', lambda u: 'it is switched off')
+    backend = ops.BACKENDS['chunked']._replace(unavailable=lambda u: 'it is switched off')
+    monkeypatch.setitem(ops.BACKENDS, 'chunked', backend)
     with pytest.raises(RuntimeError, match="'chunked' cannot run here: it is switched off"):
         directional_scan(**inputs, tables=tables, backend='chunked')
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'chunked')

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_ops import assert_same, directional_inputs, run
 
-from mmlocalmamba.ops import available_backends, cuda, directional_scan, selective_scan
+from mmlocalmamba.ops import BACKENDS, available_backends, cuda, directional_scan, selective_scan
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def mamba_ssm(monkeypatch):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     sys.modules[name].selective_scan_fn = selective_scan_fn
     # The stand-in needs no GPU.
-    monkeypatch.setattr(cuda, 'unavailable', lambda u: cuda._import()[1])
+    monkeypatch.setitem(BACKENDS, 'cuda', BACKENDS['cuda']._replace(unavailable=lambda u: cuda._import()[1]))
     cuda._import.cache_clear()
     yield calls
     cuda._import.cache_clear()

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba import __main__ as main
 from mmlocalmamba import ops
-from mmlocalmamba.ops import directional_scan, library, selective_scan, triton, tuning
+from mmlocalmamba.ops import directional_scan, library, selective_scan
+from mmlocalmamba.ops.dispatch import choose
+from mmlocalmamba.ops.triton import host, tune, tuning
 from mmlocalmamba.scans import ScanTables, scan_tables
 
 pytest.importorskip('triton')
@@ -40,7 +42,7 @@ def numpy_scalars(monkeypatch):
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """What a kernel does not write is NaN."""
-    monkeypatch.setattr(triton, '_empty', lambda *shape, **options: torch.full(shape, torch.nan, **options))
+    monkeypatch.setattr(host, '_empty', lambda *shape, **options: torch.full(shape, torch.nan, **options))
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +55,9 @@ def chunks(monkeypatch):
 def plan(request, monkeypatch):
     """One program for a whole sequence, or several."""
     if request.param == 'segments':
-        monkeypatch.setattr(triton, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
+        monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
     else:
-        monkeypatch.setattr(triton, '_segment', lambda sequences, blocks, steps, *_: (1, -(-steps // 8) * 8))
+        monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (1, -(-steps // 8) * 8))
     return request.param
 
 
@@ -105,7 +107,7 @@ def test_ways_to_call(plan, kwargs):
 @pytest.mark.parametrize('forward,backward', list(zip(*tuning.CANDIDATES.values(), strict=True)), ids=str)
 def test_every_block_size(monkeypatch, forward, backward):
     """In segments, which takes all kernels, and on channels that fill no block: three of 16, two of 32, one of 64."""
-    monkeypatch.setattr(triton, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
+    monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
     with tuning.forced('forward', forward), tuning.forced('backward', backward):
         compare(H=1, W=11, D=37, directions=('w2_flip', ), rank=2)
 
@@ -128,20 +130,20 @@ def test_tuning(monkeypatch, tuning_file, capsys):
 
     monkeypatch.setattr(ops, 'directional_scan', wrong_once)
     shape = dict(batch=1, H=1, W=2, width=3, rank=1)
-    assert main.tune(['float32'], [1], quick=True, device=DEVICE, shapes=[shape], timer=timer)
+    assert tune.tune(['float32'], [1], quick=True, device=DEVICE, shapes=[shape], timer=timer)
     printed = capsys.readouterr().out
     assert f'{wrong} is left out: ArithmeticError: results differ by 1.0e-01' in printed
     assert f'{broken} is left out: RuntimeError: out of registers' in printed
     assert str(tuning_file) in printed
 
     problems = []
-    initialise = triton._Problem.__init__
+    initialise = host._Problem.__init__
 
     def spy(self, *args):
         initialise(self, *args)
         problems.append((args[-1], self.flags['GROUP'], self.warps))
 
-    monkeypatch.setattr(triton._Problem, '__init__', spy)
+    monkeypatch.setattr(host._Problem, '__init__', spy)
     compare(N=1, H=1, W=3, D=2, directions=('h', ))
     assert problems == [(kernel, choice.group, choice.warps) for kernel, choice in
                         (('forward', choices['forward'][2]), ('backward', choices['backward'][0]))]
@@ -149,27 +151,27 @@ def test_tuning(monkeypatch, tuning_file, capsys):
 
 def test_tuning_stops_where_the_built_in_sizes_fail(tuning_file):
 
-    def tune(error):
+    def run_tune(error):
 
         def timer(function):
             raise error
 
-        return main.tune(['float32'], [1], device=DEVICE, shapes=[dict(batch=1, H=1, W=1, width=1, rank=1)],
+        return tune.tune(['float32'], [1], device=DEVICE, shapes=[dict(batch=1, H=1, W=1, width=1, rank=1)],
                          timer=timer)
 
     with pytest.raises(RuntimeError, match='the device is gone'):
-        tune(RuntimeError('the device is gone'))
-    assert not tune(torch.OutOfMemoryError())
+        run_tune(RuntimeError('the device is gone'))
+    assert not run_tune(torch.OutOfMemoryError())
     assert not tuning_file.exists()
 
 
 def test_more_programs_than_are_launched_together(monkeypatch):
-    monkeypatch.setattr(triton, '_BACKWARD_PROGRAMS', 3)
+    monkeypatch.setattr(host, '_BACKWARD_PROGRAMS', 3)
     compare(batch=2, H=2, W=3)
 
 
 def test_large_rank_is_multiplied_outside(monkeypatch):
-    monkeypatch.setattr(triton, '_MAX_RANK', 1)
+    monkeypatch.setattr(host, '_MAX_RANK', 1)
     compare(rank=2)
 
 
@@ -284,16 +286,16 @@ def test_opcheck():
         inputs = {name: x.detach().to(DEVICE, torch.float32 if name == 'A' else x.dtype) for name, x in inputs.items()}
         tensors, src = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')], tables.src.to(DEVICE)
         rest = (src, tables.inv.shape[1], inputs['delta_bias'], inputs.get('dt_weight'))
-        op = triton._operator('directional_scan', src)
-        backward = triton._operator('directional_scan_backward', src)
+        op = host._operator('directional_scan', src)
+        backward = host._operator('directional_scan_backward', src)
         torch.library.opcheck(op.default, (*tensors, *rest, True, False, True), test_utils=utilities)
         y, last, checkpoints = op(*tensors, *rest, True, False, True)
         torch.library.opcheck(backward.default, (y, last, *tensors, *rest, checkpoints, True, False),
                               test_utils=utilities)
     x, weight = inputs['u'], torch.randn(2, 5, 4, device=DEVICE)
-    conv = triton._operator('directional_conv', src)
+    conv = host._operator('directional_conv', src)
     torch.library.opcheck(conv.default, (x, weight, None, src), test_utils=utilities)
-    torch.library.opcheck(triton._operator('directional_conv_backward', src).default,
+    torch.library.opcheck(host._operator('directional_conv_backward', src).default,
                           (conv(x, weight, None, src), x, weight, None, src), test_utils=utilities)
 
 
@@ -344,15 +346,16 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match='src must be an int32 table of 2 rows'):
         run_triton(inputs, ScanTables(tables.src.long(), tables.inv))
     with pytest.raises(TypeError, match='B must be float32, bfloat16 or float16, got torch.float64'):
-        run_triton({**inputs, 'B': inputs['B'].double()}, tables)
+        host._forward(*(x.to(DEVICE) for x in (inputs['u'], inputs['delta'], inputs['A'], inputs['B'].double(),
+                                               inputs['C'])), None, None, 45, None, None, True, False, False)
 
 
 def test_the_interpreter_is_never_chosen():
     if DEVICE == 'cpu':
         assert ops.available_backends(torch.empty(0))['triton'] is None
-        assert ops._choose(torch.empty(0), None) is not triton
+        assert choose(torch.empty(0)).name != 'triton'
     else:
-        assert ops._choose(torch.empty(0, device=DEVICE), None) is triton
+        assert choose(torch.empty(0, device=DEVICE)).name == 'triton'
 
 
 @pytest.mark.parametrize('sequences,blocks,steps,expected', [
@@ -363,8 +366,8 @@ def test_the_interpreter_is_never_chosen():
 ])
 def test_segments(monkeypatch, sequences, blocks, steps, expected):
     monkeypatch.undo()
-    monkeypatch.setattr(triton, '_multiprocessors', lambda device: 132)
-    segments, length = triton._segment(sequences, blocks, steps, 16, torch.device('cuda'))
+    monkeypatch.setattr(host, '_multiprocessors', lambda device: 132)
+    segments, length = host._segment(sequences, blocks, steps, 16, torch.device('cuda'))
     assert segments == expected and length % library.CHUNK == 0 and (segments - 1) * length < steps <= segments * length
 
 
@@ -453,7 +456,7 @@ def test_compiles_for_a_gpu_that_is_not_here():
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmlocalmamba.ops import kernels
+from mmlocalmamba.ops.triton import kernels
 
 FLAGS = dict(N=5, R=2, BLOCK_D=32, BLOCK_N=8, BLOCK_N1=2, BLOCK_N2=4, BLOCK_R=2, CHUNK=32, GROUP=2, TAPS=4, BLOCK_T=32)
 INTEGERS = ('K', 'batch', 'rows', 'steps', 'tokens', 'channels', 'segment', 'segments', 'sequences', 'first_sequence',

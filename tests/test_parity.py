@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.convert import from_official, to_official
+from mmlocalmamba.weights import from_official, to_official
 
 DATA = Path(__file__).parent / 'data'
 CASES = Path(os.environ.get('MMLOCALMAMBA_PARITY', Path(__file__).parents[2] / 'shared' / 'parity'))

@@ -17,7 +17,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from processes import PYTHON, ROOT, finish, run_on_two, start
 
 from mmlocalmamba.backbones import LocalVMamba
-from mmlocalmamba.convert import to_official
+from mmlocalmamba.weights import to_official
 
 FILES = {'directions.json', 'alphas.csv', 'directions.png', 'alphas.png'}
 

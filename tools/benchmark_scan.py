@@ -156,7 +156,7 @@ def print_table(header, rows):
 
 
 def describe_machine(device):
-    from mmlocalmamba.ops import tuning
+    from mmlocalmamba.ops.triton import tuning
     if device == 'cuda':
         name = '; '.join([torch.cuda.get_device_name(), *tuning.in_force(torch.device('cuda'))])
     else:
@@ -201,7 +201,7 @@ def inputs(size, middle_token, width, rank, N, batch, device, dtype):
 
 def unfused(linear_scan, u, delta, A, B, C, D, delta_bias, tables):
     """The scan with the recurrence h[t] = a[t] h[t - 1] + x[t] done by ``linear_scan`` on (B * K, T, D, N)."""
-    from mmlocalmamba.ops.common import from_scan_order, step_size, to_scan_order
+    from mmlocalmamba.ops.scan_order import from_scan_order, step_size, to_scan_order
     u, delta, B, C = (to_scan_order(x, *tables) for x in (u, delta, B, C))
     dt = step_size(delta, delta_bias, True)
     a = torch.exp(dt[..., None] * A[:, None])
@@ -273,7 +273,7 @@ def op_alone(selective_scan_fn, u, delta, A, B, C, D, delta_bias):
 
 def ready_made(tensors, tables, u_as_well):
     """The tensors as sequences, as mamba_ssm takes them."""
-    from mmlocalmamba.ops.common import to_scan_order
+    from mmlocalmamba.ops.scan_order import to_scan_order
     made = dict(tensors)
     for name in ('delta', 'B', 'C', 'u') if u_as_well else ('delta', 'B', 'C'):
         x = to_scan_order(tensors[name], *tables).transpose(2, 3).contiguous()

@@ -31,7 +31,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv | tee "$ou
 
 run doctor "$python" -m mmlocalmamba doctor || exit 1
 # Where the OpenMMLab stack is missing, these are the tests that need torch alone.
-run tests "$python" -m pytest -q tests/test_ops_triton.py tests/test_tuning.py tests/test_ops.py \
+run tests "$python" -m pytest -q tests/test_ops_triton.py tests/test_ops_triton_tuning.py tests/test_ops.py \
     tests/test_scans.py || exit 1
 run tune "$python" -m mmlocalmamba tune
 

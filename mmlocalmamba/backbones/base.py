@@ -11,14 +11,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.convert import architecture, backbone_state_dict
+from mmlocalmamba.registry import WEIGHT_INITIALIZERS
 from mmlocalmamba.scans import check_scan
 from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
 
 Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
-_LOCALVMAMBA_S = ('LocalVMamba', (2, 2, 27, 2), (96, 192, 384, 768))
 # The results of a search with hundreds of blocks are far smaller.
 _MAX_DIRECTIONS_FILE = 1 << 20
 
@@ -140,13 +138,11 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 class LocalMambaBackbone(BaseModule):
-    """Freezing, norm_eval and the loading of pre-trained weights.
+    """Freezing, norm_eval, and what the loading of pre-trained weights asks.
 
     ``init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)`` takes checkpoints of this package (of a backbone, or
     of a classifier, detector or segmentor that holds one) and those of the authors, which are converted on the fly.
-    What does not match is reported, and a backbone that is not completely filled is an error unless the dict says
-    ``strict=False``; output norms of more stages than the checkpoint's model had may stay at their initial values.
-    ``checkpoint=None`` trains from scratch and says so.
+    See :class:`mmlocalmamba.weights.Pretrained`. ``checkpoint=None`` trains from scratch and says so.
     """
 
     def __init__(self, frozen_stages: int, norm_eval: bool, init_cfg: dict | None) -> None:
@@ -166,43 +162,7 @@ class LocalMambaBackbone(BaseModule):
         super().init_weights()
         self.init_cfg = own
         for cfg in pretrained:
-            self.load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
-
-    def load_pretrained(self, checkpoint: str | None, strict: bool = True, prefix: str | None = None,
-                        map_location: str = 'cpu') -> None:
-        """Load the backbone's weights from a file or URL; see the class docstring.
-
-        Raises:
-            RuntimeError: weights of the other backbone; with ``strict``, weights that are missing or do not fit.
-        """
-        if checkpoint is None:
-            print_log(f'{type(self).__name__}: no pre-trained weights were given (init_cfg.checkpoint=None), '
-                      'the backbone starts from scratch', logger='current', level=logging.WARNING)
-            return
-        loaded = load_checkpoint(checkpoint, map_location)
-        weights = backbone_state_dict(loaded, prefix=prefix)
-        check_architecture(weights, self, checkpoint)
-        weights = self.adapt_state_dict(weights)
-        own = self.state_dict()
-        unfit = {name: f'{tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} here'
-                 for name in weights if name in own and weights[name].shape != own[name].shape}
-        missing = [name for name in own if name not in weights and not self.is_new_for_task(name)]
-        unexpected = [name for name in weights if name not in own and not self.is_new_for_task(name)]
-        self.load_state_dict({name: w for name, w in weights.items() if name in own and name not in unfit},
-                             strict=False)
-        report = [f'{len(own) - len(missing) - len(unfit)} of {len(own)} weights of {type(self).__name__} come from '
-                  f'{checkpoint}']
-        fresh = [name for name in own if name not in weights and self.is_new_for_task(name)]
-        for title, names in (('new for this task, left as initialised', fresh), ('missing in the file', missing),
-                             ('of another shape', [f'{name} ({why})' for name, why in unfit.items()]),
-                             ('in the file only', unexpected)):
-            if names:
-                report.append(f'{title}: {", ".join(names)}')
-        report = '\n  '.join(report)
-        if (missing or unfit or unexpected) and strict:
-            raise RuntimeError(f'{report}\nThis checkpoint is not of this backbone. If a partial match is what you '
-                               "want, add strict=False to init_cfg.")
-        print_log(report, logger='current', level=logging.WARNING if missing or unfit or unexpected else logging.INFO)
+            WEIGHT_INITIALIZERS.build({**cfg, 'type': 'mmlocalmamba.Pretrained'})(self)
 
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit weights to this model where that is exact by meaning (e.g. positions of another grid)."""
@@ -240,30 +200,6 @@ def _warn_of_foreign_weights(backbone: nn.Module, state_dict: dict[str, Tensor],
         print_log(f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}", the backbone stays as it '
                   'is. If the file is of another project, convert it first: '
                   'tools/model_converters/official_to_mmlocalmamba.py', logger='current', level=logging.WARNING)
-
-
-def check_architecture(weights: dict[str, Tensor], backbone: nn.Module, source: str) -> None:
-    """Refuse weights of the other backbone, of which nothing fits.
-
-    Args:
-        weights: of a backbone, under our names.
-        source: where they come from, for the message.
-
-    Raises:
-        RuntimeError: they are of another class than ``backbone``.
-    """
-
-    def describe(name: str, blocks: Sequence[int], channels: Sequence[int]) -> str:
-        return f'a {name} of {", ".join(map(str, blocks))} blocks and {", ".join(map(str, channels))} channels'
-
-    found, own = architecture(weights), architecture(backbone.state_dict())
-    if found is None or found[0] == own[0]:
-        return
-    message = f'{source} holds {describe(*found)}: it is not of this backbone, {describe(*own)}.'
-    if found == _LOCALVMAMBA_S:
-        message += (' It is the file of LocalVMamba-S, which the README of hunto/LocalMamba links for LocalVim-S as '
-                    'well: weights of LocalVim-S are not linked there.')
-    raise RuntimeError(message)
 
 
 def check_frozen_stages(frozen_stages: int, count: int) -> int:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import cpu, runs_native
+from mmlocalmamba.ops import scattn_sum
 from mmlocalmamba.registry import MODELS
 
 
@@ -65,9 +65,8 @@ class SCAttn(nn.Module):
 
     def sum_directions(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """Sum over K of ``forward(y * silu(z))``: y (B, K, L, C), z (B, L, C) or None -> (B, L, C)."""
-        weights = [parameter for module in (self.norm, self.global_reduce, self.channel_select)
-                   for parameter in (module.weight, module.bias)]
         hooked = self._forward_hooks or self._forward_pre_hooks  # they want to see the call
-        if self.spatial_select is None and not hooked and runs_native(y, *weights):
-            return cpu.scattn_sum(y, z, *weights[:2], self.norm.eps, *weights[2:])
+        if self.spatial_select is None and not hooked:
+            return scattn_sum(y, z, self.norm.weight, self.norm.bias, self.norm.eps, self.global_reduce.weight,
+                              self.global_reduce.bias, self.channel_select.weight, self.channel_select.bias)
         return self(y if z is None else y * F.silu(z)[:, None]).sum(1)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmlocalmamba.ops.common import from_scan_order, step_size, to_scan_order
+from mmlocalmamba.ops.dispatch import Backend, ScanInputs
+from mmlocalmamba.ops.scan_order import from_scan_order, step_size, to_scan_order
 
 # State elements one step works on: enough to hide the cost of launching an operation, few enough to stay in cache.
 _STEP_ELEMENTS = 1 << 17
@@ -165,10 +166,9 @@ class _Scan(torch.autograd.Function):
         return du.view(*shape, D), ddt.view(*shape, D), dA, dB.view(*shape, N), dC.view(*shape, N)
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
-         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-         in_scan_order: bool) -> tuple[Tensor, Tensor]:
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
+    u, delta, A, B, C, D, src, inv, delta_bias, _, delta_softplus, in_scan_order = inputs
     if not in_scan_order:
         u, delta, B, C = (to_scan_order(x, src, inv) for x in (u, delta, B, C))
     y, last = _Scan.apply(u, step_size(delta, delta_bias, delta_softplus), A, B, C)
@@ -179,3 +179,6 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | 
 
 def unavailable(u: Tensor) -> str | None:
     return None
+
+
+BACKEND = Backend('chunked', scan, unavailable)

@@ -11,7 +11,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from mmlocalmamba.ops.common import from_scan_order, to_scan_order
+from mmlocalmamba.ops.dispatch import Backend, ScanInputs
+from mmlocalmamba.ops.scan_order import from_scan_order, to_scan_order
 
 
 @cache
@@ -37,23 +38,22 @@ class _WithoutGradient(torch.autograd.Function):
         raise NotImplementedError("mamba_ssm knows no gradient of the last state: use backend='triton' or 'chunked'")
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
-         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-         in_scan_order: bool) -> tuple[Tensor, Tensor]:
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
+    u, delta, A, B, C, D, src, inv, delta_bias, _, delta_softplus, in_scan_order = inputs
     if not in_scan_order:
         u, delta, B, C = (to_scan_order(x, src, inv) for x in (u, delta, B, C))
     batch, K, steps, width = u.shape
 
     def sequences(x: Tensor) -> Tensor:  # (B, K, T, D) -> (B, K * D, T)
-        return x.to(u.dtype).transpose(2, 3).reshape(batch, K * width, steps)
+        return x.transpose(2, 3).reshape(batch, K * width, steps)
 
     def parameters(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.float().flatten(0, 1)
+        return None if x is None else x.flatten(0, 1)
 
     # Directions are its groups: B and C (B, K, N, T) serve D channels each.
-    y, last = _import()[0](sequences(u), sequences(delta), parameters(A), B.to(u.dtype).transpose(2, 3).contiguous(),
-                           C.to(u.dtype).transpose(2, 3).contiguous(), parameters(D), None, parameters(delta_bias),
+    y, last = _import()[0](sequences(u), sequences(delta), parameters(A), B.transpose(2, 3).contiguous(),
+                           C.transpose(2, 3).contiguous(), parameters(D), None, parameters(delta_bias),
                            delta_softplus, True)
     y = y.view(batch, K, width, steps).transpose(2, 3)
     last = _WithoutGradient.apply(last, y).view(batch, K, width, -1)
@@ -66,3 +66,6 @@ def unavailable(u: Tensor) -> str | None:
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f'it computes in float32, and does not take {u.dtype}'
     return _import()[1]
+
+
+BACKEND = Backend('cuda', scan, unavailable, home='cuda', dtypes=(torch.float32, ))

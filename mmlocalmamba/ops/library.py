@@ -12,12 +12,11 @@ Last states are (B, K, N, D) here. States are float32, or float64 if u is.
 import torch
 from torch import Tensor
 
+from mmlocalmamba.ops.dispatch import ScanInputs, compute_dtype, without_autocast
+from mmlocalmamba.ops.plain import linear, rotate
+
 # Also in csrc/interface.h.
 CHUNK = 32
-
-
-def state_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 def _refuse_second_derivative(ctx, *grads):
@@ -40,7 +39,7 @@ def _fake_scan(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_s
     batch, K, rows = delta.shape[:3]
     steps = rows if src is None else src.shape[1]
     width, N = A.shape[1:]
-    state = u.new_empty(0, dtype=state_dtype(u))
+    state = u.new_empty(0, dtype=compute_dtype(u))
     return (u.new_empty(batch, K, tokens, width), state.new_empty(batch, K, N, width),
             state.new_empty(batch, K, max(0, (steps - 1) // CHUNK) if save else 0, N, width))
 
@@ -61,8 +60,8 @@ def _product(x, weight):
     weight = weight.to(x.dtype)
     if x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64):
         return torch.ops.mmlocalmamba.linear(x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.einsum('bkti,koi->bkto', x, weight) if weight.dim() == 3 else torch.nn.functional.linear(x, weight)
+    with without_autocast(x):
+        return linear(x, weight)
 
 
 def _setup_scan(ctx, inputs, output):
@@ -141,13 +140,11 @@ def declare_scan_and_conv(suffix: str = '') -> None:
 declare_scan_and_conv()
 
 
-def run_scan(operator, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
-             inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, in_scan_order: bool,
-             dt_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``operator`` with the arguments of :func:`mmlocalmamba.ops.reference.scan`."""
+def run_scan(operator, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """``operator``, a scan as it is declared here, with these arguments."""
+    u, delta, A, B, C, D, src, inv, delta_bias, dt_weight, delta_softplus, in_scan_order = inputs
     tokens = delta.shape[2] if inv is None else inv.shape[1]
-    save = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, delta_bias, dt_weight))
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
     y, last, _ = operator(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order,
                           save)
     return y, last.transpose(2, 3)
@@ -237,12 +234,6 @@ torch.library.register_autograd('mmlocalmamba::scattn_sum_backward', _refuse_sec
 torch.library.define(
     'mmlocalmamba::add_rms_norm',
     '(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor? cos, Tensor? sin) -> (Tensor out, Tensor sum)')
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of x (..., L, C) by the angles of cos, sin (L, C); keeps x's dtype."""
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 @torch.library.register_fake('mmlocalmamba::add_rms_norm')

@@ -12,13 +12,13 @@ Plain autograd, one step at a time: any float dtype, clear, slow.
 import torch
 from torch import Tensor
 
-from mmlocalmamba.ops.common import read, step_size, write
+from mmlocalmamba.ops.dispatch import Backend, ScanInputs
+from mmlocalmamba.ops.scan_order import read, step_size, write
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
-         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-         in_scan_order: bool) -> tuple[Tensor, Tensor]:
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
+    u, delta, A, B, C, D, src, inv, delta_bias, _, delta_softplus, in_scan_order = inputs
     if not in_scan_order:
         u, delta, B, C = (read(x, src, inv) for x in (u, delta, B, C))
     dt = step_size(delta, delta_bias, delta_softplus)
@@ -35,3 +35,6 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | 
 
 def unavailable(u: Tensor) -> str | None:
     return None
+
+
+BACKEND = Backend('reference', scan, unavailable)

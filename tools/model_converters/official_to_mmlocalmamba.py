@@ -18,8 +18,8 @@ import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.convert import STATE_DICT_KEYS, architecture, find_state_dict, from_official, to_official
 from mmlocalmamba.files import write_whole
+from mmlocalmamba.weights import STATE_DICT_KEYS, architecture, find_state_dict, from_official, to_official
 
 
 def expected_shapes(weights):

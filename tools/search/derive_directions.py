@@ -13,11 +13,11 @@ import torch
 
 from mmlocalmamba import __version__
 from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.convert import backbone_state_dict
 from mmlocalmamba.scans import check_scan
 from mmlocalmamba.search import CANDIDATES
 from mmlocalmamba.search.directions import find_alphas
 from mmlocalmamba.search.hook import STATE, write_search
+from mmlocalmamba.weights import backbone_state_dict
 
 
 def read(path, candidates=None):

@@ -1,4 +1,4 @@
-"""The Triton kernels behind :mod:`mmlocalmamba.ops.triton`, which explains them. Imported on first use only.
+"""The Triton kernels, which :mod:`mmlocalmamba.ops.triton` explains. Imported on first use only.
 
 Shared conventions: a program owns a block of channels of one sequence (batch, direction), in one segment of its steps.
 Steps go in groups of GROUP: all loads of a group stand before its arithmetic, its stores behind it, so that latencies

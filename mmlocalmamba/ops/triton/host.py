@@ -1,16 +1,4 @@
-"""Fused Triton kernels (kernels.py) for CUDA tensors: no permuted copy, channels-last, deterministic.
-
-A program owns a block of channels of one sequence (batch, direction), goes along the table and keeps the state in
-registers. Where there are too few such programs to fill the device, sequences are cut into segments, in three kernels:
-what each segment adds to the state, a carry along the segments, and the scan itself from the right states.
-
-The backward pass recomputes states from those saved every :data:`library.CHUNK` steps. Gradients that several programs
-share (those of B and C over blocks of channels; of A, D and the bias over the batch; of u over directions) go to a
-buffer with one place for each, which is summed afterwards, in the same order every time: no atomics.
-
-float32, bfloat16 and float16 inputs, each tensor in its own; states, A, D, bias and all arithmetic are float32.
-With TRITON_INTERPRET=1 the kernels run on CPU tensors as well, slowly and only if the backend is named: for tests.
-"""
+"""Checks arguments, allocates memory and launches the kernels, which :mod:`mmlocalmamba.ops.triton` explains."""
 import os
 from contextlib import nullcontext
 from functools import cache
@@ -20,7 +8,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mmlocalmamba.ops import library, tuning
+from mmlocalmamba.ops import library
+from mmlocalmamba.ops.dispatch import Backend, ScanInputs, compute_dtype
+from mmlocalmamba.ops.triton import tuning
 
 # Not asked for in functions: torch.compile traces through those that choose a backend.
 _INSTALLED = find_spec('triton') is not None
@@ -40,7 +30,7 @@ _MIN_CHUNKS = 2
 
 @cache
 def _kernels():
-    return import_module('mmlocalmamba.ops.kernels')
+    return import_module('mmlocalmamba.ops.triton.kernels')
 
 
 @torch.compiler.assume_constant_result
@@ -333,16 +323,19 @@ def _operator(name: str, x: Tensor):
     return getattr(torch.ops.mmlocalmamba, name + _SUFFIX if x.device.type == 'cpu' else name)
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, src: Tensor | None,
-         inv: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-         in_scan_order: bool, dt_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`mmlocalmamba.ops.directional_scan`; returns y (B, K, L, D) and the last states (B, K, D, N)."""
-    if dt_weight is not None and dt_weight.shape[-1] > _MAX_RANK:
-        delta, dt_weight = torch.einsum('bklr,kdr->bkld', delta, dt_weight.to(delta.dtype)), None
-    return library.run_scan(_operator('directional_scan', u), u, delta, A, B, C, D, src, inv, delta_bias,
-                            delta_softplus, in_scan_order, dt_weight)
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """See :func:`mmlocalmamba.ops.directional_scan`."""
+    if inputs.dt_weight is not None and inputs.dt_weight.shape[-1] > _MAX_RANK:
+        inputs = inputs._replace(delta=inputs.delta.to(compute_dtype(inputs.delta))).with_all_step_sizes()
+    return library.run_scan(_operator('directional_scan', inputs.u), inputs)
 
 
-def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None) -> Tensor:
-    """See :func:`mmlocalmamba.ops.directional_conv`."""
-    return _operator('directional_conv', x)(x, weight, bias, src)
+BACKEND = Backend(
+    'triton',
+    scan,
+    unavailable,
+    home='cuda',
+    dtypes=_DTYPES,
+    mixed_dtypes=True,
+    low_rank_steps=True,
+    directional_conv=lambda x, weight, bias, tables: _operator('directional_conv', x)(x, weight, bias, tables.src))

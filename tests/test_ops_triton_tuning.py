@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmlocalmamba import __main__ as main
-from mmlocalmamba.ops import library, tuning
+from mmlocalmamba.ops import library
+from mmlocalmamba.ops.triton import tune, tuning
 
 CPU = torch.device('cpu')
 FORWARD = tuning.CANDIDATES['forward']
@@ -121,14 +122,14 @@ def test_numbers_are_those_of_the_candidates(path):
 
 def test_noise_does_not_choose():
     first, second, third = FORWARD[:3]
-    assert main._fastest({first: [1., 1.], second: [.99, .99], third: [2., .51]}) == first
-    assert main._fastest({first: [1., 1.], second: [1.2, .7], third: [.1, float('inf')]}) == second
+    assert tune._fastest({first: [1., 1.], second: [.99, .99], third: [2., .51]}) == first
+    assert tune._fastest({first: [1., 1.], second: [1.2, .7], third: [.1, float('inf')]}) == second
 
 
 def test_shapes():
-    assert [len(main.tuning_shapes(quick)) for quick in (True, False)] == [2, 8]
-    assert main.tuning_shapes(False)[3] == dict(batch=64, H=7, W=7, width=1536, rank=48)
-    assert main.tuning_shapes(False)[4] == dict(batch=2, H=200, W=333, width=192, rank=6)
+    assert [len(tune.tuning_shapes(quick)) for quick in (True, False)] == [2, 8]
+    assert tune.tuning_shapes(False)[3] == dict(batch=64, H=7, W=7, width=1536, rank=48)
+    assert tune.tuning_shapes(False)[4] == dict(batch=2, H=200, W=333, width=192, rank=6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without GPU')

@@ -7,9 +7,11 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from mmlocalmamba.backbones.base import LocalMambaBackbone, check_architecture
-from mmlocalmamba.convert import backbone_state_dict, find_state_dict, from_official, is_official
+from mmlocalmamba.backbones.base import LocalMambaBackbone
 from mmlocalmamba.registry import HOOKS
+from mmlocalmamba.weights.contents import backbone_state_dict, find_state_dict
+from mmlocalmamba.weights.loading import check_architecture
+from mmlocalmamba.weights.names import from_official, is_official
 
 
 def _find_backbone(model: nn.Module) -> tuple[str, LocalMambaBackbone | None]:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from mmlocalmamba import backbones
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.convert import find_state_dict, from_official, to_official
 from mmlocalmamba.ops import selective_scan
+from mmlocalmamba.weights import find_state_dict, from_official, to_official
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / 'data'

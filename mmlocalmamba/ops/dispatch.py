@@ -1,0 +1,209 @@
+"""What a scan is given, what a backend can do, and which one runs.
+
+The backends stand in :data:`BACKENDS`; :func:`run_scan` and :func:`fused_op` choose among them. Every rule about dtypes
+is in this file: what is computed in (:func:`compute_dtype`), what a backend reads as it is (:meth:`Backend.reads`).
+"""
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKEND_VARIABLE = 'MMLOCALMAMBA_BACKEND'
+# Elements from which a user should know that a scan does not take the fastest backend of its device.
+_LARGE = 1 << 16
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in for inputs like x: 16 bits are for storage only."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; not every device has it."""
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which products keep the dtype of their factors."""
+    return torch.autocast(x.device.type, enabled=False) if _has_autocast(x.device.type) else nullcontext()
+
+
+def expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f'{name} must have shape {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}')
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.is_complex():
+            raise NotImplementedError(f'{name} is complex ({x.dtype}): only real state spaces are supported')
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f'{name} must be a floating point tensor, got {x.dtype}')
+
+
+class ScanInputs(NamedTuple):
+    """The arguments of :func:`mmlocalmamba.ops.directional_scan`, which explains them; checked once, by
+    :meth:`check`. They travel as one object."""
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    src: Tensor | None = None
+    inv: Tensor | None = None
+    delta_bias: Tensor | None = None
+    dt_weight: Tensor | None = None
+    delta_softplus: bool = False
+    in_scan_order: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there, without the tables."""
+        return [x for x in (*self[:6], self.delta_bias, self.dt_weight) if x is not None]
+
+    def check(self) -> 'ScanInputs':
+        """Itself.
+
+        Raises:
+            ValueError: shapes that do not fit.
+            TypeError, NotImplementedError: integer or complex tensors.
+        """
+        u, delta, A, B, C, D, src, inv, delta_bias, dt_weight, _, in_scan_order = self
+        check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, dt_weight=dt_weight)
+        if delta.dim() != 4 or A.dim() != 3:
+            raise ValueError(f'delta must be (B, K, L, D) and A (K, D, N), got {tuple(delta.shape)} and '
+                             f'{tuple(A.shape)}')
+        batch, K, rows, rank = delta.shape
+        width, N = A.shape[1:] if dt_weight is not None else (rank, A.shape[-1])
+        expect_shape('dt_weight', dt_weight, (K, width, rank), '(K, D, R)')
+        expect_shape('A', A, (K, width, N), '(K, D, N)')
+        expect_shape('B', B, (batch, K, rows, N), '(B, K, L, N)')
+        expect_shape('C', C, (batch, K, rows, N), '(B, K, L, N)')
+        expect_shape('D', D, (K, width), '(K, D)')
+        expect_shape('delta_bias', delta_bias, (K, width), '(K, D)')
+        if in_scan_order or u.dim() != 3:
+            expect_shape('u', u, (batch, K, rows, width), '(B, K, L, D)')
+        else:
+            expect_shape('u', u, (batch, rows, width), '(B, L, D)')
+        if src is None:
+            if not in_scan_order:
+                raise ValueError('tables are needed unless in_scan_order=True')
+        else:
+            if src.shape[0] != K or inv.shape[0] != K:
+                raise ValueError(f'tables hold {src.shape[0]} directions, the tensors {K}')
+            given = src.shape[1] if in_scan_order else inv.shape[1]
+            if given != rows:
+                raise ValueError(f'tables are for {given} {"steps" if in_scan_order else "tokens"}, delta holds {rows}')
+        return self
+
+    def to(self, dtype: torch.dtype) -> 'ScanInputs':
+        return self._replace(**{name: x.to(dtype) for name, x in zip(self._fields, self)
+                                if isinstance(x, Tensor) and x.is_floating_point()})
+
+    def with_all_step_sizes(self) -> 'ScanInputs':
+        """delta (B, K, L, D) instead of its low-rank factor and ``dt_weight``."""
+        if self.dt_weight is None:
+            return self
+        delta = torch.einsum('bklr,kdr->bkld', self.delta, self.dt_weight.to(self.delta.dtype))
+        return self._replace(delta=delta, dt_weight=None)
+
+
+class Backend(NamedTuple):
+    """Ways to compute the ops on some device, and what they can do.
+
+    Attributes:
+        name: by which it is chosen.
+        scan: :class:`ScanInputs` -> y (B, K, L, D), last states (B, K, D, N), in the dtype that it computes in or in
+            u's.
+        unavailable: tensor like u -> None, or the reason why it cannot run such tensors.
+        home: type of the device that it is chosen on by itself; None: any.
+        dtypes: of tensors that it reads; whatever holds others is converted to :func:`compute_dtype` before.
+        mixed_dtypes: whether each tensor may have its own.
+        low_rank_steps: whether its scan takes ``dt_weight``.
+        linear, directional_conv, scattn_sum, add_rms_norm: its fused versions of these ops of
+            :mod:`mmlocalmamba.ops.plain`, or None.
+    """
+    name: str
+    scan: Callable[[ScanInputs], tuple[Tensor, Tensor]]
+    unavailable: Callable[[Tensor], str | None]
+    home: str | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    mixed_dtypes: bool = False
+    low_rank_steps: bool = False
+    linear: Callable | None = None
+    directional_conv: Callable | None = None
+    scattn_sum: Callable | None = None
+    add_rms_norm: Callable | None = None
+
+    def reads(self, tensors: list[Tensor]) -> bool:
+        """Whether it takes them as they are."""
+        return all(x.dtype in self.dtypes and (self.mixed_dtypes or x.dtype == tensors[0].dtype) for x in tensors)
+
+
+# By name, fastest first.
+BACKENDS: dict[str, Backend] = {}
+
+
+def available_backends(u: Tensor) -> dict[str, str | None]:
+    """Every backend in the order of preference, with None or the reason why it cannot run tensors like ``u``."""
+    return {name: backend.unavailable(u) for name, backend in BACKENDS.items()}
+
+
+@cache
+def _warn_of_slow_scan(name: str, best: str, reason: str) -> None:
+    """Once for each reason."""
+    warnings.warn(f'selective scans run on the backend {name!r}, many times slower than on {best!r}: {reason}',
+                  stacklevel=6)
+
+
+def choose(u: Tensor, name: str | None = None) -> Backend:
+    """The backend called ``name`` or by the environment variable, or else the fastest that can run tensors like u.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend that was named cannot run here.
+    """
+    name = name or os.environ.get(BACKEND_VARIABLE) or None
+    if name is None:
+        at_home = [backend for backend in BACKENDS.values() if backend.home in (None, u.device.type)]
+        chosen = next(backend for backend in at_home if backend.unavailable(u) is None)
+        if chosen is not at_home[0] and u.numel() >= _LARGE:
+            _warn_of_slow_scan(chosen.name, at_home[0].name, at_home[0].unavailable(u))
+        return chosen
+    if name not in BACKENDS:
+        raise ValueError(f'unknown backend {name!r}: known are {", ".join(BACKENDS)} '
+                         f'(argument backend or environment variable {BACKEND_VARIABLE})')
+    reason = BACKENDS[name].unavailable(u)
+    if reason is not None:
+        raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
+    return BACKENDS[name]
+
+
+def run_scan(inputs: ScanInputs, name: str | None) -> tuple[Tensor, Tensor]:
+    """The scan by the backend of this name, or by the chosen one."""
+    backend = choose(inputs.u, name)
+    # Autocast would take the recurrence to 16 bits.
+    with without_autocast(inputs.u):
+        if not backend.reads(inputs.tensors()):
+            inputs = inputs.to(compute_dtype(inputs.u))
+        if not backend.low_rank_steps:
+            inputs = inputs.with_all_step_sizes()
+        return backend.scan(inputs)
+
+
+def fused_op(op: str, *tensors: Tensor | None) -> Callable | None:
+    """The chosen backend's version of an op for these tensors; None if plain PyTorch has to do it."""
+    given = [x for x in tensors if x is not None]
+    backend = choose(given[0])
+    function = getattr(backend, op)
+    return function if function is not None and backend.reads(given) else None

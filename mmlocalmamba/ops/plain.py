@@ -1,0 +1,47 @@
+"""What stands around the scan, in plain PyTorch: for every device and dtype, with all derivatives. The fused versions
+are tested against it."""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmlocalmamba.ops.scan_order import to_scan_order
+from mmlocalmamba.scans import ScanTables
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`mmlocalmamba.ops.linear`."""
+    return torch.einsum('bkti,koi->bkto', x, weight) if weight.dim() == 3 else F.linear(x, weight, bias)
+
+
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables) -> Tensor:
+    """See :func:`mmlocalmamba.ops.directional_conv`."""
+    K, width, taps = weight.shape
+    x = to_scan_order(x, *tables)
+    batch, _, T, _ = x.shape
+    x = F.conv1d(x.transpose(2, 3).reshape(batch, K * width, T), weight.flatten(0, 1)[:, None],
+                 None if bias is None else bias.flatten(), padding=taps - 1, groups=K * width)
+    return F.silu(x[..., :T].unflatten(1, (K, width)).transpose(2, 3))
+
+
+def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, reduce_weight: Tensor,
+               reduce_bias: Tensor, select_weight: Tensor, select_bias: Tensor) -> Tensor:
+    """See :func:`mmlocalmamba.ops.scattn_sum`."""
+    y = y if z is None else y * F.silu(z)[:, None]
+    average = F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps).mean(-2, keepdim=True)
+    gate = F.linear(F.gelu(F.linear(average, reduce_weight, reduce_bias)), select_weight, select_bias).sigmoid()
+    return (y * gate).sum(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of x (..., L, C) by the angles of cos, sin (L, C); keeps x's dtype."""
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None = None,
+                 sin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`mmlocalmamba.ops.add_rms_norm`."""
+    total = x if residual is None else residual + x
+    if cos is not None:
+        total = rotate(total, cos, sin)
+    return F.rms_norm(total, weight.shape, weight, eps), total

@@ -1,0 +1,53 @@
+"""Whether a backend computes rightly on this machine: a small scan and its gradients against the reference."""
+import math
+import time
+
+import torch
+
+from mmlocalmamba import ops
+from mmlocalmamba.scans import ScanTables, scan_tables
+
+# Relative errors beyond which a backend is called wrong: float32 arithmetic stays far below.
+LIMIT = 1e-4
+
+
+def scan_inputs(H: int, W: int, width: int, N: int, device: str, batch: int = 1,
+                rank: int | None = None) -> tuple[dict[str, torch.Tensor], ScanTables]:
+    """Of a scan with incomplete windows, in float32."""
+    tables = scan_tables(('h', 'v_flip', 'w2', 'w3_flip'), H, W, device=device)
+    K, L = tables.inv.shape
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = dict(u=(batch, L, width), delta=(batch, K, L, rank or width), A=(K, width, N), B=(batch, K, L, N),
+                  C=(batch, K, L, N), D=(K, width), delta_bias=(K, width))
+    if rank:
+        shapes['dt_weight'] = (K, width, rank)
+    inputs = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+    # Memories and step sizes short enough for float16.
+    inputs['A'] = -1 - inputs['A'].abs()
+    if rank:
+        inputs['dt_weight'] /= rank ** 0.5
+    return inputs, tables
+
+
+def _run(backend: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """Output and gradients of a small scan."""
+    inputs, tables = scan_inputs(5, 7, 8, 4, device)
+    inputs = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+    y = ops.directional_scan(**inputs, tables=tables, delta_softplus=True, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(inputs.values()))]
+
+
+def relative_difference(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Largest relative difference; NaN if there is one."""
+    errors = [((x.float() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(ours, exact, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def self_test(backend: str, device: str) -> tuple[float, float]:
+    """Largest relative error of a small scan and its gradients, and the seconds that a second run takes."""
+    exact = _run('reference', torch.float64, device)
+    _run(backend, torch.float32, device)  # kernels are compiled or loaded now
+    start = time.perf_counter()
+    ours = [x.cpu() for x in _run(backend, torch.float32, device)]
+    seconds = time.perf_counter() - start
+    return relative_difference(ours, [y.cpu() for y in exact]), seconds
