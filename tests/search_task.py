@@ -101,8 +101,8 @@ def build(work_dir, mode='joint', directions=None, hook=None, epochs=3, workers=
         optim_wrapper=wrapper,
         param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=30),
         default_hooks=dict(exact_resume=dict(type='mmlocalmamba.ExactResumeHook'),
-                           checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 4, by_epoch=by_epoch,
-                                           max_keep_ckpts=2)),
+                           checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=1 if by_epoch else 4,
+                                           by_epoch=by_epoch, max_keep_ckpts=2)),
         custom_hooks=hooks, resume=resume, randomness=dict(seed=seed), launcher=launcher, log_level='WARNING',
         # On CPUs, which MMEngine does not expect.
         cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)))

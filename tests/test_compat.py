@@ -14,7 +14,7 @@ from processes import ROOT
 
 from mmlocalmamba import config_path
 from mmlocalmamba.compat import allow_checkpoints, load_checkpoint, weights_only
-from mmlocalmamba.engine.plain import histories, plain
+from mmlocalmamba.engine.checkpoints import histories, plain
 
 # What the package of the first version replaced, by identity.
 STATE = '''
@@ -58,7 +58,8 @@ def test_a_configuration_changes_nothing():
 
 def mmengine_checkpoint(path):
     """As MMEngine's own hook writes it."""
-    torch.save(dict(message_hub=dict(log_scalars=dict(loss=HistoryBuffer([1., 2.], [1, 1]))), score=np.float64(3)), path)
+    hub = dict(log_scalars=dict(loss=HistoryBuffer([1., 2.], [1, 1])))
+    torch.save(dict(message_hub=hub, score=np.float64(3)), path)
     return path
 
 
@@ -70,6 +71,7 @@ def test_allowed_in_a_scope_that_ends(tmp_path):
         torch.load(path, weights_only=True)
     with allow_checkpoints():
         assert torch.load(path, weights_only=True)['score'] == 3
+        assert CheckpointLoader.load_checkpoint(str(path), 'cpu')['score'] == 3  # by inferencers, too
     assert load_checkpoint(path)['message_hub']['log_scalars']['loss'].mean(2) == 1.5
     assert set(torch.serialization.get_safe_globals()) == before >= {np.ndarray}
     with pytest.raises(RuntimeError), allow_checkpoints():

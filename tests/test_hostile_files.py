@@ -5,6 +5,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import job_task
@@ -12,7 +14,6 @@ import pytest
 import torch
 from loss_task import build_runner, configure
 from mmengine.registry import DATASETS, init_default_scope
-from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from mmlocalmamba.backbones import LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
@@ -62,12 +63,32 @@ def pretrained(path):
     model.init_weights()
 
 
+def work_dir(path):
+    return Path(path).parent / 'work' if os.path.exists(path) else Path(tempfile.mkdtemp())
+
+
 def resume(path):
-    job_task.build(path.parent / 'work', resume=True, epochs=1, load_from=str(path)).train()
+    job_task.build(work_dir(path), resume=True, epochs=1, load_from=str(path)).train()
 
 
 def load_from(path):
-    job_task.build(path.parent / 'work', epochs=1, load_from=str(path)).train()
+    job_task.build(work_dir(path), epochs=1, load_from=str(path)).train()
+
+
+def own_configuration(path):
+    """Of somebody who has MMEngine's checkpoint hook, and ours for load_from."""
+    runner = job_task.build(work_dir(path), epochs=1, load_from=str(path))
+    runner._hooks = [hook for hook in runner.hooks if type(hook).__name__ != 'CheckpointHook']
+    runner.train()
+
+
+def resume_latest(path):
+    folder = work_dir(path)
+    folder.mkdir()
+    (folder / 'last_checkpoint').write_text(str(path))
+    with zipfile.ZipFile(path, 'a'):  # the truncated one gets an end again: no other is looked for
+        pass
+    job_task.build(folder, resume=True, epochs=1).train()
 
 
 def tool(script, *out):
@@ -81,6 +102,7 @@ def tool(script, *out):
 
 
 LOADERS = dict(load=load_checkpoint, init_cfg=pretrained, resume=resume, load_from=load_from,
+               own_configuration=own_configuration, resume_latest=resume_latest,
                convert=tool('model_converters/official_to_mmlocalmamba.py', 'out.pth'),
                derive_directions=tool('search/derive_directions.py'))
 
@@ -98,14 +120,14 @@ def test_a_truncated_checkpoint_is_named(loader, truncated):
 
 
 def test_urls_are_loaded_without_execution(hostile, monkeypatch):
-    """Through MMEngine's own functions, with a cache in place of a network."""
+    """With a cache in place of a network."""
     monkeypatch.setenv('TORCH_HOME', str(hostile.parent))
     cache = hostile.parent / 'hub' / 'checkpoints'
     cache.mkdir(parents=True)
     hostile.rename(cache / 'hostile.pth')
-    for load in (load_checkpoint, mmengine_checkpoint._load_checkpoint):
-        with pytest.raises(Exception, match='(?i)weights.only'):
-            load('https://example.org/hostile.pth', map_location='cpu')
+    for load in (load_checkpoint, load_from, resume):
+        with pytest.raises(RuntimeError, match='https://example.org/hostile.pth was not loaded.*weights.only'):
+            load('https://example.org/hostile.pth')
 
 
 @pytest.mark.parametrize('loader', ['init_cfg', 'load_from', 'resume'])

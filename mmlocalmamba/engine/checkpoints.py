@@ -1,4 +1,8 @@
-"""Checkpoints that are whole, whatever the moment a process is killed in."""
+"""Checkpoints that are whole, whatever the moment a process is killed in, and that any process can read.
+
+MMEngine writes a few Python objects into its checkpoints, which torch.load refuses with weights_only=True, the default
+since torch 2.6. Here they become numbers and tensors: MMEngine's inferencers, too, load before they build anything.
+"""
 import glob
 import itertools
 import logging
@@ -6,14 +10,15 @@ import os
 import zipfile
 from typing import Any
 
+import numpy as np
+import torch
 from mmengine import dist
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
-from mmengine.logging import print_log
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import find_latest_checkpoint
 
 from mmlocalmamba.compat import weights_only
-from mmlocalmamba.engine.plain import histories, plain
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 
@@ -38,6 +43,30 @@ def is_whole(path: str) -> bool:
             return True
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+_HISTORY = {'log_history', 'count_history', 'max_length'}
+
+
+def plain(value: Any) -> Any:
+    """HistoryBuffers, arrays and scalars of numpy inside of dicts, lists and tuples are replaced."""
+    if isinstance(value, HistoryBuffer):
+        log, count = value.data
+        return dict(log_history=torch.tensor(log), count_history=torch.tensor(count), max_length=value.max_length)
+    if isinstance(value, dict):
+        return type(value)((key, plain(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return value
+
+
+def histories(scalars: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`plain` made of HistoryBuffers in a message hub's ``log_scalars`` is one again; others stay."""
+    return {name: HistoryBuffer(value['log_history'].numpy(force=True), value['count_history'].numpy(force=True),
+                                value['max_length'])
+            if isinstance(value, dict) and value.keys() == _HISTORY else value for name, value in scalars.items()}
 
 
 @HOOKS.register_module()

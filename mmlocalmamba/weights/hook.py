@@ -8,6 +8,7 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from mmlocalmamba.backbones.base import LocalMambaBackbone
+from mmlocalmamba.compat import weights_only
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.weights.contents import backbone_state_dict, find_state_dict
 from mmlocalmamba.weights.loading import check_architecture
@@ -27,7 +28,8 @@ def _find_backbone(model: nn.Module) -> tuple[str, LocalMambaBackbone | None]:
 @HOOKS.register_module()
 class OfficialCheckpointHook(Hook):
     """Checkpoints given as ``load_from``, for resuming or testing: the authors' are converted on the fly, and one that
-    does not fill the backbone is refused, where MMEngine would go on with random weights.
+    does not fill the backbone is refused, where MMEngine would go on with random weights. Nothing is loaded that would
+    execute code.
 
     Args:
         strict: False reports what is missing and goes on.
@@ -35,6 +37,10 @@ class OfficialCheckpointHook(Hook):
 
     def __init__(self, strict: bool = True) -> None:
         self.strict = strict
+
+    def before_run(self, runner: Any) -> None:
+        if runner._load_from is not None:
+            runner._load_from = weights_only(runner._load_from)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Convert ``checkpoint`` in place.
