@@ -105,7 +105,7 @@ def as_in_the_paper(count, model, shape):
     dense = getattr(model.backbone, 'out_type', None) == 'featmap'
     for name, mixer in model.named_modules():
         if isinstance(mixer, LocalVimMixer):
-            size = [-(-side // model.backbone.patch_size) for side in shape]
+            size = model.backbone.token_grid(*shape)
             token = int(mixer.middle_token)
             inner, channels = mixer.out_proj.in_features, mixer.out_proj.out_features
             rank, state, _ = mixer.ssm.splits

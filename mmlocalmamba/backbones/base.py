@@ -5,11 +5,11 @@ import logging
 import os
 import reprlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmlocalmamba.registry import WEIGHT_INITIALIZERS
 from mmlocalmamba.scans import check_scan
@@ -17,6 +17,8 @@ from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
 
 Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
+# What weights may need without showing it.
+FACTS = ('directions', 'stride', 'rope')
 # The results of a search with hundreds of blocks are far smaller.
 _MAX_DIRECTIONS_FILE = 1 << 20
 
@@ -138,18 +140,21 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 class LocalMambaBackbone(BaseModule):
-    """Freezing, norm_eval, and what the loading of pre-trained weights asks.
+    """Freezing, and what loading asks of a backbone.
+
+    Whatever loads a state dict, MMEngine's and torch's functions too, resizes positions, refuses one that has nothing
+    for this backbone, and one whose metadata say that it belongs to other scan directions (see :meth:`facts`).
 
     ``init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)`` takes checkpoints of this package (of a backbone, or
     of a classifier, detector or segmentor that holds one) and those of the authors, which are converted on the fly.
     See :class:`mmlocalmamba.weights.Pretrained`. ``checkpoint=None`` trains from scratch and says so.
     """
 
-    def __init__(self, frozen_stages: int, norm_eval: bool, init_cfg: dict | None) -> None:
+    def __init__(self, frozen_stages: int, init_cfg: dict | None) -> None:
         super().__init__(init_cfg)
         self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.register_load_state_dict_pre_hook(_warn_of_foreign_weights)
+        self.register_state_dict_post_hook(_tell_facts)
+        self.register_load_state_dict_pre_hook(_prepare_to_load)
 
     def init_weights(self) -> None:
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
@@ -164,42 +169,78 @@ class LocalMambaBackbone(BaseModule):
         for cfg in pretrained:
             WEIGHT_INITIALIZERS.build({**cfg, 'type': 'mmlocalmamba.Pretrained'})(self)
 
+    def facts(self) -> dict[str, Any]:
+        """What these weights need and their shapes do not show. State dicts carry it as metadata."""
+        return dict(directions=[list(block) for block in self.directions])
+
+    def check_facts(self, facts: dict[str, Any], source: str) -> None:
+        """Compare with facts that came with weights, as far as they did.
+
+        Raises:
+            RuntimeError: they differ; it names both sides.
+        """
+        own = self.facts()
+        differing = [key for key in FACTS if key in facts and facts[key] != own.get(key)]
+        if not differing:
+            return
+        lines = [f'{source} belongs to another {type(self).__name__}:']
+        for key in differing:
+            theirs, ours = facts[key], own.get(key)
+            if key == 'directions' and len(theirs) == len(ours):
+                block = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
+                count = sum(a != b for a, b in zip(theirs, ours))
+                theirs, ours = (f'{", ".join(blocks[block])} in block {block}' for blocks in (theirs, ours))
+                ours += f' ({count} of {len(self.directions)} blocks differ)'
+            elif key == 'directions':
+                theirs, ours = (f'{len(blocks)} blocks' for blocks in (theirs, ours))
+            lines.append(f'{key}: its weights were trained with {theirs}, here: {ours}')
+        lines = '\n  '.join(lines)
+        raise RuntimeError(f'{lines}\nIts features would be meaningless here: set the backbone accordingly. If the '
+                           f'difference is meant, say allow={differing} in init_cfg or on the OfficialCheckpointHook, '
+                           'or strict=False to load_state_dict.')
+
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit weights to this model where that is exact by meaning (e.g. positions of another grid)."""
+        """Fit weights to this model where that is exact by meaning (e.g. positions of another grid), and say so."""
         return weights
 
     def is_new_for_task(self, name: str) -> bool:
         """Parameters that a downstream task adds to the pre-trained model, or has no use for."""
         raise NotImplementedError
 
-    def stages_to_freeze(self) -> list[nn.Module]:
-        """Modules in their order: the patch embedding, then every stage or block."""
+    def stages_to_freeze(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What ``frozen_stages`` 0, 1, ... each adds: the embedding, then every stage or block with its output norm."""
         raise NotImplementedError
 
     def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        for module in self.stages_to_freeze()[:self.frozen_stages + 1]:
-            module.eval()
-            for parameter in module.parameters():
-                parameter.requires_grad = False
+        for parts in self.stages_to_freeze()[:self.frozen_stages + 1]:
+            for part in parts:
+                part.requires_grad_(False)
+                if isinstance(part, nn.Module):
+                    part.eval()
 
     def train(self, mode: bool = True) -> 'LocalMambaBackbone':
         super().train(mode)
         self._freeze()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
         return self
 
 
-def _warn_of_foreign_weights(backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """What loads a whole model without our hook, an inferencer for one, skips names it does not know."""
-    if not any(name.startswith(prefix) for name in state_dict):
-        print_log(f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}", the backbone stays as it '
-                  'is. If the file is of another project, convert it first: '
-                  'tools/model_converters/official_to_mmlocalmamba.py', logger='current', level=logging.WARNING)
+def _tell_facts(backbone: LocalMambaBackbone, state_dict: dict[str, Any], prefix: str, metadata: dict) -> None:
+    metadata.update(backbone.facts())
+
+
+def _prepare_to_load(backbone: LocalMambaBackbone, state_dict: dict[str, Tensor], prefix: str, metadata: dict,
+                     strict: bool, *_) -> None:
+    """Before any loading: MMEngine's skips what it does not know, so the files of others would leave random weights."""
+    own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    if not own:
+        message = (f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}". If the file is of '
+                   'another project, convert it first: tools/model_converters/official_to_mmlocalmamba.py')
+        if strict:
+            raise RuntimeError(message)
+        print_log(message, logger='current', level=logging.WARNING)
+    if strict:
+        backbone.check_facts(metadata, 'the checkpoint')
+    state_dict.update({prefix + name: value for name, value in backbone.adapt_state_dict(own).items()})
 
 
 def check_frozen_stages(frozen_stages: int, count: int) -> int:

@@ -1,11 +1,14 @@
 """LocalVim: Vim's plain hierarchy with local scans and SCAttn (paper section 4.3, Fig. 3a)."""
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import PatchEmbed
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mmlocalmamba.backbones.archs import LOCAL_VIM
@@ -19,7 +22,7 @@ from mmlocalmamba.backbones.base import (
     resolve_out_indices,
     resolve_search,
 )
-from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, rotary_tables
+from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, resized_rotary_tables, rotary_tables
 from mmlocalmamba.ops import add_rms_norm
 from mmlocalmamba.registry import MODELS
 
@@ -29,6 +32,7 @@ _ROPE_SIZE = 14
 CLS_TOKENS = ('none', 'middle')
 OUT_TYPES = ('avg_featmap', 'cls_token', 'featmap')
 OUT_FEATURES = ('mixer', 'residual')
+ROPES = (True, False, 'resized')
 
 
 class AddRMSNorm(nn.RMSNorm):
@@ -74,21 +78,24 @@ class LocalVim(LocalMambaBackbone):
         img_size: image size that sets the grid of the learned positions. They are resized to the actual grid in
             forward, and from the grid of a checkpoint when it is loaded.
         in_channels: channels of the image.
-        patch_size: stride of all features; images are padded to multiples of it at the right and bottom.
+        patch_size: side of a patch.
+        stride: from patch to patch, and so of all features; None for patch_size. Smaller, patches overlap, as in Vim+
+            (16 and 8). Images are padded at the right and bottom until the patches cover them.
         directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
             block, a path to a JSON file that holds one of these, 'search' for the supernet of the direction search, or
             dict(candidates=[...], sampling=...) for one with options, those of MixedScan.
         scattn: True, False, or a dict of SCAttn's arguments.
         window_pad: 'zero' scans the pads of incomplete windows (the authors' behaviour), 'none' real tokens only.
         cls_token: 'none', or 'middle' for a class token in the middle of every sequence.
-        rope: rotate features by their 2-D positions before every block (not with a class token).
+        rope: rotate features by their 2-D positions before every block (not with a class token). 'resized' rotates as
+            the authors' code does at other grids than 14x14, see :func:`mmlocalmamba.layers.resized_rotary_tables`.
         out_indices: blocks that give outputs with ``out_type='featmap'``; negative ones count from the end.
         out_type: 'avg_featmap' (mean over tokens) or 'cls_token': one (B, C) tensor of the last block, after the
             residual sum and the final norm; 'featmap': a (B, C, H, W) map per out_index, each after its own LayerNorm.
         out_feature: what 'featmap' taps: 'mixer', a block's output alone (what the authors' detection and segmentation
             results rest on), or 'residual', the sum with the residual stream.
-        frozen_stages: -1 none, 0 patch embedding and positions, i the first i blocks, too.
-        norm_eval: keep norm layers in eval mode while training.
+        frozen_stages: -1 none, 0 patch embedding, positions and class token, i the first i blocks with their output
+            norms, too.
         with_cp: recompute blocks in the backward pass to save memory.
         drop_path_rate: stochastic depth. Rates are 0, then linspace(0, rate, depth) shifted by one block, then the
             rate itself before the final norm, as in the authors' schedule.
@@ -108,20 +115,20 @@ class LocalVim(LocalMambaBackbone):
                  img_size: int | tuple[int, int] = 224,
                  in_channels: int = 3,
                  patch_size: int = 16,
+                 stride: int | None = None,
                  directions: Directions = None,
                  scattn: bool | dict = True,
                  window_pad: str = 'zero',
                  cls_token: str = 'none',
-                 rope: bool = True,
+                 rope: bool | str = True,
                  out_indices: int | Sequence[int] = (-1, ),
                  out_type: str = 'avg_featmap',
                  out_feature: str = 'mixer',
                  frozen_stages: int = -1,
-                 norm_eval: bool = False,
                  with_cp: bool = False,
                  drop_path_rate: float = 0.1,
                  init_cfg: dict | None = None) -> None:
-        super().__init__(frozen_stages, norm_eval, init_cfg)
+        super().__init__(frozen_stages, init_cfg)
         arch = resolve_arch(arch, LOCAL_VIM, ('embed_dims', 'num_layers'))
         self.embed_dims, depth = arch.pop('embed_dims'), arch.pop('num_layers')
         directions, mixed_scan = resolve_search(directions)
@@ -129,7 +136,7 @@ class LocalVim(LocalMambaBackbone):
         self.out_indices = resolve_out_indices(out_indices, depth)
         check_frozen_stages(frozen_stages, depth)
         for name, value, known in (('cls_token', cls_token, CLS_TOKENS), ('out_type', out_type, OUT_TYPES),
-                                   ('out_feature', out_feature, OUT_FEATURES)):
+                                   ('out_feature', out_feature, OUT_FEATURES), ('rope', rope, ROPES)):
             if value not in known:
                 raise ValueError(f'{name} must be one of {known}, got {value!r}')
         if cls_token == 'middle' and rope:
@@ -145,11 +152,13 @@ class LocalVim(LocalMambaBackbone):
 
         self.out_type, self.out_feature, self.rope = out_type, out_feature, rope
         self.tokens = int(cls_token == 'middle')
-        self.patch_size = patch_size
+        self.patch_size, self.stride = patch_size, patch_size if stride is None else stride
+        if not 0 < self.stride <= patch_size:
+            raise ValueError(f'stride must be from 1 to patch_size {patch_size}, got {stride}')
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, kernel_size=patch_size, stride=patch_size,
-                                      padding='corner', input_size=img_size)
-        self.grid = tuple(self.patch_embed.init_out_size)
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, kernel_size=patch_size, stride=self.stride,
+                                      padding=0)
+        self.grid = self.token_grid(*img_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + self.tokens, self.embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims)) if self.tokens else None
@@ -176,12 +185,17 @@ class LocalVim(LocalMambaBackbone):
         if min(x.shape[-2:]) < self.patch_size:
             raise ValueError(f'LocalVim: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
                              f'{self.patch_size}')
-        x, size = self.patch_embed(x)
+        bottom, right = (-(side - self.patch_size) % self.stride for side in x.shape[-2:])
+        x, size = self.patch_embed(F.pad(x, (0, right, 0, bottom)))
         middle = x.shape[1] // 2
         if self.tokens:
             x = torch.cat([x[:, :middle], self.cls_token.expand(len(x), -1, -1).to(x.dtype), x[:, middle:]], dim=1)
         x = x + resize_pos_embed(self.pos_embed, self.grid, size, self.tokens)
-        tables = rotary_tables(*size, self.embed_dims, _ROPE_SIZE, x.device) if self.rope else None
+        tables = None
+        if self.rope == 'resized':
+            tables = resized_rotary_tables(*size, self.embed_dims, _ROPE_SIZE, self.grid, x.device)
+        elif self.rope:
+            tables = rotary_tables(*size, self.embed_dims, _ROPE_SIZE, x.device)
 
         residual, outs = None, []
         for index, layer in enumerate(self.layers):
@@ -196,6 +210,15 @@ class LocalVim(LocalMambaBackbone):
             return tuple(outs)
         x = self.norm(residual + self.drop_path(x))
         return (x[:, middle] if self.out_type == 'cls_token' else x.mean(1), )
+
+    def token_grid(self, H: int, W: int) -> tuple[int, int]:
+        """(rows, columns) of tokens that an image of H x W pixels has."""
+        rows, columns = (-(-(side - self.patch_size) // self.stride) + 1 for side in (H, W))
+        return rows, columns
+
+    def facts(self) -> dict[str, Any]:
+        facts = dict(super().facts(), stride=self.stride)
+        return dict(facts, rope=self.rope) if self.rope == 'resized' else facts
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding and the
@@ -213,18 +236,20 @@ class LocalVim(LocalMambaBackbone):
         if loaded is not None and loaded.shape != self.pos_embed.shape and loaded.shape[-1] == self.embed_dims:
             side = round((loaded.shape[1] - self.tokens) ** 0.5)
             if side * side + self.tokens == loaded.shape[1]:
+                print_log(f'{type(self).__name__}: positions of {side}x{side} tokens were resized to '
+                          f'{self.grid[0]}x{self.grid[1]}', logger='current')
                 weights = {**weights, 'pos_embed': resize_pos_embed(loaded, (side, side), self.grid, self.tokens)}
         return weights
 
     def is_new_for_task(self, name: str) -> bool:
         return name.startswith(('out_norms.', 'norm.'))
 
-    def stages_to_freeze(self) -> list[nn.Module]:
-        return [self.patch_embed, *self.layers]
-
-    def _freeze(self) -> None:
-        super()._freeze()
-        if self.frozen_stages >= 0:
-            self.pos_embed.requires_grad = False
-            if self.cls_token is not None:
-                self.cls_token.requires_grad = False
+    def stages_to_freeze(self) -> list[list[nn.Module | nn.Parameter]]:
+        embedding = [self.patch_embed, self.pos_embed] + ([] if self.cls_token is None else [self.cls_token])
+        stages = [embedding, *([layer] for layer in self.layers)]
+        if self.out_type == 'featmap':
+            for index, norm in zip(self.out_indices, self.out_norms):
+                stages[index + 1].append(norm)
+        else:
+            stages[-1].append(self.norm)
+        return stages

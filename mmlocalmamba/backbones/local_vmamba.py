@@ -45,7 +45,7 @@ class LocalVMambaBlock(BaseModule):
 class LocalVMamba(LocalMambaBackbone):
     """LocalVMamba backbone for classification, detection and segmentation.
 
-    With ``directions=['h', 'h_flip', 'v', 'v_flip'], scattn=False`` it is VMamba.
+    With ``directions=['h', 'v', 'h_flip', 'v_flip'], scattn=False`` it is VMamba. The order matters to its weights.
 
     Args:
         arch: 'nano', 'tiny', 'small', 'base', or a dict with ``embed_dims`` and ``depths`` (one entry a stage) and
@@ -59,8 +59,8 @@ class LocalVMamba(LocalMambaBackbone):
         window_pad: what happens to windows that do not fill the grid: 'zero' scans their pads (the authors'
             behaviour), 'none' scans real tokens only.
         out_indices: stages that give outputs; negative ones count from the end.
-        frozen_stages: -1 none, 0 the patch embedding, i the stages up to the i-th, too.
-        norm_eval: keep norm layers in eval mode while training.
+        frozen_stages: -1 none, 0 the patch embedding, i the first i stages with their output norms, too, as in mmdet's
+            Swin. (mmpretrain's Swin counts from 0: its 0 is 1 here.)
         with_cp: recompute blocks in the backward pass to save memory.
         drop_path_rate: stochastic depth, growing linearly from 0 over the blocks.
         init_cfg: see LocalMambaBackbone.
@@ -83,11 +83,10 @@ class LocalVMamba(LocalMambaBackbone):
                  window_pad: str = 'zero',
                  out_indices: int | Sequence[int] = (-1, ),
                  frozen_stages: int = -1,
-                 norm_eval: bool = False,
                  with_cp: bool = False,
                  drop_path_rate: float = 0.1,
                  init_cfg: dict | None = None) -> None:
-        super().__init__(frozen_stages, norm_eval, init_cfg)
+        super().__init__(frozen_stages, init_cfg)
         arch = resolve_arch(arch, LOCAL_VMAMBA, ('embed_dims', 'depths'))
         self.embed_dims, self.depths = list(arch.pop('embed_dims')), list(arch.pop('depths'))
         if len(self.embed_dims) != len(self.depths):
@@ -158,5 +157,6 @@ class LocalVMamba(LocalMambaBackbone):
     def is_new_for_task(self, name: str) -> bool:
         return name.startswith('norm')
 
-    def stages_to_freeze(self) -> list[nn.Module]:
-        return [self.patch_embed, *self.stages]
+    def stages_to_freeze(self) -> list[list[nn.Module | nn.Parameter]]:
+        return [[self.patch_embed], *([stage, getattr(self, f'norm{index}')] if index in self.out_indices else [stage]
+                                      for index, stage in enumerate(self.stages))]

@@ -1,5 +1,5 @@
 from mmlocalmamba.layers.mixers import LocalVimMixer, LocalVMambaMixer
-from mmlocalmamba.layers.rope import resize_pos_embed, rotary_tables
+from mmlocalmamba.layers.rope import resize_pos_embed, resized_rotary_tables, rotary_tables
 from mmlocalmamba.layers.scattn import SCAttn
 
-__all__ = ['LocalVimMixer', 'LocalVMambaMixer', 'SCAttn', 'resize_pos_embed', 'rotary_tables']
+__all__ = ['LocalVimMixer', 'LocalVMambaMixer', 'SCAttn', 'resize_pos_embed', 'resized_rotary_tables', 'rotary_tables']

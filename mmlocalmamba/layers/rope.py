@@ -42,6 +42,22 @@ def rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device
     return _rotary_tables(H, W, channels, size, torch.device(device))
 
 
+def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[int, int],
+                          device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as the code of LocalMamba's authors has them away from the grid of pre-training: those of that
+    grid, resized bicubically to the model's own grid when a model is loaded, and from there to the grid of an image.
+    They are no rotation any more, but what a detector was trained with there.
+
+    Args:
+        H, W, channels, size, device: as for :func:`rotary_tables`.
+        grid: of the model, i.e. of its ``img_size``.
+    """
+    tables = rotary_tables(size, size, channels, size, device)
+    for old, new in (((size, size), grid), (grid, (H, W))):
+        tables = tuple(resize_pos_embed(table[None], old, new)[0] for table in tables)
+    return tables
+
+
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int = 0) -> Tensor:
     """Learned positions (1, h*w + tokens, C) for another grid, bicubic; ``tokens`` extra ones stay in the middle."""
     if old == new:

@@ -30,7 +30,7 @@ def main():
     backbone, images, title = load(parser, args, give_maps)
     plain = isinstance(backbone, LocalVim)
     fields = receptive_fields(backbone, images)
-    strides = [backbone.patch_size * (1 if plain else 2 ** stage) for stage in backbone.out_indices]
+    strides = [backbone.stride if plain else backbone.patch_size * 2 ** stage for stage in backbone.out_indices]
     titles = [f'block {index}' if plain else f'stage {index + 1}, stride {stride}'
               for index, stride in zip(backbone.out_indices, strides)]
     save(draw_receptive_fields(fields, titles, strides), args, title)
