@@ -1,9 +1,7 @@
 """Files of the data that cannot be read: named, or left out."""
 import logging
 import os
-import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mmcv
@@ -17,25 +15,6 @@ from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 
 SKIPPED_FILE = 'skipped_files.txt'
-
-
-@contextmanager
-def annotations_named() -> Iterator[None]:
-    """While datasets are built, an error in an annotation file names the file, which a JSON parser does not know.
-
-    Raises:
-        RuntimeError: the file was not read.
-    """
-    try:
-        yield
-    except Exception as error:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_code.co_name == 'load_data_list':
-                path = getattr(frame.f_locals.get('self'), 'ann_file', None)
-                if path and path not in str(error):
-                    raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
-                                       f'{error})') from error
-        raise
 
 
 def _can_be_read(path: str) -> bool:

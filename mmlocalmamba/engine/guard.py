@@ -17,6 +17,8 @@ from mmlocalmamba.engine.loops import need_own_loop
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 
+# Steps in a row that a loss scaler may skip. From the usual 65536, they lead to 6e-5.
+SCALER_SKIPS = 30
 # Entry of a checkpoint.
 _GUARD = 'numerical_guard'
 # A loss scaler below this has nothing left to scale down: float16 has no smaller number.
@@ -96,7 +98,7 @@ class NumericalGuardHook(Hook):
     Args:
         skip: leave out the optimizer's step up to so many times before stopping. It is of no use, and the training
             stops, if a buffer (a BatchNorm's statistics) has taken up the numbers.
-        scaler_skips: steps in a row that a loss scaler may skip. From the usual 65536, 30 of them lead to 6e-5.
+        scaler_skips: steps in a row that a loss scaler may skip.
 
     Raises:
         FloatingPointError: in training, with the above.
@@ -106,7 +108,7 @@ class NumericalGuardHook(Hook):
 
     priority = 'LOWEST'
 
-    def __init__(self, skip: int = 0, scaler_skips: int = 30) -> None:
+    def __init__(self, skip: int = 0, scaler_skips: int = SCALER_SKIPS) -> None:
         for name, value in (('skip', skip), ('scaler_skips', scaler_skips)):
             if value < 0:
                 raise ValueError(f'{name} must be at least 0, got {value}')
