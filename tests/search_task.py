@@ -8,6 +8,7 @@ import signal
 import sys
 
 import numpy as np
+import scaled  # noqa: F401  registers ScaledOptimWrapper
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
