@@ -4,8 +4,7 @@ Total batch 64: 8 GPUs x 8 images.
 """
 _base_ = './cascade-mask-rcnn_localvim-t-vitdet_lsj-100e_coco.py'
 
-pretrained = None  # path or URL of ImageNet weights, ours or the authors'
-
+pretrained = None  # weights of LocalVim-S are not released
 model = dict(
-    backbone=dict(arch='small', init_cfg=dict(checkpoint=pretrained)),
+    backbone=dict(arch='small'),
     neck=dict(backbone_channel=384, in_channels=[96, 192, 384, 384]))

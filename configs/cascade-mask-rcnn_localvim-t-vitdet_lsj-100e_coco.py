@@ -11,6 +11,5 @@ _base_ = [
     '_base_/schedules/lsj_100e.py',
 ]
 
-pretrained = None  # path or URL of ImageNet weights, ours or the authors'
-
-model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
+# the authors' weights of ImageNet; a file, another URL or None (from scratch)
+pretrained = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt'

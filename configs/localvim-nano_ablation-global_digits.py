@@ -4,11 +4,8 @@ One block more than with four scans, as the paper has 24 for 20.
 """
 _base_ = './localvim-nano_digits.py'
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
     backbone=dict(
         arch=dict(_delete_=True, embed_dims=64, num_layers=7, d_state=4),
         directions=['h', 'h_flip'],
-        scattn=False,
-        init_cfg=dict(checkpoint=pretrained)))
+        scattn=False))

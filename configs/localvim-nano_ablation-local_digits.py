@@ -1,7 +1,5 @@
 """Ablation on handwritten digits: local scans instead of global ones, see localvim-nano_ablation-global_digits.py."""
 _base_ = './localvim-nano_ablation-global_digits.py'
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
-    backbone=dict(directions=['w2', 'w2_flip'], init_cfg=dict(checkpoint=pretrained)))
+    backbone=dict(directions=['w2', 'w2_flip']))

@@ -1,7 +1,5 @@
 """Ablation on handwritten digits: global and local scans, SCAttn with the spatial branch of the paper's Fig. 3b."""
 _base_ = './localvim-nano_digits.py'
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
-    backbone=dict(scattn=dict(spatial=True), init_cfg=dict(checkpoint=pretrained)))
+    backbone=dict(scattn=dict(spatial=True)))

@@ -5,8 +5,6 @@ _base_ = [
     '_base_/schedules/digits_cls.py',
 ]
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVim',
@@ -15,6 +13,6 @@ model = dict(
         patch_size=4,  # 8x8 tokens
         window_pad='none',  # searched windows of 7x7 would make 196 steps of 64 tokens
         drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     head=dict(num_classes=10, in_channels=64, topk=(1, )))
 train_cfg = dict(max_epochs=24)

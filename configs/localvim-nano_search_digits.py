@@ -4,12 +4,7 @@ Retrain with localvim-nano_digits.py --cfg-options model.backbone.directions=WOR
 """
 _base_ = './localvim-nano_digits.py'
 
-pretrained = None  # path or URL of weights to start from
-
-model = dict(
-    backbone=dict(
-        directions='search',
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
+model = dict(backbone=dict(directions='search'))
 custom_hooks = [*_base_.custom_hooks, dict(type='mmlocalmamba.ScanSearchHook', mode='joint', k=4)]
 # The training is short: the logits have to move faster than the weights.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(alphas=dict(decay_mult=0.0, lr_mult=10.0))))

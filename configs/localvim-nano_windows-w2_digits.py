@@ -2,11 +2,8 @@
 """
 _base_ = './localvim-nano_digits.py'
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
     backbone=dict(
         patch_size=2,
-        directions=['h', 'h_flip', 'w2', 'w2_flip'],
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
+        directions=['h', 'h_flip', 'w2', 'w2_flip']))
 train_cfg = dict(max_epochs=8)

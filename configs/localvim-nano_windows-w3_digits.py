@@ -1,9 +1,6 @@
 """Window-size study: see localvim-nano_windows-w2_digits.py."""
 _base_ = './localvim-nano_windows-w2_digits.py'
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
     backbone=dict(
-        directions=['h', 'h_flip', 'w3', 'w3_flip'],
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
+        directions=['h', 'h_flip', 'w3', 'w3_flip']))

@@ -1,8 +1,6 @@
 """LocalVim-S on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images."""
 _base_ = './localvim-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
 model = dict(
-    backbone=dict(arch='small', init_cfg=dict(checkpoint=pretrained)),
+    backbone=dict(arch='small'),
     head=dict(in_channels=384))

@@ -4,11 +4,8 @@ Total batch 1024: 8 GPUs x 128 images.
 """
 _base_ = './localvim-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
 model = dict(
     backbone=dict(
         cls_token='middle',
         rope=False,
-        out_type='cls_token',
-        init_cfg=dict(checkpoint=pretrained)))
+        out_type='cls_token'))

@@ -4,6 +4,4 @@ Total batch 1024: 8 GPUs x 128 images.
 """
 _base_ = './localvim-t-nosearch_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from
-
-model = dict(backbone=dict(scattn=False, init_cfg=dict(checkpoint=pretrained)))
+model = dict(backbone=dict(scattn=False))

@@ -4,7 +4,5 @@ Total batch 1024: 8 GPUs x 128 images.
 """
 _base_ = './localvim-t-nosearch_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
-    backbone=dict(scattn=dict(spatial=True), init_cfg=dict(checkpoint=pretrained)))
+    backbone=dict(scattn=dict(spatial=True)))

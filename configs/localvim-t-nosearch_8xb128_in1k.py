@@ -4,9 +4,6 @@ Total batch 1024: 8 GPUs x 128 images.
 """
 _base_ = './localvim-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
 model = dict(
     backbone=dict(
-        directions=['h', 'h_flip', 'w2', 'w2_flip'],  # in every block
-        init_cfg=dict(checkpoint=pretrained)))
+        directions=['h', 'h_flip', 'w2', 'w2_flip']))  # in every block

@@ -9,12 +9,10 @@ _base_ = [
     '_base_/schedules/imagenet_300e.py',
 ]
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVim',
         arch='tiny',
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     head=dict(in_channels=192))

@@ -9,13 +9,11 @@ _base_ = [
     '_base_/schedules/imagenet_search_100e.py',
 ]
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVim',
         arch=dict(embed_dims=128, num_layers=20),
         directions='search',
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     head=dict(in_channels=128))

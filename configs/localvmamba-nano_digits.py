@@ -5,14 +5,12 @@ _base_ = [
     '_base_/schedules/digits_cls.py',
 ]
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVMamba',
         arch='nano',
         patch_size=4,  # 8x8 tokens in the first stage
         drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(num_classes=10, in_channels=256, topk=(1, )))

@@ -5,12 +5,7 @@ Retrain with localvmamba-nano_digits.py --cfg-options model.backbone.directions=
 """
 _base_ = './localvmamba-nano_digits.py'
 
-pretrained = None  # path or URL of weights to start from
-
-model = dict(
-    backbone=dict(
-        directions='search',
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
+model = dict(backbone=dict(directions='search'))
 
 # Images stand in the order of their classes: every other one is a fair half.
 train_dataloader = dict(dataset=dict(indices=range(0, 1438, 2)))

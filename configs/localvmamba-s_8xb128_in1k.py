@@ -1,6 +1,4 @@
 """LocalVMamba-S on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images."""
 _base_ = './localvmamba-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
-model = dict(backbone=dict(arch='small', init_cfg=dict(checkpoint=pretrained)))
+model = dict(backbone=dict(arch='small'))

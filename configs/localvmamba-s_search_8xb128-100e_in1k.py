@@ -2,9 +2,4 @@
 Retrain with localvmamba-s_8xb128_in1k.py."""
 _base_ = './localvmamba-t_search_8xb128-100e_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
-model = dict(
-    backbone=dict(
-        arch=dict(depths=[2, 2, 27, 2]),
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)))
+model = dict(backbone=dict(arch=dict(depths=[2, 2, 27, 2])))

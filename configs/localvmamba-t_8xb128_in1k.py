@@ -9,14 +9,12 @@ _base_ = [
     '_base_/schedules/imagenet_300e.py',
 ]
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVMamba',
         arch='tiny',
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(in_channels=768))
-optim_wrapper = dict(type='AmpOptimWrapper')
+optim_wrapper = dict(type=_base_.amp_optim_wrapper)

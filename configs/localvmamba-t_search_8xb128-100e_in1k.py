@@ -9,15 +9,13 @@ _base_ = [
     '_base_/schedules/imagenet_search_100e.py',
 ]
 
-pretrained = None  # path or URL of weights to start from, ours or the authors'
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVMamba',
         arch=dict(embed_dims=[32, 64, 128, 256], depths=[2, 2, 9, 2]),
         directions='search',
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(in_channels=256))
-optim_wrapper = dict(type='AmpOptimWrapper')
+optim_wrapper = dict(type=_base_.amp_optim_wrapper)

@@ -4,6 +4,6 @@ Total batch 16: 8 GPUs x 2 images.
 """
 _base_ = './mask-rcnn_localvmamba-t_ms-3x_coco.py'
 
-pretrained = None  # path or URL of ImageNet weights, ours or the authors'
-
-model = dict(backbone=dict(arch='small', init_cfg=dict(checkpoint=pretrained)))
+# the authors' weights of ImageNet; a file, another URL or None (from scratch)
+pretrained = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vssm_small.ckpt'
+model = dict(backbone=dict(arch='small'))

@@ -4,7 +4,3 @@ _base_ = [
     '_base_/datasets/coco_instance.py',
     '_base_/schedules/1x.py',
 ]
-
-pretrained = None  # path or URL of ImageNet weights, ours or the authors'
-
-model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=pretrained)))

@@ -7,7 +7,3 @@ _base_ = [
     '_base_/datasets/coco_ms3x.py',
     '_base_/schedules/3x.py',
 ]
-
-pretrained = None  # path or URL of ImageNet weights, ours or the authors'
-
-model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=pretrained)))

@@ -1,10 +1,7 @@
 """Mask R-CNN with VMamba-T, version 0, on COCO, 12 epochs. Total batch 16: 8 GPUs x 2 images."""
 _base_ = './mask-rcnn_localvmamba-t_1x_coco.py'
 
-pretrained = None  # path or URL of ImageNet weights, ours or VMamba's
-
 model = dict(
     backbone=dict(
         directions=['h', 'v', 'h_flip', 'v_flip'],
-        scattn=False,
-        init_cfg=dict(checkpoint=pretrained)))
+        scattn=False))

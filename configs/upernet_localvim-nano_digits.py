@@ -8,8 +8,6 @@ _base_ = [
     '_base_/schedules/digits_seg.py',
 ]
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVim',
@@ -19,7 +17,7 @@ model = dict(
         out_indices=(1, 2, 4, 5),
         out_type='featmap',
         drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     # a pyramid of strides 4 to 32, for the strokes
     neck=dict(type='Feature2Pyramid', embed_dim=64, rescales=[2, 1, 0.5, 0.25], norm_cfg=dict(type='BN')),
     decode_head=dict(in_channels=[64, 64, 64, 64]))

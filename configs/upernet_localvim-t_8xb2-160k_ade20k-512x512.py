@@ -9,8 +9,8 @@ _base_ = [
     '_base_/schedules/160k.py',
 ]
 
-pretrained = None  # path or URL of ImageNet weights, ours or the authors'
-
+# the authors' weights of ImageNet; a file, another URL or None (from scratch)
+pretrained = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt'
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVim',
@@ -19,6 +19,6 @@ model = dict(
         out_indices=(4, 9, 14, 19),
         out_type='featmap',
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     decode_head=dict(in_channels=[192, 192, 192, 192]),
     auxiliary_head=dict(in_channels=192, in_index=3))

@@ -8,13 +8,11 @@ _base_ = [
     '_base_/schedules/digits_seg.py',
 ]
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVMamba',
         arch='nano',
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     decode_head=dict(in_channels=[32, 64, 128, 256]))

@@ -5,14 +5,12 @@ _base_ = [
     '_base_/schedules/160k.py',
 ]
 
-pretrained = None  # path or URL of ImageNet weights, ours or the authors'
-
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVMamba',
         arch='tiny',
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384, in_index=2))

@@ -4,7 +4,5 @@ Total batch 1024: 8 GPUs x 128 images.
 """
 _base_ = './vim-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from
-
 model = dict(
-    backbone=dict(directions=['w2', 'w2_flip'], init_cfg=dict(checkpoint=pretrained)))
+    backbone=dict(directions=['w2', 'w2_flip']))

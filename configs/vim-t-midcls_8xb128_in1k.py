@@ -5,11 +5,8 @@ output projection.
 """
 _base_ = './vim-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or Vim's
-
 model = dict(
     backbone=dict(
         cls_token='middle',
         rope=False,
-        out_type='cls_token',
-        init_cfg=dict(checkpoint=pretrained)))
+        out_type='cls_token'))

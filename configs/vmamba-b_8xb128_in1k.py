@@ -1,8 +1,6 @@
 """VMamba-B, version 0, on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images."""
 _base_ = './vmamba-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or VMamba's
-
 model = dict(
-    backbone=dict(arch='base', init_cfg=dict(checkpoint=pretrained)),
+    backbone=dict(arch='base'),
     head=dict(in_channels=1024))

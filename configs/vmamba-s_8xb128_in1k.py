@@ -1,6 +1,4 @@
 """VMamba-S, version 0, on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images."""
 _base_ = './vmamba-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or VMamba's
-
-model = dict(backbone=dict(arch='small', init_cfg=dict(checkpoint=pretrained)))
+model = dict(backbone=dict(arch='small'))

@@ -1,10 +1,7 @@
 """VMamba-T, version 0 (the one in the paper), on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images."""
 _base_ = './localvmamba-t_8xb128_in1k.py'
 
-pretrained = None  # path or URL of weights to start from, ours or VMamba's
-
 model = dict(
     backbone=dict(
         directions=['h', 'v', 'h_flip', 'v_flip'],
-        scattn=False,
-        init_cfg=dict(checkpoint=pretrained)))
+        scattn=False))

@@ -17,7 +17,7 @@ MODELS = Registry(
     locations=['mmlocalmamba.layers', 'mmlocalmamba.backbones', 'mmlocalmamba.necks'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope=SCOPE,
-    locations=['mmlocalmamba.engine', 'mmlocalmamba.weights', 'mmlocalmamba.search.hook'])
+    locations=['mmlocalmamba.engine', 'mmlocalmamba.weights', 'mmlocalmamba.search.hook', 'mmlocalmamba.checks'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope=SCOPE, locations=['mmlocalmamba.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope=SCOPE,

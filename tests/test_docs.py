@@ -169,7 +169,8 @@ def exists(name):
             continue
         for part in parts[end:]:
             value = getattr(value, part, None)
-        registries = registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS
+        registries = (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS,
+                      registry.WEIGHT_INITIALIZERS)
         return value is not None or len(parts) == 2 and any(known.get(parts[1]) for known in registries)
     return False
 
@@ -192,11 +193,16 @@ def test_the_reference_is_complete():
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/scans.md', 'docs/own_project.md'])
-def test_python_runs(page, monkeypatch):
+def test_python_runs(page, monkeypatch, tmp_path):
+    """Blocks that inherit are configurations, and read as such."""
     monkeypatch.setattr(scans, '_SCANS', dict(scans._SCANS))  # examples register directions
     names, blocks = {}, re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), flags=re.S)
     for block in blocks:
-        exec(block, names)
+        if re.search('^_base_ = ', block, flags=re.M):
+            (tmp_path / 'mine.py').write_text(block)
+            Config.fromfile(tmp_path / 'mine.py')
+        else:
+            exec(block, names)
     assert blocks
     for name in set(scans._SCANS) - {'h', 'v', 'w<K>', 'diag', 'zigzag', 'hilbert'}:
         assert len(scans.scan_index(name.replace('<K>', '3'), 5, 7)) == 35

@@ -1,4 +1,5 @@
 """The native CPU kernel against the reference, on what its vectors, chunks and threads could get wrong."""
+import itertools
 import subprocess
 import sys
 
@@ -83,6 +84,54 @@ def test_selective_scan(groups):
                   delta_bias=torch.randn(width))
     exact = run({name: x.double() for name, x in inputs.items()}, selective_scan, backend='reference')
     assert_same(run(inputs, selective_scan, backend='cpu'), exact, 1e-5)
+
+
+# What mamba_ssm's layout (B, D, L) becomes: rows lie apart, and steps side by side.
+LAYOUTS = {'rows': lambda x: x.contiguous(), 'columns': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+           'neither': lambda x: x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=2)[:, :, ::2, ::2]}
+
+
+@pytest.mark.parametrize('layouts', list(itertools.product(LAYOUTS, ['rows', 'columns'], LAYOUTS)), ids='-'.join)
+@pytest.mark.parametrize('L,D,N,dtype', [(45, 70, 5, torch.float32), (33, 17, 16, torch.float64),
+                                         (1, 20, 2, torch.float32), (64, 1, 1, torch.float64),
+                                         (7, 3, 33, torch.float32)])
+def test_any_layout(instruction_set, layouts, L, D, N, dtype):
+    """Of u, of delta, and of the others."""
+    torch.manual_seed(0)
+    kinds = [LAYOUTS[name] for name in layouts]
+    exact = [torch.randn(2, 3, L, D).double(), torch.randn(2, 3, L, D).double(), -torch.rand(3, D, N).double(),
+             torch.randn(2, 3, L, N).double(), torch.randn(2, 3, L, N).double(), torch.randn(3, D).double()]
+    dy, dlast = torch.randn(2, 3, L, D).double(), torch.randn(2, 3, D, N).double()
+    results = []
+    for backend in ('reference', 'cpu'):
+        leaves = [x.clone().requires_grad_() for x in exact]
+        if backend == 'cpu':
+            u, delta, A, B, C, D_ = (x.to(dtype) for x in leaves)
+            given = kinds[0](u), kinds[1](delta), A, kinds[2](B), kinds[2](C), D_
+        else:
+            given = leaves
+        y, last = directional_scan(*given, delta_softplus=True, in_scan_order=True, return_last_state=True,
+                                   backend=backend)
+        # Gradients of y come in any layout, too.
+        total = (y * (kinds[2](dy.to(y.dtype)) if backend == 'cpu' else dy)).sum() + (last * dlast.to(y.dtype)).sum()
+        results.append([y, last, *torch.autograd.grad(total, leaves)])
+    names = 'y last u delta A B C D'.split()
+    assert_same(dict(zip(names, results[1])), dict(zip(names, results[0])), 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@built
+def test_no_copy_of_mambas_layout():
+    """What is given as (B, D, L) comes out so, gradients too, and no tensor of its size is copied on the way."""
+    torch.manual_seed(0)
+    u, delta, dy = (torch.randn(2, 66, 45) for _ in range(3))
+    B, C = (torch.randn(2, 5, 45) for _ in range(2))
+    inputs = [u.requires_grad_(), delta.requires_grad_(), -torch.rand(66, 5), B, C]
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
+        y = selective_scan(*inputs, backend='cpu')
+        grads = torch.autograd.grad(y, inputs[:2], dy)
+    assert all(x.is_contiguous() for x in (y, *grads))
+    copied = [sum(event.input_shapes, []) for event in profile.events() if event.name == 'aten::copy_']
+    assert not [shape for shape in copied if 45 in shape and 66 in shape]
 
 
 @built
@@ -233,6 +282,11 @@ def test_opcheck():
         torch.library.opcheck(op, (*tensors, tables.src, 45, inputs['delta_bias'], None, True, False, save))
     in_order = directional_inputs(scan_order=True)[0]
     torch.library.opcheck(op, (*(in_order[name] for name in ('u', 'delta', 'A', 'B', 'C')), None, None,
+                               in_order['u'].shape[2], None, None, False, True, True))
+
+    columns = {name: x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+               for name, x in in_order.items()}
+    torch.library.opcheck(op, (*(columns[name] for name in ('u', 'delta', 'A', 'B', 'C')), None, None,
                                in_order['u'].shape[2], None, None, False, True, True))
 
     factored = directional_inputs(H=5, W=9, D=3, N=2, rank=2)[0]

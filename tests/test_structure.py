@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / 'mmlocalmamba'
 FLOORS = {
     'mmlocalmamba.compat': 0,
     'mmlocalmamba.files': 0,
+    'mmlocalmamba.recipes': 0,
     'mmlocalmamba.registry': 0,
     'mmlocalmamba.scans': 0,
     'mmlocalmamba.ops': 1,
@@ -22,6 +23,7 @@ FLOORS = {
     'mmlocalmamba.weights': 5,
     'mmlocalmamba.engine': 1,
     'mmlocalmamba.visualization': 5,
+    'mmlocalmamba.checks': 6,
     'mmlocalmamba.__main__': 7,
 }
 FORBIDDEN = {'mmdet', 'mmseg', 'mmpretrain'}

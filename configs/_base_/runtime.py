@@ -6,13 +6,20 @@ default_hooks = dict(
     checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'),
-    broken_files=dict(type='mmlocalmamba.BrokenFilesHook'))
+    broken_files=dict(type='mmlocalmamba.BrokenFilesHook'),
+    # converts the authors' checkpoints, and refuses one that does not fill the backbone
+    official_checkpoint=dict(type='mmlocalmamba.OfficialCheckpointHook'),
+    checks=dict(type='mmlocalmamba.TrainingChecksHook'))
 
-# Converts the authors' checkpoints, and refuses one that does not fill the backbone.
-custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook')]
+# Weights the backbone starts from, a path or URL, ours or the authors'; None starts from scratch. Works in every
+# configuration that inherits this one and as --cfg-options pretrained=FILE: TrainingChecksHook hands it on.
+pretrained = None
 
-# No weight decay on the state space parameters, norms, biases and embeddings. Every schedule adds
-# its optimizer.
+custom_hooks = []
+
+# No weight decay on the state space parameters, norms, biases and embeddings: one rule for the whole model and all
+# tasks, heads included. (MMDetection's and MMSegmentation's files of Swin decay the biases of heads.) Every schedule
+# adds its optimizer.
 no_decay = dict(decay_mult=0.0)
 optim_wrapper = dict(
     paramwise_cfg=dict(
@@ -28,10 +35,16 @@ optim_wrapper = dict(
         }))
 del no_decay
 
+# cudnn_benchmark: sizes of images vary in detection and segmentation, and each would be timed anew; and which
+# algorithm wins may differ from run to run.
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
+# Mixed precision is for GPUs: MMEngine's AmpOptimWrapper cannot be built on a CPU. Schedules take it from here.
+amp_optim_wrapper = ('OptimWrapper' if __import__('mmengine.device').device.get_device() in ('cpu', 'mps') else
+                     'AmpOptimWrapper')
+
 vis_backends = [dict(type='LocalVisBackend')]
 log_level = 'INFO'
 load_from = None

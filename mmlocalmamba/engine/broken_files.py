@@ -82,14 +82,14 @@ class _Reader:
             return None  # the dataset draws another sample
 
 
-def _datasets(dataset: Any) -> Iterator[Any]:
-    """What wrappers hold, or the dataset itself."""
+def parts(dataset: Any) -> Iterator[Any]:
+    """Datasets inside of wrappers, or the dataset itself."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     if inner[0] is None:
         yield dataset
     else:
         for part in inner:
-            yield from _datasets(part)
+            yield from parts(part)
 
 
 @HOOKS.register_module()
@@ -114,7 +114,7 @@ class BrokenFilesHook(Hook):
         self.watched: list[Any] = []
 
     def _watch(self, loader: Any, *args: Any) -> None:
-        for dataset in _datasets(loader.dataset):
+        for dataset in parts(loader.dataset):
             if hasattr(dataset, 'prepare_data') and dataset not in self.watched:
                 dataset.prepare_data = _Reader(dataset, *args)
                 self.watched.append(dataset)

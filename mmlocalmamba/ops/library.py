@@ -35,12 +35,20 @@ SCAN_BACKWARD = (
     '-> (Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias)')
 
 
+def _like(x, src, shape):
+    """Of the shape (B, K, L, D). The CPU kernel lays it out as x where x's steps lie side by side; see csrc/host.h."""
+    in_columns = x.shape[-1] > 1 and x.stride(-1) != 1 and x.stride(-2) == 1
+    if in_columns and src is None and x.device.type == 'cpu':
+        return x.new_empty(*shape[:2], shape[3], shape[2]).transpose(2, 3)
+    return x.new_empty(shape)
+
+
 def _fake_scan(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, save):
     batch, K, rows = delta.shape[:3]
     steps = rows if src is None else src.shape[1]
     width, N = A.shape[1:]
     state = u.new_empty(0, dtype=compute_dtype(u))
-    return (u.new_empty(batch, K, tokens, width), state.new_empty(batch, K, N, width),
+    return (_like(u, src, (batch, K, tokens, width)), state.new_empty(batch, K, N, width),
             state.new_empty(batch, K, max(0, (steps - 1) // CHUNK) if save else 0, N, width))
 
 
@@ -50,8 +58,9 @@ def _fake_scan_backward(grad_y, grad_last, u, delta, A, B, C, D, src, tokens, de
     batch, K, rows = delta.shape[:3]
     shape = (batch, K, rows, channels[1])
     # With a factor of delta, all rows of a direction lie together, for the products that follow.
-    grad_delta = delta.new_empty(shape) if dt_weight is None else delta.new_empty(K, batch, *shape[2:]).transpose(0, 1)
-    return (u.new_empty(u.shape), grad_delta, A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape),
+    grad_delta = (_like(delta, src, shape) if dt_weight is None
+                  else delta.new_empty(K, batch, *shape[2:]).transpose(0, 1))
+    return (_like(u, src, u.shape), grad_delta, A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape),
             A.new_empty(channels), A.new_empty(channels))
 
 

@@ -4,7 +4,7 @@ _base_ = './coco_instance.py'
 image_size = (1024, 1024)
 pad = dict(type='Pad', size=image_size, pad_val=dict(img=(114, 114, 114)))
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', backend_args=_base_.backend_args),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=0.5),
     dict(
@@ -20,7 +20,7 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', backend_args=_base_.backend_args),
     dict(type='Resize', scale=image_size, keep_ratio=True),
     pad,
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),

@@ -2,6 +2,7 @@
 
 Written by tools/dataset_converters/digits.py.
 """
+dataset_type = 'BaseSegDataset'
 data_root = 'data/digits/ade/'
 metainfo = dict(
     classes=('background', *'0123456789'),
@@ -35,7 +36,7 @@ tta_pipeline = [
         ]),
 ]
 dataset = dict(
-    type='BaseSegDataset', metainfo=metainfo, img_suffix='.png', reduce_zero_label=True, data_root=data_root)
+    type=dataset_type, metainfo=metainfo, img_suffix='.png', reduce_zero_label=True, data_root=data_root)
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,

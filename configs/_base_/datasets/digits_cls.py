@@ -2,6 +2,7 @@
 
 Written by tools/dataset_converters/digits.py.
 """
+dataset_type = 'CustomDataset'
 data_root = 'data/digits/'
 data_preprocessor = dict(
     num_classes=10, mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], to_rgb=True)
@@ -18,7 +19,7 @@ train_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='CustomDataset',
+        type=dataset_type,
         data_root=data_root,
         data_prefix='imagenet/train',
         pipeline=train_pipeline))
@@ -28,7 +29,7 @@ val_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='CustomDataset',
+        type=dataset_type,
         data_root=data_root,
         data_prefix='imagenet/val',
         pipeline=test_pipeline))

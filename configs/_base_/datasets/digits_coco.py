@@ -2,6 +2,7 @@
 
 Written by tools/dataset_converters/digits.py.
 """
+dataset_type = 'CocoDataset'
 data_root = 'data/digits/coco/'
 metainfo = dict(classes=tuple('0123456789'))
 train_pipeline = [
@@ -32,7 +33,7 @@ train_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='CocoDataset',
+        type=dataset_type,
         metainfo=metainfo,
         data_root=data_root,
         ann_file='annotations/instances_train.json',
@@ -46,7 +47,7 @@ val_dataloader = dict(
     drop_last=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='CocoDataset',
+        type=dataset_type,
         metainfo=metainfo,
         data_root=data_root,
         ann_file='annotations/instances_val.json',

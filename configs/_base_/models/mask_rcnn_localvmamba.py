@@ -6,5 +6,6 @@ model = dict(
         type='mmlocalmamba.LocalVMamba',
         arch='tiny',
         out_indices=(0, 1, 2, 3),
-        drop_path_rate=0.2),
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     neck=dict(in_channels=[96, 192, 384, 768]))

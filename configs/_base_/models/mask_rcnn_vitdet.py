@@ -8,7 +8,8 @@ model = dict(
         arch='tiny',
         img_size=1024,  # grid of the learned positions; those of ImageNet are resized to it on loading
         out_type='featmap',
-        drop_path_rate=0.1),
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint=None)),
     neck=dict(
         _delete_=True,
         type='mmlocalmamba.SimpleFPN',

@@ -52,15 +52,20 @@ void for_each(int64_t count, int64_t bytes, Function run) {
   });
 }
 
-inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 inline Tensor with_contiguous_channels(const Tensor& x) {
   // A stride of 0 or of other elements in the last dimension cannot be loaded as a vector.
   return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
+// Whether rows are contiguous, and channels are not: (B, K, L, D) as a view of (B, K, D, L). Also in ops/library.py.
+inline bool in_columns(const Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 && x.stride(-2) == 1; }
+
 inline Strides strides(const Tensor& x) {
-  return x.dim() == 3 ? Strides{x.stride(0), 0, x.stride(1)} : Strides{x.stride(0), x.stride(1), x.stride(2)};
+  const int64_t channel = in_columns(x) ? x.stride(-1) : 1;
+  return x.dim() == 3 ? Strides{x.stride(0), 0, x.stride(1), channel}
+                      : Strides{x.stride(0), x.stride(1), x.stride(2), channel};
 }
 
 inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, const Tensor& like) {
@@ -70,21 +75,8 @@ inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, cons
   TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
 }
 
-// The table of K directions, checked against the number of tokens.
-inline Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens) {
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == directions && table.scalar_type() == at::kInt && table.is_cpu(),
-                    "src must be an int32 table of ", directions, " rows on the CPU");
-  Tensor whole = table.contiguous();
-  const int32_t* entry = whole.const_data_ptr<int32_t>();
-  int32_t lowest = 0, highest = -1;
-  for (int64_t i = 0; i < whole.numel(); ++i) {
-    lowest = std::min(lowest, entry[i]);
-    highest = std::max(highest, entry[i]);
-  }
-  TORCH_CHECK_INDEX(lowest >= -1 && highest < tokens, "src holds tokens from ", lowest, " to ", highest, ", there are ",
-                    tokens);
-  return whole;
-}
+// The table of K directions: a row holds every token once, and pads (-1). Otherwise outputs would stay unwritten.
+Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens);
 
 // Sum over the first dimension in ascending order, whatever the number of threads.
 Tensor ordered_sum(const Tensor& x);

@@ -13,9 +13,12 @@ constexpr int64_t kChunk = 32;
 // the rows of B and C are fetched once. A constant: sums over channels do not depend on the number of threads.
 constexpr int64_t kBlocks = 4;
 
-// Element strides of (batch, direction, row); channels and states are contiguous unless said otherwise.
+// Element strides of (batch, direction, row, channel); channels and states are contiguous unless said otherwise.
 struct Strides {
-  int64_t batch = 0, direction = 0, row = 0;
+  int64_t batch = 0, direction = 0, row = 0, channel = 1;
+
+  // Rows are contiguous instead (mamba_ssm's layout): only where there is no table, so that rows are steps.
+  bool columns() const { return channel != 1; }
 };
 
 // One scan of all directions; see directional_scan in ops/__init__.py for the meaning of the arrays. Row r of an array
@@ -27,6 +30,7 @@ struct ScanProblem {
   bool in_scan_order, softplus;
   const int32_t* table;  // (K, steps): token of each step or -1; null: step t is token t
 
+  // Channels or rows of u, delta, y, dy, du and ddelta are contiguous.
   const T *u, *delta, *B, *C;  // delta: (B, K, rows, D), or (B, K, rows, dt_rank)
   Strides u_strides, delta_strides, B_strides, C_strides;
   int64_t B_state_stride, C_state_stride;
@@ -34,11 +38,12 @@ struct ScanProblem {
   const T *dt_weight;     // (K, D, dt_rank), with delta (B, K, rows, dt_rank)
   const T *D, *bias;      // (K, D) or null
   T *y;                   // (B, K, tokens, D)
+  Strides y_strides;
   T *last;                // (B, K, N, D)
   T *checkpoints;         // (B, K, chunks - 1, N, D): states at the start of every chunk but the first; null: none
 
   // Backward only.
-  const T *dy;            // channels contiguous
+  const T *dy;
   Strides dy_strides;
   const T *dlast;         // (B, K, N, D) or null
   T *ddelta;              // (B, K, rows, D), also where delta is given by a factor
@@ -47,6 +52,7 @@ struct ScanProblem {
   // Sums over directions, and over the items of a sequence: either in place, which needs the summands to be computed
   // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later.
   T *du;
+  Strides du_strides;     // its directions are 0 apart if in place
   bool du_in_parts;
   T *dB, *dC;
   bool dB_in_parts;
@@ -76,16 +82,16 @@ struct ConvProblem {
   T *dweight, *dbias;     // (B, K, D, W), (B, K, D)
 };
 
-// Tokens that one work item of a merge or norm handles.
-constexpr int64_t kPiece = 64;
+// Tokens that one work item of a sum of directions or of a norm handles.
+constexpr int64_t kTokensPerItem = 64;
 
 // Sum over directions of gated features: with f = y * silu(z), or y if there is no z,
-//   statistics  mean over tokens of f normalised over channels, in parts (pieces, B, K, D)
+//   statistics  mean over tokens of f normalised over channels, in parts (ranges of tokens, B, K, D)
 //   forward     out = sum over k of f[k] * gate[k]
-//   reduce      gradient of the gate, in parts (pieces, B, K, D)
+//   reduce      gradient of the gate, in parts (ranges of tokens, B, K, D)
 //   backward    dy = (dout * gate[k] + gradient through the normalised mean) * silu(z), and dz
 template <typename T>
-struct MergeProblem {
+struct SCAttnSumProblem {
   int64_t batch, directions, tokens, channels;
   T eps;
   const T* y;             // (B, K, tokens, D)
@@ -103,7 +109,7 @@ struct MergeProblem {
 // The residual stream between two blocks, token by token: sum = turn(x + residual), out = sum * weight / rms(sum).
 // Neighbouring channels (a, b) are turned to (a cos - b sin, b cos + a sin).
 template <typename T>
-struct NormProblem {
+struct AddRMSNormProblem {
   int64_t batch, tokens, channels;
   T eps;
   const T *x, *residual;  // (B, tokens, D), channels contiguous; residual may be null
@@ -130,14 +136,14 @@ struct Kernels {
   struct {
     int64_t (*scratch)(int64_t directions, int64_t channels);
     // One batch item and piece of tokens.
-    void (*statistics)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*forward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*reduce)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*backward)(const MergeProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*statistics)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*forward)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*reduce)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*backward)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
     // out = act(weight (rows, columns) times x + bias), act being the identity or the logistic function.
     void (*product)(const T* weight, const T* x, const T* bias, int64_t rows, int64_t columns, bool logistic, T* out);
-  } merge;
-  void (*norm)(const NormProblem<T>&, int64_t batch, int64_t piece);
+  } scattn_sum;
+  void (*add_rms_norm)(const AddRMSNormProblem<T>&, int64_t batch, int64_t piece);
 };
 
 struct InstructionSet {

@@ -6,24 +6,25 @@
 
 #include "vector.h"
 
+#include "add_rms_norm_kernel.h"
+#include "columns.h"
 #include "conv_kernel.h"
-#include "merge_kernel.h"
 #include "scan_kernel.h"
+#include "scattn_sum_kernel.h"
 
 namespace mmlocalmamba {
+namespace {
 
-const InstructionSet ISA = {
-    ISA_NAME,
-    {{kBlocks * kLanes<float>, scan_scratch<float>, scan_forward<float>, scan_backward<float>},
-     {kBlocks * kLanes<float>, conv_scratch<float>, conv_forward<float>, conv_backward<float>},
-     {merge_scratch<float>, merge_statistics<float>, merge_forward<float>, merge_reduce<float>, merge_backward<float>,
-      merge_product<float>},
-     norm<float>},
-    {{kBlocks * kLanes<double>, scan_scratch<double>, scan_forward<double>, scan_backward<double>},
-     {kBlocks * kLanes<double>, conv_scratch<double>, conv_forward<double>, conv_backward<double>},
-     {merge_scratch<double>, merge_statistics<double>, merge_forward<double>, merge_reduce<double>, merge_backward<double>,
-      merge_product<double>},
-     norm<double>},
+template <typename T>
+constexpr Kernels<T> kKernels = {
+    {kBlocks * kLanes<T>, scan_scratch<T>, scan_forward<T>, scan_backward<T>},
+    {kBlocks * kLanes<T>, conv_scratch<T>, conv_forward<T>, conv_backward<T>},
+    {scattn_scratch<T>, scattn_statistics<T>, scattn_forward<T>, scattn_reduce<T>, scattn_backward<T>, gate_product<T>},
+    add_rms_norm<T>,
 };
+
+}  // namespace
+
+const InstructionSet ISA = {ISA_NAME, kKernels<float>, kKernels<double>};
 
 }  // namespace mmlocalmamba

@@ -3,6 +3,7 @@
 #include <Python.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -28,6 +29,8 @@ std::vector<const InstructionSet*> supported() {
 }  // namespace
 
 const InstructionSet& instruction_set() {
+  // getenv is not safe beside a setenv, and threads of a kernel must not pay for it: callers ask before they fork.
+  TORCH_INTERNAL_ASSERT(!at::in_parallel_region());
   static const std::vector<const InstructionSet*> sets = supported();
   const char* wanted = std::getenv("MMLOCALMAMBA_CPU_ISA");
   if (!wanted || !*wanted) return *sets.front();
@@ -43,6 +46,41 @@ std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const InstructionSet* set : supported()) names.emplace_back(set->name);
   return names;
+}
+
+Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens) {
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == directions && table.scalar_type() == at::kInt && table.is_cpu(),
+                    "src must be an int32 table of ", directions, " rows on the CPU, got ", table.scalar_type(), " ",
+                    table.sizes(), " on ", table.device());
+  Tensor whole = table.contiguous();
+  const int32_t* entry = whole.const_data_ptr<int32_t>();
+  const int64_t steps = whole.size(1);
+  int32_t lowest = 0, highest = -1;
+  for (int64_t i = 0; i < whole.numel(); ++i) {
+    lowest = std::min(lowest, entry[i]);
+    highest = std::max(highest, entry[i]);
+  }
+  TORCH_CHECK_INDEX(lowest >= -1 && highest < tokens, "src holds tokens from ", lowest, " to ", highest, ", there are ",
+                    tokens);
+  std::vector<char> permutes(directions);
+  at::parallel_for(0, directions, 1 + (1 << 16) / (steps + 1), [&](int64_t begin, int64_t end) {
+    std::vector<char> found(tokens + 1);  // where pads go, too
+    for (int64_t k = begin; k < end; ++k) {
+      std::fill(found.begin(), found.end(), 0);
+      int64_t pads = 0;
+      for (int64_t t = 0; t < steps; ++t) {
+        const int32_t token = entry[k * steps + t];
+        pads += token < 0;
+        found[token < 0 ? tokens : token] = 1;
+      }
+      // As many as there are tokens, and none is missing: none is there twice.
+      permutes[k] = steps - pads == tokens && std::find(found.begin(), found.begin() + tokens, 0) == found.begin() + tokens;
+    }
+  });
+  for (int64_t k = 0; k < directions; ++k) {
+    TORCH_CHECK_VALUE(permutes[k], "row ", k, " of src must hold each of the ", tokens, " tokens once, besides pads (-1)");
+  }
+  return whole;
 }
 
 Tensor ordered_sum(const Tensor& x) {

@@ -11,7 +11,7 @@ namespace {
 
 template <typename T>
 int64_t items_of_sequence(const ScanProblem<T>& p) {
-  return pieces(p.channels, kernels<T>().scan.channels);
+  return ceil_div(p.channels, kernels<T>().scan.channels);
 }
 
 // Runs over all items, in parallel but for the dimensions named, along which a thread goes in ascending order.
@@ -33,12 +33,12 @@ void for_each_item(const ScanProblem<T>& p, bool backward, Function run, bool di
 }
 
 // Owns what a ScanProblem points to.
-struct Arguments {
+struct ScanArguments {
   Tensor u, delta, A, B, C, D, bias, dt_weight, table;
   int64_t batch, directions, steps, rows, tokens, channels, states, dt_rank;
   bool in_scan_order, softplus;
 
-  Arguments(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
+  ScanArguments(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
             const OptionalTensor& D_, const OptionalTensor& table_, int64_t tokens_, const OptionalTensor& bias_,
             const OptionalTensor& dt_weight_, bool softplus_, bool in_scan_order_)
       : tokens(tokens_), in_scan_order(in_scan_order_), softplus(softplus_) {
@@ -65,8 +65,8 @@ struct Arguments {
     TORCH_CHECK_VALUE((in_scan_order ? steps : tokens) == rows, "delta has ", rows, " rows for ", steps, " steps and ",
                       tokens, " tokens");
     TORCH_CHECK_VALUE(table_ || tokens == steps, tokens, " tokens for ", steps, " steps need src");
-    u = with_contiguous_channels(u_);
-    delta = with_contiguous_channels(delta_);
+    u = readable(u_);
+    delta = readable(delta_);
     A = A_.contiguous();
     if (dt_weight_) {
       TORCH_CHECK_VALUE(dt_rank > 0, "dt_weight needs a rank of at least 1");
@@ -77,6 +77,15 @@ struct Arguments {
     C = C_;
     if (D_) check(*D_, "D", {directions, channels}, u_), D = D_->contiguous();
     if (bias_) check(*bias_, "delta_bias", {directions, channels}, u_), bias = bias_->contiguous();
+  }
+
+  // Rows may be contiguous instead of channels where they are the steps.
+  Tensor readable(const Tensor& x) const { return !table.defined() && in_columns(x) ? x : with_contiguous_channels(x); }
+
+  // Uninitialised (B, K, size, D), laid out like x.
+  Tensor like(const Tensor& x, int64_t size) const {
+    return in_columns(x) ? at::empty({batch, directions, channels, size}, x.options()).transpose(2, 3)
+                         : at::empty({batch, directions, size, channels}, x.options());
   }
 
   template <typename T>
@@ -106,14 +115,14 @@ std::tuple<Tensor, Tensor, Tensor> directional_scan(const Tensor& u, const Tenso
                                                     const OptionalTensor& delta_bias,
                                                     const OptionalTensor& dt_weight, bool delta_softplus,
                                                     bool in_scan_order, bool save) {
-  const Arguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
-  Tensor y = at::empty({a.batch, a.directions, a.tokens, a.channels}, u.options());
+  const ScanArguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
+  Tensor y = a.like(a.u, a.tokens);
   Tensor last = at::empty({a.batch, a.directions, a.states, a.channels}, u.options());
   Tensor checkpoints =
       at::empty({a.batch, a.directions, save ? a.checkpoints() : 0, a.states, a.channels}, u.options());
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "directional_scan", [&] {
     ScanProblem<scalar_t> p = a.problem<scalar_t>();
-    p.y = y.mutable_data_ptr<scalar_t>();
+    p.y = y.mutable_data_ptr<scalar_t>(), p.y_strides = strides(y);
     p.last = last.mutable_data_ptr<scalar_t>();
     p.checkpoints = save ? checkpoints.mutable_data_ptr<scalar_t>() : nullptr;
     for_each_item(p, false, kernels<scalar_t>().scan.forward);
@@ -125,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> directional_scan(const Tensor& u, const Tenso
 Tensor sum_directions(const Tensor& x) {
   if (x.size(1) == 1) return x.squeeze(1);
   Tensor sum = at::empty({x.size(0), x.size(2), x.size(3)}, x.options());
-  const int64_t count = x.size(1), size = x.size(2) * x.size(3), pieces = (size + 1023) / 1024;
+  const int64_t count = x.size(1), size = x.size(2) * x.size(3), pieces = ceil_div(size, 1024);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sum_directions", [&] {
     at::parallel_for(0, x.size(0) * pieces, 16, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
@@ -146,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     const OptionalTensor& dy_, const OptionalTensor& dlast_, const Tensor& u, const Tensor& delta, const Tensor& A,
     const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& src, int64_t tokens,
     const OptionalTensor& delta_bias, const OptionalTensor& dt_weight, const Tensor& checkpoints_, bool delta_softplus, bool in_scan_order) {
-  const Arguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
+  const ScanArguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
   const auto options = u.options();
   const int64_t batch = a.batch, K = a.directions, N = a.states, width = a.channels;
   Tensor dy = at::zeros({1, 1, 1, 1}, options).expand({batch, K, tokens, width});
@@ -154,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     check(*dy_, "grad_y", {batch, K, tokens, width}, u);
     dy = *dy_;
   }
-  dy = with_contiguous_channels(dy);
+  dy = a.readable(dy);
   Tensor dlast;
   if (dlast_) {
     check(*dlast_, "grad_last", {batch, K, N, width}, u);
@@ -166,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
   Tensor du;
   // With a factor of delta, all rows of a direction lie together, for the products that follow.
   Tensor ddelta = dt_weight ? at::empty({K, batch, a.rows, width}, options).transpose(0, 1)
-                            : at::empty({batch, K, a.rows, width}, options);
+                            : a.like(a.delta, a.rows);
   Tensor dA = at::empty({batch, K, width, N}, options);
   Tensor dD = at::empty({batch, K, width}, options);
   Tensor dbias = at::empty({batch, K, width}, options);
@@ -178,13 +187,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     const bool shared = u.dim() == 3;
     p.dB_in_parts = batch * (shared ? 1 : K) < enough;
     p.du_in_parts = !shared || (p.dB_in_parts && batch * items < enough);
-    du = p.du_in_parts ? at::empty({batch, K, a.rows, width}, options) : at::empty({batch, a.rows, width}, options);
+    du = p.du_in_parts ? a.like(a.u, a.rows) : at::empty({batch, a.rows, width}, options);
     dB = at::empty({p.dB_in_parts ? items : 1, batch, K, a.rows, N}, options);
     dC = at::empty_like(dB);
     p.checkpoints = checkpoints.mutable_data_ptr<scalar_t>();
     p.dy = dy.const_data_ptr<scalar_t>(), p.dy_strides = strides(dy);
     p.dlast = dlast.defined() ? dlast.const_data_ptr<scalar_t>() : nullptr;
-    p.du = du.mutable_data_ptr<scalar_t>(), p.ddelta = ddelta.mutable_data_ptr<scalar_t>(), p.ddelta_strides = strides(ddelta);
+    p.du = du.mutable_data_ptr<scalar_t>(), p.du_strides = strides(du);
+    p.ddelta = ddelta.mutable_data_ptr<scalar_t>(), p.ddelta_strides = strides(ddelta);
     p.dA = dA.mutable_data_ptr<scalar_t>();
     p.dB = dB.mutable_data_ptr<scalar_t>(), p.dC = dC.mutable_data_ptr<scalar_t>();
     p.dD = dD.mutable_data_ptr<scalar_t>(), p.dbias = dbias.mutable_data_ptr<scalar_t>();

@@ -7,7 +7,7 @@ namespace mmlocalmamba {
 namespace {
 
 template <typename T>
-struct Common {
+struct ChunkScratch {
   int64_t *read, *write;  // rows of the chunk's steps, -1: none
   T *B, *C;               // (step, state), zeros for pads
   T *factor;              // (step, rank): low-rank delta, zeros for pads
@@ -16,15 +16,24 @@ struct Common {
   V<T> *h;                // (block, state): state, in the backward pass its gradient
   V<T> *dt, *dtu, *y;     // per step
 
-  Common(Scratch& s, int64_t N, int64_t R)
+  ChunkScratch(Scratch& s, int64_t N, int64_t R)
       : read(s.take<int64_t>(kChunk)), write(s.take<int64_t>(kChunk)), B(s.take<T>(kChunk * N)),
         C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)), A(s.take<V<T>>(kBlocks * N)), h(s.take<V<T>>(kBlocks * N)),
         dt(s.take<V<T>>(kChunk)), dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
 };
 
 template <typename T>
-void copy_rows(const T* from, int64_t row_stride, int64_t state_stride, const int64_t* rows, int64_t steps, int64_t N,
-               T* to) {
+void copy_rows(const T* from, int64_t row_stride, int64_t state_stride, const int64_t* rows, bool in_order,
+               int64_t steps, int64_t N, T* to) {
+  if (in_order && row_stride == 1 && state_stride != 1) {
+    V<T> columns[kChunk];
+    for (int64_t n = 0; n < N; n += kLanes<T>) {
+      const int lanes = N - n < kLanes<T> ? int(N - n) : kLanes<T>;
+      load_columns(from + rows[0] + n * state_stride, state_stride, steps, lanes, columns);
+      for (int64_t t = 0; t < steps; ++t) store(to + t * N + n, columns[t], lanes);
+    }
+    return;
+  }
   for (int64_t t = 0; t < steps; ++t, to += N) {
     const T* row = from + rows[t] * row_stride;
     if (rows[t] < 0) {
@@ -44,29 +53,41 @@ INLINE int64_t token(const ScanProblem<T>& p, Item item, int64_t step) {
 }
 
 // Tables jump through memory in ways that no hardware prefetcher follows, so the rows of the chunk that comes next are
-// asked for one by one. A step outside the sequence asks for nothing.
+// asked for one by one; of columns, lines of one channel after the other. A step outside the sequence asks for nothing.
 struct Next {
-  int64_t read = -1, write = -1;
+  int64_t read = -1, write = -1, column = 0, line = 0;
 
   template <typename T>
-  INLINE Next(const ScanProblem<T>& p, Item item, int64_t step) {
+  INLINE Next(const ScanProblem<T>& p, Item item, int64_t step, int64_t t, int lanes) {
     if (step < 0 || step >= p.steps) return;
     write = token(p, item, step);
     read = p.in_scan_order ? step : write;
+    // A chunk of a column takes kChunk / kPerLine lines, and as many and one if it does not begin with a line.
+    constexpr int64_t kPerLine = 64 / sizeof(T), kLines = kChunk / kPerLine;
+    column = t / kLines < lanes ? t / kLines : lanes - 1;
+    line = step - t + t % kLines * kPerLine;
   }
 };
 
+#define PREFETCH_NEXT(array, next, which, strides, for_writing)                                              \
+  if ((next).which >= 0) {                                                                                   \
+    __builtin_prefetch((array) + ((strides).columns() ? (next).column * (strides).channel + (next).line      \
+                                                      : (next).which * (strides).row), for_writing);         \
+  }
+
 // Rows of the chunk's steps, B, C and the factor of delta.
 template <typename T>
-void open_chunk(const ScanProblem<T>& p, Item item, int64_t start, int64_t steps, Common<T>& c) {
+void open_chunk(const ScanProblem<T>& p, Item item, int64_t start, int64_t steps, ChunkScratch<T>& c) {
   for (int64_t t = 0; t < steps; ++t) {
     c.write[t] = token(p, item, start + t);
     c.read[t] = p.in_scan_order ? start + t : c.write[t];
   }
-  copy_rows(p.B + offset(p.B_strides, item), p.B_strides.row, p.B_state_stride, c.read, steps, p.states, c.B);
-  copy_rows(p.C + offset(p.C_strides, item), p.C_strides.row, p.C_state_stride, c.read, steps, p.states, c.C);
+  const bool in_order = !p.table;
+  copy_rows(p.B + offset(p.B_strides, item), p.B_strides.row, p.B_state_stride, c.read, in_order, steps, p.states, c.B);
+  copy_rows(p.C + offset(p.C_strides, item), p.C_strides.row, p.C_state_stride, c.read, in_order, steps, p.states, c.C);
   if (p.dt_rank) {
-    copy_rows(p.delta + offset(p.delta_strides, item), p.delta_strides.row, 1, c.read, steps, p.dt_rank, c.factor);
+    copy_rows(p.delta + offset(p.delta_strides, item), p.delta_strides.row, p.delta_strides.channel, c.read, in_order,
+              steps, p.dt_rank, c.factor);
   }
 }
 
@@ -102,7 +123,7 @@ INLINE void expand_steps(const T* factor, const V<T>* weight, int64_t R, V<T> bi
 
 // delta + bias of a chunk, into c.dt.
 template <typename T>
-INLINE void load_steps(const ScanProblem<T>& p, const Common<T>& c, Item item, int64_t steps, int64_t block,
+INLINE void load_steps(const ScanProblem<T>& p, const ChunkScratch<T>& c, Item item, int64_t steps, int64_t block,
                        int64_t channel, int lanes, V<T> bias) {
   if (p.dt_rank) {
     const V<T>* weight = c.weight + block * p.dt_rank;
@@ -113,7 +134,12 @@ INLINE void load_steps(const ScanProblem<T>& p, const Common<T>& c, Item item, i
     for (; t < steps; ++t) expand_steps<T, 1>(c.factor + t * p.dt_rank, weight, p.dt_rank, bias, c.dt + t);
     return;
   }
-  const T* delta = p.delta + offset(p.delta_strides, item) + channel;
+  const T* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
+  if (p.delta_strides.columns()) {
+    load_columns(delta + c.read[0], p.delta_strides.channel, steps, lanes, c.dt);
+    for (int64_t t = 0; t < steps; ++t) c.dt[t] += bias;
+    return;
+  }
   for (int64_t t = 0; t < steps; ++t) {
     c.dt[t] = c.read[t] < 0 ? bias : bias + load(delta + c.read[t] * p.delta_strides.row, lanes);
   }
@@ -158,7 +184,7 @@ void advance(int64_t steps, int64_t N, const V<T>* A_memory, const T* B, const T
 }
 
 template <typename T, int count>
-INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const Common<T>& c, int64_t block) {
+INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const ChunkScratch<T>& c, int64_t block) {
   for (; N - n >= count; n += count) {
     advance<T, count>(steps, N, c.A + block * N + n, c.B + n, c.C + n, c.dt, c.dtu, c.h + block * N + n, c.y);
   }
@@ -170,7 +196,7 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
-  Common<T> c(scratch, N, p.dt_rank);
+  ChunkScratch<T> c(scratch, N, p.dt_rank);
   load_transposed(p.A, N, Constants<T>::log2e, p.channels, item, channels, c.A);
   if (p.dt_rank) load_transposed(p.dt_weight, p.dt_rank, T(1), p.channels, item, channels, c.weight);
   for (int64_t i = 0; i < channels.blocks * N; ++i) c.h[i] = V<T>{};
@@ -183,22 +209,24 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
       const int lanes = channels.lanes(block);
       const V<T> bias = load_weight(p.bias, p, item, channels, block);
       const V<T> D = load_weight(p.D, p, item, channels, block);
-      const T* u = p.u + offset(p.u_strides, item) + channel;
-      const T* delta = p.delta + offset(p.delta_strides, item) + channel;
-      T* y = p.y + sequence * p.tokens * p.channels + channel;
+      const T* u = p.u + offset(p.u_strides, item) + channel * p.u_strides.channel;
+      const T* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
+      T* y = p.y + offset(p.y_strides, item) + channel * p.y_strides.channel;
 
       if (p.checkpoints && start) {
         T* to = checkpoint(p, item, start / kChunk, channel);
         for (int64_t n = 0; n < N; ++n) store(to + n * p.channels, c.h[block * N + n], lanes);
       }
       load_steps(p, c, item, steps, block, channel, lanes, bias);
+      const bool u_columns = p.u_strides.columns();
+      if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, c.dtu);
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
-        const Next next(p, item, start + kChunk + t);
-        PREFETCH(u, next.read, p.u_strides.row, 0);
-        if (!p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
-        PREFETCH(y, next.write, p.channels, 1);
-        const V<T> input = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
+        const Next next(p, item, start + kChunk + t, t, lanes);
+        PREFETCH_NEXT(u, next, read, p.u_strides, 0);
+        if (!p.dt_rank) PREFETCH_NEXT(delta, next, read, p.delta_strides, 0);
+        PREFETCH_NEXT(y, next, write, p.y_strides, 1);
+        const V<T> input = u_columns ? c.dtu[t] : row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
         if (p.softplus) c.dt[t] = softplus<T>(c.dt[t]);
         c.dtu[t] = c.dt[t] * input;
         c.y[t] = D * input;
@@ -207,8 +235,12 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
       n = advance_groups<T, 4>(n, steps, N, c, block);
       n = advance_groups<T, 2>(n, steps, N, c, block);
       advance_groups<T, 1>(n, steps, N, c, block);
+      if (p.y_strides.columns()) {
+        store_columns(y + start, p.y_strides.channel, steps, lanes, c.y);
+        continue;
+      }
       for (int64_t t = 0; t < steps; ++t) {
-        if (c.write[t] >= 0) store(y + c.write[t] * p.channels, c.y[t], lanes);
+        if (c.write[t] >= 0) store(y + c.write[t] * p.y_strides.row, c.y[t], lanes);
       }
     }
   }
@@ -231,7 +263,7 @@ template <typename T>
 constexpr int kBackwardTail = kBackwardStates<T> > 2 ? 2 : 1;
 
 template <typename T>
-struct Buffers {
+struct BackwardScratch {
   V<T> *u, *dy, *slope;   // per step; slope: d dt / d (delta + bias)
   V<T> *ddt, *ddtu;       // per step: gradients of dt (over the decay, times log2(e)) and of dt * u
   V<T> *decay, *decayed;  // (step, state of the group): exp(dt A) and exp(dt A) h[t - 1]
@@ -239,18 +271,12 @@ struct Buffers {
   V<T> *dA;               // (block, state)
   V<T> *dD, *dbias;       // per block
 
-  Buffers(Scratch& s, int64_t N)
+  BackwardScratch(Scratch& s, int64_t N)
       : u(s.take<V<T>>(kChunk)), dy(s.take<V<T>>(kChunk)), slope(s.take<V<T>>(kChunk)), ddt(s.take<V<T>>(kChunk)),
         ddtu(s.take<V<T>>(kChunk)), decay(s.take<V<T>>(kChunk * kBackwardStates<T>)),
         decayed(s.take<V<T>>(kChunk * kBackwardStates<T>)), sums(s.take<V<T>>(kChunk * N)),
         dA(s.take<V<T>>(kBlocks * N)), dD(s.take<V<T>>(kBlocks)), dbias(s.take<V<T>>(kBlocks)) {}
 };
-
-#if defined(__clang__)
-#define SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, Bits<T>{__VA_ARGS__})
-#endif
 
 // Adds lanes whose numbers differ in one bit: those of x come out where the bit is 0, those of y where it is 1.
 template <typename T, int bit, int... lane>
@@ -330,7 +356,7 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
 
 template <typename T, int count>
 INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, Item item, int64_t start, int64_t steps,
-                               const Channels<T>& channels, int64_t block, const Common<T>& c, const Buffers<T>& g) {
+                               const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c, const BackwardScratch<T>& g) {
   const int64_t N = p.states;
   for (; N - n >= count; n += count, sums += kChunk) {
     V<T> h[count];
@@ -348,7 +374,7 @@ INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, 
 }
 
 template <typename T, int count>
-INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const Common<T>& c, int64_t steps, int64_t N, bool add, T* dB,
+INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c, int64_t steps, int64_t N, bool add, T* dB,
                           T* dC) {
   for (; N - n >= count; n += count, sums += kChunk) {
     for (int64_t t = 0; t < steps; ++t) {
@@ -369,8 +395,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
-  Common<T> c(scratch, N, p.dt_rank);
-  Buffers<T> g(scratch, N);
+  ChunkScratch<T> c(scratch, N, p.dt_rank);
+  BackwardScratch<T> g(scratch, N);
   load_transposed(p.A, N, Constants<T>::log2e, p.channels, item, channels, c.A);
   if (p.dt_rank) load_transposed(p.dt_weight, p.dt_rank, T(1), p.channels, item, channels, c.weight);
   for (int64_t block = 0; block < channels.blocks; ++block) {
@@ -394,24 +420,30 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       const int lanes = channels.lanes(block);
       const V<T> bias = load_weight(p.bias, p, item, channels, block);
       const V<T> D = load_weight(p.D, p, item, channels, block);
-      const T* u = p.u + offset(p.u_strides, item) + channel;
-      const T* delta = p.delta + offset(p.delta_strides, item) + channel;
-      const T* dy = p.dy + offset(p.dy_strides, item) + channel;
-      T* du = p.du + (p.du_in_parts ? sequence : item.batch) * p.rows * p.channels + channel;
-      T* ddelta = p.ddelta + offset(p.ddelta_strides, item) + channel;
+      const T* u = p.u + offset(p.u_strides, item) + channel * p.u_strides.channel;
+      const T* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
+      const T* dy = p.dy + offset(p.dy_strides, item) + channel * p.dy_strides.channel;
+      T* du = p.du + offset(p.du_strides, item) + channel * p.du_strides.channel;
+      T* ddelta = p.ddelta + offset(p.ddelta_strides, item) + channel * p.ddelta_strides.channel;
       load_steps(p, c, item, steps, block, channel, lanes, bias);
+      const bool u_columns = p.u_strides.columns(), dy_columns = p.dy_strides.columns();
+      const bool du_columns = p.du_strides.columns(), ddelta_columns = p.ddelta_strides.columns();
+      if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, g.u);
+      if (dy_columns) load_columns(dy + start, p.dy_strides.channel, steps, lanes, g.dy);
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
-        const Next next(p, item, start - kChunk + t);
-        PREFETCH(u, next.read, p.u_strides.row, 0);
-        if (!p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
-        PREFETCH(dy, next.write, p.dy_strides.row, 0);
-        PREFETCH(du, next.read, p.channels, 1);
-        PREFETCH(ddelta, next.read, p.ddelta_strides.row, 1);
+        const Next next(p, item, start - kChunk + t, t, lanes);
+        PREFETCH_NEXT(u, next, read, p.u_strides, 0);
+        if (!p.dt_rank) PREFETCH_NEXT(delta, next, read, p.delta_strides, 0);
+        PREFETCH_NEXT(dy, next, write, p.dy_strides, 0);
+        PREFETCH_NEXT(du, next, read, p.du_strides, 1);
+        PREFETCH_NEXT(ddelta, next, read, p.ddelta_strides, 1);
         V<T> slope = splat(T(1));
-        g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
-        g.dy[t] = g.ddt[t] = g.ddtu[t] = V<T>{};
-        if (c.write[t] >= 0) g.dy[t] = load(dy + c.write[t] * p.dy_strides.row, lanes);
+        if (!u_columns) g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
+        if (!dy_columns) {
+          g.dy[t] = c.write[t] < 0 ? V<T>{} : load(dy + c.write[t] * p.dy_strides.row, lanes);
+        }
+        g.ddt[t] = g.ddtu[t] = V<T>{};
         if (p.softplus) c.dt[t] = softplus<T>(c.dt[t], &slope);
         c.dtu[t] = c.dt[t] * g.u[t];
         g.slope[t] = slope;
@@ -422,15 +454,23 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       backward_groups<T, 1>(n, sums, p, item, start, steps, channels, block, c, g);
       for (int64_t t = 0; t < steps; ++t) {
         const V<T> ddt = (g.ddt[t] * Constants<T>::ln2 + g.ddtu[t] * g.u[t]) * g.slope[t];
+        const V<T> gradient = g.ddtu[t] * c.dt[t] + g.dy[t] * D;
         g.dbias[block] += ddt;
         g.dD[block] += g.dy[t] * g.u[t];
-        if (c.read[t] >= 0) {
-          T* to = du + c.read[t] * p.channels;
-          const V<T> gradient = g.ddtu[t] * c.dt[t] + g.dy[t] * D;
+        if (du_columns) {
+          g.ddtu[t] = gradient;
+        } else if (c.read[t] >= 0) {
+          T* to = du + c.read[t] * p.du_strides.row;
           store(to, add_du ? load(to, lanes) + gradient : gradient, lanes);
+        }
+        if (ddelta_columns) {
+          g.ddt[t] = ddt;
+        } else if (c.read[t] >= 0) {
           store(ddelta + c.read[t] * p.ddelta_strides.row, ddt, lanes);
         }
       }
+      if (du_columns) store_columns(du + start, p.du_strides.channel, steps, lanes, g.ddtu);
+      if (ddelta_columns) store_columns(ddelta + start, p.ddelta_strides.channel, steps, lanes, g.ddt);
     }
     const V<T>* sums = g.sums;
     T *dB = p.dB + part, *dC = p.dC + part;
@@ -454,8 +494,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
 template <typename T>
 int64_t scan_scratch(int64_t states, int64_t dt_rank, bool with_backward) {
   Scratch scratch{nullptr};
-  Common<T> common(scratch, states, dt_rank);
-  if (with_backward) Buffers<T> buffers(scratch, states);
+  ChunkScratch<T> common(scratch, states, dt_rank);
+  if (with_backward) BackwardScratch<T> buffers(scratch, states);
   return scratch.used;
 }
 

@@ -103,6 +103,12 @@ struct Constants<double> {
       -0.49999999999999834, 1.};
 };
 
+#if defined(__clang__)
+#define SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, Bits<T>{__VA_ARGS__})
+#endif
+
 // Polynomial without its constant term, divided by the argument.
 template <typename T, int n>
 INLINE V<T> polynomial(V<T> x, const T (&coefficients)[n]) {
@@ -276,6 +282,30 @@ INLINE int64_t offset(const Strides& s, Item item) { return item.batch * s.batch
 
 #define PREFETCH(array, row, stride, for_writing) \
   if ((row) >= 0) __builtin_prefetch((array) + (row) * (stride), for_writing)
+
+template <typename T>
+INLINE T lane_sum(V<T> x) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += x[i];
+  return sum;
+}
+
+// Calls f(channel, lanes) for every vector of channels.
+template <typename T, typename Function>
+INLINE void for_channels(int64_t channels, Function f) {
+  int64_t d = 0;
+  for (; d + kLanes<T> <= channels; d += kLanes<T>) f(d, kLanes<T>);
+  if (d < channels) f(d, int(channels - d));
+}
+
+// Tokens of one work item.
+struct TokenRange {
+  int64_t begin, end;
+
+  TokenRange(int64_t tokens, int64_t piece) : begin(piece * kTokensPerItem), end(begin + kTokensPerItem) {
+    end = end < tokens ? end : tokens;
+  }
+};
 
 }  // namespace
 }  // namespace mmlocalmamba

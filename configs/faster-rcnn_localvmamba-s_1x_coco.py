@@ -1,0 +1,6 @@
+"""Faster R-CNN with LocalVMamba-S on COCO, boxes only, 12 epochs. Total batch 16: 8 GPUs x 2 images."""
+_base_ = './faster-rcnn_localvmamba-t_1x_coco.py'
+
+# the authors' weights of ImageNet; a file, another URL or None (from scratch)
+pretrained = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vssm_small.ckpt'
+model = dict(backbone=dict(arch='small'))

@@ -1,0 +1,6 @@
+"""Faster R-CNN with LocalVMamba-T on COCO, boxes only, 12 epochs. Total batch 16: 8 GPUs x 2 images."""
+_base_ = [
+    '_base_/models/faster_rcnn_localvmamba.py',
+    '_base_/datasets/coco_detection.py',
+    '_base_/schedules/1x.py',
+]

@@ -1,0 +1,58 @@
+// Arrays whose steps lie side by side and whose channels lie apart, as mamba_ssm has them: squares of lanes x lanes
+// elements are transposed in registers, so that no copy in the other order has to be written to memory.
+
+namespace mmlocalmamba {
+namespace {
+
+// Element (lane) of a and b that differ in one bit of their row and lane change places.
+template <typename T, int bit, int... lane>
+INLINE void exchange(V<T>& a, V<T>& b, std::integer_sequence<int, lane...>) {
+  constexpr int W = kLanes<T>;
+  const V<T> first = SHUFFLE(T, a, b, (lane & bit ? lane - bit + W : lane)...);
+  b = SHUFFLE(T, a, b, (lane & bit ? lane + W : lane + bit)...);
+  a = first;
+}
+
+// Lane j of x[i] becomes lane i of x[j].
+template <typename T, int bit = kLanes<T> / 2>
+INLINE void transpose(V<T>* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (!(i & bit)) exchange<T, bit>(x[i], x[i + bit], std::make_integer_sequence<int, kLanes<T>>());
+  }
+  if constexpr (bit > 1) transpose<T, bit / 2>(x);
+}
+
+// `steps` <= kChunk steps of `lanes` channels that are `stride` apart; writes whole squares.
+template <typename T>
+void load_columns(const T* from, int64_t stride, int64_t steps, int lanes, V<T>* to) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < steps; t += W) {
+    const int count = steps - t < W ? int(steps - t) : W;
+    V<T> x[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = i < lanes ? load(from + i * stride + t, count) : V<T>{};
+    transpose<T>(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) to[t + i] = x[i];
+  }
+}
+
+template <typename T>
+void store_columns(T* to, int64_t stride, int64_t steps, int lanes, const V<T>* from) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < steps; t += W) {
+    const int count = steps - t < W ? int(steps - t) : W;
+    V<T> x[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = from[t + i];
+    transpose<T>(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i < lanes) store(to + i * stride + t, x[i], count);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mmlocalmamba

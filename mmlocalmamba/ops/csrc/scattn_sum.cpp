@@ -1,0 +1,158 @@
+// The sum over directions that SCAttn gates, on the CPU.
+
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "host.h"
+
+namespace mmlocalmamba {
+namespace {
+
+struct SCAttnSumArguments {
+  Tensor y, z;
+  int64_t batch, directions, tokens, channels;
+
+  SCAttnSumArguments(const Tensor& y_, const OptionalTensor& z_) {
+    TORCH_CHECK_TYPE(y_.scalar_type() == at::kFloat || y_.scalar_type() == at::kDouble,
+                     "y must be float32 or float64, got ", y_.scalar_type());
+    TORCH_CHECK_VALUE(y_.dim() == 4, "y must be (B, K, L, D), got ", y_.sizes());
+    batch = y_.size(0), directions = y_.size(1), tokens = y_.size(2), channels = y_.size(3);
+    y = y_.contiguous();
+    if (z_) check(*z_, "z", {batch, tokens, channels}, y_), z = with_contiguous_channels(*z_);
+  }
+
+  template <typename T>
+  SCAttnSumProblem<T> problem() const {
+    SCAttnSumProblem<T> p{};
+    p.batch = batch, p.directions = directions, p.tokens = tokens, p.channels = channels;
+    p.y = y.const_data_ptr<T>();
+    if (z.defined()) p.z = z.const_data_ptr<T>(), p.z_strides = strides(z);
+    return p;
+  }
+
+  Tensor parts() const { return at::empty({ceil_div(tokens, kTokensPerItem), batch, directions, channels}, y.options()); }
+
+  template <typename T, typename Function>
+  void run(const SCAttnSumProblem<T>& p, Function function) const {
+    const int64_t count = ceil_div(tokens, kTokensPerItem);
+    for_each(batch * count, kernels<T>().scattn_sum.scratch(directions, channels),
+             [&](int64_t i, void* scratch) { function(p, i / count, i % count, scratch); });
+  }
+};
+
+// SCAttn's weights and biases.
+struct Attention {
+  Tensor norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias;
+
+  Attention(const Tensor& like, const Tensor& norm_weight_, const Tensor& norm_bias_, const Tensor& reduce_weight_,
+            const Tensor& reduce_bias_, const Tensor& select_weight_, const Tensor& select_bias_)
+      : norm_weight(norm_weight_.contiguous()), norm_bias(norm_bias_.contiguous()),
+        reduce_weight(reduce_weight_.contiguous()), reduce_bias(reduce_bias_.contiguous()),
+        select_weight(select_weight_.contiguous()), select_bias(select_bias_.contiguous()) {
+    const int64_t channels = like.size(-1), reduced = reduce_bias.numel();
+    check(norm_weight, "norm_weight", {channels}, like), check(norm_bias, "norm_bias", {channels}, like);
+    check(reduce_weight, "reduce_weight", {reduced, channels}, like);
+    check(reduce_bias, "reduce_bias", {reduced}, like);
+    check(select_weight, "select_weight", {channels, reduced}, like);
+    check(select_bias, "select_bias", {channels}, like);
+  }
+
+  // The mean over tokens from its parts, the reduced features before GELU, and the gate. They are vectors for each
+  // image and direction: too small for calls of products that would have to be set up.
+  template <typename T>
+  void gate(const SCAttnSumArguments& a, const Tensor& parts, Tensor& average, Tensor& reduced, Tensor& gate) const {
+    const auto& product = kernels<T>().scattn_sum.product;
+    const int64_t rows = a.batch * a.directions, width = a.channels, count = parts.size(0), inner = reduce_bias.numel();
+    const T *part = parts.const_data_ptr<T>(), *scale = norm_weight.const_data_ptr<T>();
+    const T* shift = norm_bias.const_data_ptr<T>();
+    T *averages = average.mutable_data_ptr<T>(), *reductions = reduced.mutable_data_ptr<T>();
+    T* gates = gate.mutable_data_ptr<T>();
+    for_each(rows, (width + inner) * sizeof(T), [&](int64_t row, void* scratch) {
+      T *x = static_cast<T*>(scratch), *active = x + width;
+      T *mean = averages + row * width, *before = reductions + row * inner;
+      for (int64_t d = 0; d < width; ++d) {
+        T sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += part[(i * rows + row) * width + d];
+        mean[d] = sum / a.tokens;
+        x[d] = shift[d] + mean[d] * scale[d];
+      }
+      product(reduce_weight.const_data_ptr<T>(), x, reduce_bias.const_data_ptr<T>(), inner, width, false, before);
+      for (int64_t r = 0; r < inner; ++r) active[r] = before[r] / 2 * (1 + std::erf(before[r] * T(M_SQRT1_2)));
+      product(select_weight.const_data_ptr<T>(), active, select_bias.const_data_ptr<T>(), width, inner, true,
+              gates + row * width);
+    });
+  }
+};
+
+// Returns out, and what the backward pass needs: the mean of the normalised features over tokens (B, K, D), mean and
+// inverse deviation of each token, SCAttn's features before GELU, and the gate.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scattn_sum(
+    const Tensor& y, const OptionalTensor& z, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+    const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& select_weight, const Tensor& select_bias) {
+  const SCAttnSumArguments a(y, z);
+  const Attention attention(y, norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias);
+  Tensor mean = at::empty({a.batch, a.directions, a.tokens}, y.options()), inverse = at::empty_like(mean);
+  Tensor out = at::empty({a.batch, a.tokens, a.channels}, y.options()), parts = a.parts();
+  Tensor average = at::empty({a.batch, a.directions, a.channels}, y.options()), gate = at::empty_like(average);
+  Tensor reduced = at::empty({a.batch, a.directions, reduce_bias.size(0)}, y.options());
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "scattn_sum", [&] {
+    SCAttnSumProblem<scalar_t> p = a.problem<scalar_t>();
+    p.eps = eps;
+    p.mean = mean.mutable_data_ptr<scalar_t>(), p.inverse = inverse.mutable_data_ptr<scalar_t>();
+    p.parts = parts.mutable_data_ptr<scalar_t>();
+    a.run(p, kernels<scalar_t>().scattn_sum.statistics);
+    attention.gate<scalar_t>(a, parts, average, reduced, gate);
+    p.gate = gate.const_data_ptr<scalar_t>();
+    p.out = out.mutable_data_ptr<scalar_t>();
+    a.run(p, kernels<scalar_t>().scattn_sum.forward);
+  });
+  return {out, average, mean, inverse, reduced, gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scattn_sum_backward(
+    const Tensor& dout_, const Tensor& y, const OptionalTensor& z, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensor& reduce_weight, const Tensor& select_weight, const Tensor& average, const Tensor& mean,
+    const Tensor& inverse, const Tensor& reduced, const Tensor& gate) {
+  const SCAttnSumArguments a(y, z);
+  check(dout_, "grad", {a.batch, a.tokens, a.channels}, y);
+  const Tensor dout = dout_.contiguous();
+  Tensor parts = a.parts(), dy = at::empty(a.y.sizes(), y.options());
+  Tensor dz = z ? at::empty({a.batch, a.tokens, a.channels}, y.options()) : at::empty({0}, y.options());
+  Tensor dnorm_weight, dnorm_bias, dreduce_weight, dreduce_bias, dselect_weight, dselect_bias;
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "scattn_sum_backward", [&] {
+    SCAttnSumProblem<scalar_t> p = a.problem<scalar_t>();
+    p.mean = mean.mutable_data_ptr<scalar_t>(), p.inverse = inverse.mutable_data_ptr<scalar_t>();
+    p.parts = parts.mutable_data_ptr<scalar_t>();
+    p.dout = dout.const_data_ptr<scalar_t>();
+    p.gate = gate.const_data_ptr<scalar_t>();
+    a.run(p, kernels<scalar_t>().scattn_sum.reduce);
+    // Back through the attention, whose inputs are a vector for each image and direction.
+    const auto rows = [](const Tensor& x) { return x.flatten(0, 1); };
+    const Tensor dselect = rows(at::sigmoid_backward(ordered_sum(parts), gate));
+    dselect_weight = dselect.t().mm(at::gelu(rows(reduced)));
+    dselect_bias = dselect.sum(0);
+    const Tensor dreduce = at::gelu_backward(dselect.mm(select_weight), rows(reduced));
+    dreduce_weight = dreduce.t().mm(at::addcmul(norm_bias, rows(average), norm_weight));
+    dreduce_bias = dreduce.sum(0);
+    const Tensor dnorm = dreduce.mm(reduce_weight);
+    dnorm_weight = (dnorm * rows(average)).sum(0);
+    dnorm_bias = dnorm.sum(0);
+    const Tensor dmean = (dnorm * norm_weight).div_(a.tokens);
+    p.dmean = dmean.const_data_ptr<scalar_t>();
+    p.dy = dy.mutable_data_ptr<scalar_t>();
+    p.dz = dz.mutable_data_ptr<scalar_t>();
+    a.run(p, kernels<scalar_t>().scattn_sum.backward);
+  });
+  return {dy, dz, dnorm_weight, dnorm_bias, dreduce_weight, dreduce_bias, dselect_weight, dselect_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmlocalmamba, CPU, m) {
+  m.impl("scattn_sum", scattn_sum);
+  m.impl("scattn_sum_backward", scattn_sum_backward);
+}
+
+}  // namespace mmlocalmamba
