@@ -1,5 +1,6 @@
 """``python -m mmlocalmamba``: ``doctor`` tells what is installed, which backends can run, and whether they compute
-rightly; ``tune`` times the Triton scan kernels on this GPU and keeps the fastest block sizes."""
+rightly; ``check`` builds what a configuration needs, looks at its data and makes a step, to say what would go wrong in
+a training; ``tune`` times the Triton scan kernels on this GPU and keeps the fastest block sizes."""
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +70,20 @@ def doctor() -> bool:
     return well
 
 
+def check(config: str, options: list[str] | None) -> bool:
+    """Read a configuration and try it; see :mod:`mmlocalmamba.trial`."""
+    # doctor and tune need torch alone
+    from mmengine.config import Config, DictAction
+
+    from mmlocalmamba import trial
+    cfg = Config.fromfile(config)
+    if options:
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+        cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    return trial.check(cfg)
+
+
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
@@ -82,6 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m mmlocalmamba', description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
     commands.add_parser('doctor', help='versions, backends, and a self-test of each')
+    command = commands.add_parser('check', help='what would go wrong in a training with a configuration?')
+    command.add_argument('config', help='configuration file')
+    command.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings')
     command = commands.add_parser('tune', help='choose block sizes of the Triton scan kernels for this GPU',
                                   description='The choice goes to ~/.cache/mmlocalmamba/tuning.json (or under '
                                               f'$XDG_CACHE_HOME), or to the file that ${tuning.CACHE_VARIABLE} names.')
@@ -93,6 +111,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == 'doctor':
         raise SystemExit(0 if doctor() else 1)
+    if args.command == 'check':
+        raise SystemExit(0 if check(args.config, args.cfg_options) else 1)
     if not torch.cuda.is_available():
         raise SystemExit('There is no GPU: nothing to tune.')
     reason = ops.available_backends(torch.empty(0, device='cuda'))['triton']

@@ -3,7 +3,9 @@ import os
 from argparse import Namespace
 from collections import OrderedDict
 from contextlib import AbstractContextManager
+from http.client import HTTPException
 from typing import Any
+from urllib.error import URLError
 
 import torch
 
@@ -59,7 +61,7 @@ def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
     """Load a checkpoint from a file or URL with weights_only=True.
 
     Raises:
-        RuntimeError: the file needs code to be executed, which is refused, or is no checkpoint.
+        RuntimeError: the file needs code to be executed, which is refused, or is no checkpoint; it was not fetched.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -68,6 +70,9 @@ def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
                 return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
             return torch.load(os.path.expanduser(path), map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
+        if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)):
+            raise RuntimeError(f'{path} was not fetched ({type(error).__name__}: {error}). Look at the address and the '
+                               'network, or fetch it by other means and name the file') from error
         if isinstance(error, OSError) and error.filename is not None:
             raise  # no such file, no permission: it names the file
         raise RuntimeError(f'{path} was not loaded: it is not a plain checkpoint of tensors and numbers, or is '

@@ -20,6 +20,29 @@ def tiny_digits(tmp_path_factory):
 
 
 @pytest.fixture
+def configuration(tiny_digits, tmp_path):
+    """Writes and reads a child of a shipped configuration, as a user would, with tiny data and no workers."""
+
+    from mmengine.config import Config
+
+    def write(name, text='', **options):
+        path = tmp_path / 'mine.py'
+        path.write_text(f"_base_ = __import__('mmlocalmamba').config_path('configs/{name}.py')\n{text}\n")
+        cfg = Config.fromfile(path)
+        root = tiny_digits / dict(mmpretrain='', mmdet='coco/', mmseg='ade/')[cfg.default_scope]
+        for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+            cfg[key].update(num_workers=0, persistent_workers=False, batch_size=2)
+            cfg[key].dataset.data_root = str(root)
+        for key in ('val_evaluator', 'test_evaluator'):
+            if 'ann_file' in cfg[key]:
+                cfg[key].ann_file = str(root / 'annotations/instances_val.json')
+        cfg.merge_from_dict(dict(work_dir=str(tmp_path / 'work'), **options))
+        return cfg
+
+    return write
+
+
+@pytest.fixture
 def tuning_file(tmp_path, monkeypatch):
     """Where the choice of block sizes is kept, and not the user's own: in a folder that does not exist yet."""
     from mmlocalmamba.ops.triton import tuning

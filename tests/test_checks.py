@@ -17,28 +17,6 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 @pytest.fixture
-def configuration(tiny_digits, tmp_path):
-    """Writes and reads a child of a shipped configuration, as a user would, with one worker less and tiny data."""
-
-    def write(name, text='', **options):
-        root = tiny_digits / dict(mmpretrain='', mmdet='coco/', mmseg='ade/')[
-            Config.fromfile(CONFIGS / f'{name}.py').default_scope]
-        path = tmp_path / 'mine.py'
-        path.write_text(f"_base_ = __import__('mmlocalmamba').config_path('configs/{name}.py')\n{text}\n")
-        cfg = Config.fromfile(path)
-        for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-            cfg[key].update(num_workers=0, persistent_workers=False, batch_size=2)
-            cfg[key].dataset.data_root = str(root)
-        for key in ('val_evaluator', 'test_evaluator'):
-            if 'ann_file' in cfg[key]:
-                cfg[key].ann_file = str(root / 'annotations/instances_val.json')
-        cfg.merge_from_dict(dict(work_dir=str(tmp_path / 'work'), **options))
-        return cfg
-
-    return write
-
-
-@pytest.fixture
 def messages(monkeypatch):
     """What the log says, in order: (level, text)."""
     said = []

@@ -24,7 +24,8 @@ FLOORS = {
     'mmlocalmamba.engine': 1,
     'mmlocalmamba.visualization': 5,
     'mmlocalmamba.checks': 6,
-    'mmlocalmamba.__main__': 7,
+    'mmlocalmamba.trial': 7,
+    'mmlocalmamba.__main__': 8,
 }
 FORBIDDEN = {'mmdet', 'mmseg', 'mmpretrain'}
 

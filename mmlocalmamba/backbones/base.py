@@ -1,13 +1,11 @@
 """What both backbones share: variants, direction lists, taps, freezing, loading of pre-trained weights."""
 import copy
 import json
-import logging
 import os
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -167,7 +165,11 @@ class LocalMambaBackbone(BaseModule):
         super().init_weights()
         self.init_cfg = own
         for cfg in pretrained:
-            WEIGHT_INITIALIZERS.build({**cfg, 'type': 'mmlocalmamba.Pretrained'})(self)
+            self.load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
+
+    def load_pretrained(self, checkpoint: str | None, **options: Any) -> None:
+        """Load weights from a file or URL; options and errors are those of :class:`mmlocalmamba.weights.Pretrained`."""
+        WEIGHT_INITIALIZERS.build(dict(type='mmlocalmamba.Pretrained', checkpoint=checkpoint, **options))(self)
 
     def facts(self) -> dict[str, Any]:
         """What these weights need and their shapes do not show. State dicts carry it as metadata."""
@@ -197,7 +199,7 @@ class LocalMambaBackbone(BaseModule):
         lines = '\n  '.join(lines)
         raise RuntimeError(f'{lines}\nIts features would be meaningless here: set the backbone accordingly. If the '
                            f'difference is meant, say allow={differing} in init_cfg or on the OfficialCheckpointHook, '
-                           'or strict=False to load_state_dict.')
+                           'or load dict(state_dict), which carries no metadata.')
 
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit weights to this model where that is exact by meaning (e.g. positions of another grid), and say so."""
@@ -229,17 +231,16 @@ def _tell_facts(backbone: LocalMambaBackbone, state_dict: dict[str, Any], prefix
 
 
 def _prepare_to_load(backbone: LocalMambaBackbone, state_dict: dict[str, Tensor], prefix: str, metadata: dict,
-                     strict: bool, *_) -> None:
-    """Before any loading: MMEngine's skips what it does not know, so the files of others would leave random weights."""
+                     *_) -> None:
+    """Before any loading: MMEngine's skips what it does not know, so the files of others would leave random weights.
+    Whether it is strict, a module is not told, by MMEngine nor by torch."""
     own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
-    if not own:
-        message = (f'{type(backbone).__name__}: the checkpoint has no weight under "{prefix}". If the file is of '
-                   'another project, convert it first: tools/model_converters/official_to_mmlocalmamba.py')
-        if strict:
-            raise RuntimeError(message)
-        print_log(message, logger='current', level=logging.WARNING)
-    if strict:
-        backbone.check_facts(metadata, 'the checkpoint')
+    if not any(name in own for name, _ in backbone.named_parameters()):
+        raise RuntimeError(f'{type(backbone).__name__}: the checkpoint has no weight of it under "{prefix}". If the '
+                           'file is of another project, convert it first: '
+                           'tools/model_converters/official_to_mmlocalmamba.py. If it holds other parts of the model, '
+                           'load it into these')
+    backbone.check_facts(metadata, 'the checkpoint')
     state_dict.update({prefix + name: value for name, value in backbone.adapt_state_dict(own).items()})
 
 

@@ -1,9 +1,9 @@
-"""State dicts of the authors' implementation (hunto/LocalMamba) <-> ours, and of Vim (hustvl/Vim) and VMamba, version 0
-(MzeroMiko/VMamba) -> ours: pure functions over names and tensors.
+"""State dicts of the authors' implementation (hunto/LocalMamba) <-> ours: pure functions over names and tensors. Those
+of Vim and VMamba get the LocalMamba authors' names first, see families.py.
 
-Ours are those of an mmpretrain classifier: ``backbone.*`` and ``head.fc.*``. What differs besides names: K directions
-are stacked in one tensor; mmcv's PatchMerging unfolds a 2x2 patch channel by channel, the authors' code position by
-position; rotary tables are computed, not stored.
+Ours are those of mmpretrain's, mmdet's and mmseg's models: ``backbone.*``, and ``head.fc.*`` of a classifier. What
+differs besides names: K directions are stacked in one tensor; mmcv's PatchMerging unfolds a 2x2 patch channel by
+channel, the authors' code position by position; rotary tables are computed, not stored.
 """
 import re
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmlocalmamba.layers.rope import rotary_tables
+from mmlocalmamba.weights.families import as_localmamba
 
 StateDict = dict[str, Tensor]
 
@@ -66,49 +67,6 @@ _STACKED = {
 }
 
 
-# A name that only this model's authors have.
-_MARKS = {
-    'LocalVim': 'layers.0.mixer.A_log_0',
-    'LocalVMamba': 'layers.0.blocks.0.op.A_logs',
-    'Vim': 'layers.0.mixer.A_b_log',
-    'VMamba': 'layers.0.blocks.0.self_attention.A_logs',
-}
-_VIM = re.compile(r'(layers\.\d+\.mixer)\.(A_log|A_b_log|D|D_b|(?:conv1d|x_proj|dt_proj)(?:_b)?)(\.\w+)?')
-_VMAMBA = [(r'\.ln_1\.', '.norm.'), (r'\.self_attention\.', '.op.'), (r'^patch_embed\.proj\.', 'patch_embed.0.'),
-           (r'^patch_embed\.norm\.', 'patch_embed.2.'), (r'^(norm|head)\.', r'classifier.\1.')]
-
-
-def _official_arch(state_dict: Mapping[str, Tensor]) -> str | None:
-    return next((arch for arch, name in _MARKS.items() if name in state_dict), None)
-
-
-def is_official(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the names are those of LocalMamba's, Vim's or VMamba's authors."""
-    return _official_arch(state_dict) is not None
-
-
-def _vim_name(name: str) -> str:
-    """Vim's name -> LocalVim's: scans h and h_flip are numbers 0 and 1 there, and without or with ``_b`` here."""
-    match = _VIM.fullmatch(name)
-    if match is None:
-        return name
-    mixer, part, leaf = match.groups()
-    return f'{mixer}.{part.replace("_b", "")}_{int("_b" in part)}{leaf or ""}'
-
-
-def _vmamba_name(name: str) -> str:
-    """VMamba's name -> LocalVMamba's."""
-    for pattern, replacement in _VMAMBA:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _vim_tensor(name: str, tensor: Tensor) -> Tensor:
-    """Vim's released models (``..._div2``) halve the sum of both directions before the output projection, which is
-    linear: half of its weight does the same, exactly, 2 being a power of two."""
-    return tensor / 2 if name.endswith('.mixer.out_proj.weight') else tensor
-
-
 def _merging_order(channels: int, to_ours: bool) -> Tensor:
     """Permutation of PatchMerging's 4C inputs. The authors': C channels of each of (0,0), (1,0), (0,1), (1,1), as
     (row, column); ours: (0,0), (0,1), (1,0), (1,1) of each of C channels."""
@@ -132,6 +90,61 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str | None:
     return None
 
 
+def _convert_local_vim(weights: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
+    ours, unmatched, directions = {}, [], {}
+    for name, tensor in weights.items():
+        block = re.fullmatch(r'layers\.(\d+)\.mixer\.(\w+?)_(\d+)(\.\w+)?', name)
+        if (renamed := _rename(name, _RENAMES['LocalVim'])) is not None:
+            ours[renamed] = tensor
+        elif match := re.fullmatch(r'layers\.(\d+)\.mixer\.multi_scan\.weights', name):
+            ours[f'backbone.layers.{match.group(1)}.mixer.mixed_scan.alphas'] = tensor.flatten()
+        elif block and (key := f'{block.group(2)}_{{}}{block.group(4) or ""}') in _PER_DIRECTION:
+            target = f'{block.group(1)}.mixer.{_PER_DIRECTION[key]}'
+            directions.setdefault(target, {})[int(block.group(3))] = tensor
+        elif name not in ('rope.freqs_cos', 'rope.freqs_sin'):
+            unmatched.append(name)
+    counts = {}
+    for target, tensors in directions.items():
+        index = target.split('.')[0]
+        counts[index] = max(counts.get(index, 0), max(tensors) + 1)
+    for target, tensors in directions.items():
+        K = counts[target.split('.')[0]]
+        if len(tensors) != K:
+            raise ValueError(f'layers.{target}: the checkpoint has directions {sorted(tensors)}, expected 0 to {K - 1}')
+        stacked = torch.stack([tensors[k] for k in range(K)])
+        ours[f'backbone.layers.{target}'] = stacked[:, :, 0] if target.endswith('conv_weight') else stacked
+    return ours, unmatched
+
+
+def _convert_local_vmamba(weights: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
+    ours, unmatched = {}, []
+    last = max(int(name.split('.')[1]) for name in weights if name.startswith('layers.'))
+    for name, tensor in weights.items():
+        block = re.fullmatch(r'layers\.(\d+)\.blocks\.(\d+)\.op\.(.+)', name)
+        if (renamed := _rename(name, _RENAMES['LocalVMamba'])) is not None:
+            ours[renamed] = tensor
+        elif re.fullmatch(_MERGING, name):
+            ours[name.replace('layers.', 'backbone.stages.', 1)] = _permute_merging(tensor, to_ours=True)
+        elif re.fullmatch(r'classifier\.norm\.(weight|bias)', name):
+            ours.setdefault(f'backbone.norm{last}.{name.split(".")[-1]}', tensor)
+        elif block and block.group(3) in _STACKED:
+            stage, index, leaf = block.groups()
+            if leaf in ('A_logs', 'Ds'):
+                op = name[:-len(leaf)]
+                shown = [op + other for other in ('x_proj_weight', 'dt_projs_weight', 'dt_projs_bias')]
+                K = next((len(weights[other]) for other in shown if other in weights), None)
+                if K is None:
+                    raise ValueError(f'{name}: the number of scan directions cannot be told, the checkpoint has none '
+                                     f'of {", ".join(shown)}')
+                tensor = tensor.reshape(K, -1, *tensor.shape[1:])
+            elif leaf == 'multi_scan.weights':
+                tensor = tensor.flatten()
+            ours[f'backbone.stages.{stage}.blocks.{index}.mixer.{_STACKED[leaf]}'] = tensor
+        else:
+            unmatched.append(name)
+    return ours, unmatched
+
+
 def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
     """The authors' state dict -> ours.
 
@@ -139,68 +152,20 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str
         state_dict: of LocalMamba's authors: a classifier, a backbone with output norms, or a supernet of the direction
             search; or of Vim's released classifiers (class token in the middle) or VMamba's, version 0. Vim becomes a
             LocalVim with directions h, h_flip, VMamba a LocalVMamba with h, v, h_flip, v_flip, both without SCAttn.
+            Of a detector or segmentor, which has the authors' names under ``backbone.``, the rest stays as it is.
 
     Returns:
         (weights under our names, names that were not understood). Rotary tables, which are computed, are dropped.
 
     Raises:
-        ValueError: these are not the authors' names, the tensors of some direction are missing, or it is one of the
-            first Vim models (RoPE, class token in front).
+        ValueError: these are not the authors' names, the tensors of some direction are missing, or it is a model that
+            has no counterpart here: one of the first Vim models (RoPE, class token in front), a later VMamba (with
+            MLPs), a LocalVim with LayerNorm.
     """
-    arch = _official_arch(state_dict)
-    if arch is None:
-        raise ValueError("this is not a state dict of the authors' LocalVim or LocalVMamba, nor of Vim or VMamba: it "
-                         f'has neither {" nor ".join(_MARKS.values())}, but e.g. '
-                         f'{", ".join(list(state_dict)[:3]) or "nothing"}')
-    names = {name: name for name in state_dict}  # as hunto/LocalMamba would have them -> as they are in the file
-    if arch == 'Vim':
-        if 'rope.freqs_cos' in state_dict or 'cls_token' not in state_dict:
-            raise ValueError('this is a Vim with rotary positions or without a class token: only the released models '
-                             'with a class token in the middle (midclstok, div2) are converted; others combine their '
-                             'directions and tokens differently')
-        names = {_vim_name(name): name for name in names}
-        state_dict = {name: _vim_tensor(name, state_dict[own]) for name, own in names.items()}
-        arch = 'LocalVim'
-    elif arch == 'VMamba':
-        names = {_vmamba_name(name): name for name in names}
-        state_dict = {name: state_dict[own] for name, own in names.items()}
-        arch = 'LocalVMamba'
-    ours, unmatched, directions = {}, [], {}
-    last = max(int(name.split('.')[1]) for name in state_dict if name.startswith('layers.'))
-    for name, tensor in state_dict.items():
-        renamed = _rename(name, _RENAMES[arch])
-        if renamed is not None:
-            ours[renamed] = tensor
-        elif arch == 'LocalVim' and name in ('rope.freqs_cos', 'rope.freqs_sin'):
-            continue
-        elif arch == 'LocalVim' and (match := re.fullmatch(r'layers\.(\d+)\.mixer\.multi_scan\.weights', name)):
-            ours[f'backbone.layers.{match.group(1)}.mixer.mixed_scan.alphas'] = tensor.flatten()
-        elif arch == 'LocalVim' and (match := re.fullmatch(r'layers\.(\d+)\.mixer\.(\w+?)_(\d+)(\.\w+)?', name)) \
-                and (key := f'{match.group(2)}_{{}}{match.group(4) or ""}') in _PER_DIRECTION:
-            target = f'backbone.layers.{match.group(1)}.mixer.{_PER_DIRECTION[key]}'
-            directions.setdefault(target, {})[int(match.group(3))] = tensor
-        elif arch == 'LocalVMamba' and re.fullmatch(_MERGING, name):
-            ours[name.replace('layers.', 'backbone.stages.', 1)] = _permute_merging(tensor, to_ours=True)
-        elif arch == 'LocalVMamba' and re.fullmatch(r'classifier\.norm\.(weight|bias)', name):
-            ours.setdefault(f'backbone.norm{last}.{name.split(".")[-1]}', tensor)
-        elif arch == 'LocalVMamba' and (match := re.fullmatch(r'layers\.(\d+)\.blocks\.(\d+)\.op\.(.+)', name)) \
-                and match.group(3) in _STACKED:
-            if match.group(3) in ('A_logs', 'Ds'):
-                K = state_dict[name[:-len(match.group(3))] + 'dt_projs_bias'].shape[0]
-                tensor = tensor.reshape(K, -1, *tensor.shape[1:])
-            elif match.group(3) == 'multi_scan.weights':
-                tensor = tensor.flatten()
-            ours[f'backbone.stages.{match.group(1)}.blocks.{match.group(2)}.mixer.{_STACKED[match.group(3)]}'] = tensor
-        else:
-            unmatched.append(names[name])
-    for target, tensors in directions.items():
-        block = target.split('.mixer.')[0]
-        K = len(directions[f'{block}.mixer.ssm.A_log'])
-        if sorted(tensors) != list(range(K)):
-            raise ValueError(f'{target}: the checkpoint has directions {sorted(tensors)}, expected 0 to {K - 1}')
-        stacked = torch.stack([tensors[k] for k in range(K)])
-        ours[target] = stacked[:, :, 0] if target.endswith('conv_weight') else stacked
-    return ours, unmatched
+    family, names, weights, rest = as_localmamba(state_dict)
+    convert = _convert_local_vim if family in ('LocalVim', 'Vim') else _convert_local_vmamba
+    ours, unmatched = convert(weights)
+    return {**ours, **rest}, [names[name] for name in unmatched]
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
