@@ -45,7 +45,7 @@ test_dataloader = dict(
                  pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
 {more}
 """
-NO_AVERAGE = "custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook')]"
+NO_AVERAGE = 'custom_hooks = []'
 
 
 @pytest.fixture(scope='module')
