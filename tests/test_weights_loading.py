@@ -1,5 +1,6 @@
 """init_cfg: whose weights a file holds, which of them are taken, what they need, and what the report says."""
 import http.client
+import math
 import urllib.error
 from unittest import mock
 
@@ -10,7 +11,7 @@ from test_weights import SMALL, official_of, random_weights, run, vim_shapes, vm
 from torch import nn
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.layers import resize_pos_embed, rotary_tables
+from mmlocalmamba.layers import resize_pos_embed, resized_rotary_tables, rotary_tables
 from mmlocalmamba.weights import from_official
 
 VMAMBA = ['h', 'v', 'h_flip', 'v_flip']
@@ -23,7 +24,7 @@ def float32(weights):
 
 def vim(**kwargs):
     return LocalVim(dict(embed_dims=16, num_layers=2, d_state=3),
-                    **{**dict(img_size=224, directions=['h', 'h_flip'], scattn=False, cls_token='middle', rope=False,
+                    **{**dict(img_size=224, directions=['h', 'h_flip'], scattn=False, cls_token='vim', rope=False,
                               out_type='cls_token'), **kwargs})
 
 
@@ -201,6 +202,13 @@ def test_vim_plus_is_no_vim(tmp_path, here, theirs, way):
     load(vim(stride=here), tmp_path, weights, allow=['stride'])
 
 
+def test_vim_plus_needs_the_class_token_of_vim(tmp_path):
+    weights = float32(random_weights(vim_shapes(16, 2, N=3, grid=27, classes=5)))
+    with pytest.raises(RuntimeError, match='cls_token: its weights were trained with vim, here: None'):
+        load(vim(stride=8, cls_token='middle'), tmp_path, weights)
+    load(vim(cls_token='middle'), tmp_path, float32(random_weights(vim_shapes(16, 2, N=3, classes=5))))
+
+
 def test_resized_positions_are_told(tmp_path, log):
     load(vim(img_size=64), tmp_path, float32(random_weights(vim_shapes(16, 2, N=3, classes=5))))
     assert [message for message, _ in log if 'positions of 14x14 tokens were resized to 4x4' in message]
@@ -308,6 +316,59 @@ def tables_in_their_file(side, resized):
     if resized:
         cos, sin = (resize_pos_embed(table[None], (14, 14), (side, side))[0] for table in (cos, sin))
     return {'rope.freqs_cos': cos, 'rope.freqs_sin': sin}
+
+
+def pixels_resized(table, old, new):
+    """Cubic convolution with a = -0.75 in two passes, as bicubic resizing is defined, edges repeated; (L, C) tables."""
+
+    def weights(n, m):
+        matrix = torch.zeros(m, n, dtype=torch.float64)
+        for i in range(m):
+            centre = (i + 0.5) * n / m - 0.5
+            for tap in range(math.floor(centre) - 1, math.floor(centre) + 3):
+                d = abs(centre - tap)
+                matrix[i, min(max(tap, 0), n - 1)] += \
+                    (1.25 * d - 2.25) * d * d + 1 if d <= 1 else ((-0.75 * d + 3.75) * d - 6) * d + 3
+        return matrix
+
+    grid = table.double().unflatten(0, old)
+    return torch.einsum('ih,jw,hwc->ijc', weights(old[0], new[0]), weights(old[1], new[1]), grid).flatten(0, 1)
+
+
+@pytest.mark.parametrize('grid, H, W', [((14, 14), 14, 14), ((14, 14), 24, 24), ((14, 14), 9, 20), ((20, 24), 20, 24),
+                                        ((20, 24), 14, 14), ((32, 32), 33, 50)])
+def test_resized_rotations_are_what_their_code_makes(grid, H, W):
+    """It keeps cosines and sines of 14x14 tokens, resizes them to a model's grid when weights are loaded, and from
+    there to an image's."""
+    C = 16
+    frequencies = 10000. ** (-torch.arange(0, C // 2, 2, dtype=torch.float64) / (C // 2))
+    angles = torch.outer(torch.arange(14, dtype=torch.float64), frequencies).repeat_interleave(2, dim=1)
+    angles = torch.cat([angles[:, None].expand(14, 14, -1), angles[None].expand(14, 14, -1)], dim=-1).flatten(0, 1)
+    found = resized_rotary_tables(H, W, C, 14, grid, 'cpu')
+    exact = rotary_tables(H, W, C, 14, 'cpu')
+    for table, result, rotation in zip((angles.cos(), angles.sin()), found, exact):
+        for old, new in (((14, 14), grid), (grid, (H, W))):
+            table = table if old == new else pixels_resized(table, old, new)
+        torch.testing.assert_close(result.double(), table, atol=1e-5, rtol=0)
+        assert torch.allclose(result, rotation, atol=1e-3) == (grid == (14, 14) == (H, W))
+
+
+def test_a_model_with_resized_rotations(monkeypatch):
+    """Equal to the other at 14x14 tokens, far from it elsewhere, and it is what is rotated by."""
+    torch.manual_seed(0)
+    arch = dict(embed_dims=16, num_layers=3, d_state=2)
+    exact = LocalVim(arch, directions=['h', 'w2'], out_type='featmap').eval()
+    resized = LocalVim(arch, directions=['h', 'w2'], out_type='featmap', rope='resized').eval()
+    resized.load_state_dict(exact.state_dict())
+    with torch.no_grad():
+        at_home, away = torch.randn(1, 3, 224, 224), torch.randn(1, 3, 384, 384)
+        torch.testing.assert_close(resized(at_home)[0], exact(at_home)[0])
+        assert not torch.allclose(resized(away)[0], exact(away)[0], atol=0.1)
+        tables = resized_rotary_tables(24, 24, 16, 14, (14, 14), 'cpu')
+        monkeypatch.setattr('mmlocalmamba.backbones.local_vim.rotary_tables', lambda *_: tables)
+        torch.testing.assert_close(resized(away)[0], exact(away)[0])
+    with pytest.raises(ValueError, match="rope must be one of .*'resized'.*, got 'learned'"):
+        LocalVim(arch, directions=['h'], rope='learned')
 
 
 @pytest.mark.parametrize('resized', [False, True])
