@@ -26,7 +26,6 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 
-import mmlocalmamba  # noqa: F401  lets configurations inherit from 'mmlocalmamba::...'
 from mmlocalmamba.layers import LocalVimMixer
 from mmlocalmamba.layers.mixers import DirectionalSSM
 from mmlocalmamba.ops import BACKEND_VARIABLE
