@@ -34,8 +34,9 @@ def main(work_dir, iterations=2):
         model=Classifier(directions=['h', 'w2'], drop_path_rate=0.), work_dir=work_dir,
         strategy=STRATEGY if processes > 1 else None, default_scope='mmengine',
         train_dataloader=dict(loader(noise=0.), batch_size=BATCH // processes),
-        train_cfg=dict(by_epoch=False, max_iters=iterations), optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.02)),
-        custom_hooks=[dict(type='mmlocalmamba.ExactResumeHook'), dict(type='mmlocalmamba.NumericalGuardHook')],
+        train_cfg=dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=iterations),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.02)),
+        custom_hooks=[dict(type='mmlocalmamba.NumericalGuardHook')],
         launcher='pytorch' if processes > 1 else 'none', randomness=dict(seed=7), log_level='ERROR',
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=iterations)))
     runner.train()

@@ -34,7 +34,7 @@ def configure(data, config, work_dir, iterations, batch=1, workers=0, options=No
     cfg.train_dataloader.update(batch_size=batch, num_workers=workers, persistent_workers=workers > 0)
     dataset = cfg.train_dataloader.dataset
     dataset.data_root = str(Path(data, *Path(dataset.data_root).parts[2:]))  # data/digits/...
-    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations)
+    cfg.train_cfg = dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=iterations)
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
     cfg.param_scheduler = None
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None

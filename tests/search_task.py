@@ -93,15 +93,16 @@ def build(work_dir, mode='joint', directions=None, hook=None, epochs=3, workers=
     if paramwise:
         wrapper['paramwise_cfg'] = dict(custom_keys={'alphas': dict(decay_mult=0.)})
     by_epoch = iterations is None
+    train_cfg = (dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=epochs) if by_epoch else
+                 dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=iterations))
     return Runner(
         model=Classifier(directions=directions, drop_path_rate=0.2), work_dir=str(work_dir),
         experiment_name=f'{os.path.basename(work_dir)}{resume}', default_scope='mmengine',
         train_dataloader=loader(workers, noise),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs) if by_epoch else dict(by_epoch=False, max_iters=iterations),
+        train_cfg=train_cfg,
         optim_wrapper=wrapper,
         param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=30),
-        default_hooks=dict(exact_resume=dict(type='mmlocalmamba.ExactResumeHook'),
-                           checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 4, by_epoch=by_epoch,
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 4, by_epoch=by_epoch,
                                            max_keep_ckpts=2)),
         custom_hooks=hooks, resume=resume, randomness=dict(seed=seed), launcher=launcher, log_level='WARNING',
         # On CPUs, which MMEngine does not expect.

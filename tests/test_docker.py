@@ -18,7 +18,7 @@ import yaml
 from processes import ROOT, finish, start
 from torch.distributed import run as torchrun
 
-from mmlocalmamba.engine import EXIT_PREEMPTED, PreemptionHook
+from mmlocalmamba.engine.preemption import EXIT_PREEMPTED, SIGNALS
 
 DOCKER = ROOT / 'docker'
 COMPOSE = yaml.safe_load((DOCKER / 'compose.yml').read_text())
@@ -326,7 +326,7 @@ def test_slurm_in_a_container(slurm):
 def test_slurm_signal():
     options = dict(re.findall(r'^#SBATCH --([\w-]+)=?(.*)$', (DOCKER / 'slurm.sh').read_text(), flags=re.M))
     name, left = options['signal'].split('@')
-    assert f'SIG{name}' in {number.name for number in PreemptionHook.SIGNALS} and int(left) > 2 * TORCHRUN_GRACE
+    assert f'SIG{name}' in {number.name for number in SIGNALS} and int(left) > 2 * TORCHRUN_GRACE
     assert 'requeue' in options and options['open-mode'] == 'append' and options['ntasks-per-node'] == '1'
 
 

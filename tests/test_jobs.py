@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import job_task
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import soak
 import torch
 from loss_task import losses
+from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
 from processes import PYTHON, ROOT, finish, start
 from search_task import Images
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from mmlocalmamba import engine
 from mmlocalmamba.files import write_whole
@@ -40,55 +42,97 @@ def start_jobs(*tasks, **env):
 
 # ---- data ----
 
-def batches(sampler, skip=0, epoch=0, rank=0, world_size=1, batch_size=3, **kwargs):
-    loader = DataLoader(Images(), batch_size=batch_size, sampler=sampler, **kwargs)
-    repeatable = engine.loops.RepeatableBatches(loader, 7, rank=rank, world_size=world_size)
-    repeatable.start(epoch, skip)
-    return loader
+def stream(sampler=None, rank=0, world_size=1, done=(0, 0), data=None, **kwargs):
+    """Of 12 images in batches of three; ``done``: epochs, and batches of the next."""
+    data = data or Images()
+    options = dict(batch_size=3, sampler=sampler) if 'batch_sampler' not in kwargs else {}
+    result = engine.DataStream(SimpleNamespace(seed=7), 'train', DataLoader(data, **options, **kwargs))
+    result.rank, result.world_size = rank, world_size
+    result.epoch, result.batches = done
+    result.samples = done[1] * 3 * world_size
+    return result
+
+
+def images(stream, count):
+    return [next(stream)['inputs'] for _ in range(count)]
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_data_start_at_any_batch(workers):
-    """Noise on the images is drawn by the dataset: that, too, is the same."""
-    whole = [batch['inputs'] for batch in batches(DefaultSampler(Images(), seed=1))]
-    rest = [batch['inputs'] for batch in batches(DefaultSampler(Images(), seed=1), skip=2, num_workers=workers)]
-    assert len(whole) == 4 and same(whole[2:], rest)
-    other = [batch['inputs'] for batch in batches(DefaultSampler(Images(), seed=1), epoch=1)]
-    assert not same(whole, other)
+@pytest.mark.parametrize('kind', ['default', 'infinite', 'shuffle', 'generator', 'aspect'])
+def test_data_start_at_any_batch(kind, workers):
+    """Noise on the images is drawn by the dataset: that, too, is the same. Samplers without epochs, torch's own, and
+    one that collects images of a kind go on where they were."""
+    def make(done=(0, 0), workers=0):
+        torch.manual_seed(sum(done))  # what happened before does not matter
+        options = dict(num_workers=workers, done=done)
+        if kind == 'aspect':
+            batches = AspectRatioBatchSampler(DefaultSampler(Shapes(), seed=1), 3)
+            return stream(data=Shapes(), batch_sampler=batches, **options)
+        if kind == 'shuffle':
+            return stream(shuffle=True, **options)
+        if kind == 'generator':
+            return stream(shuffle=True, generator=torch.Generator(), **options)
+        return stream(dict(default=DefaultSampler, infinite=InfiniteSampler)[kind](Images(), seed=1), **options)
+
+    whole = images(make(), 11)
+    at = (0, 7) if kind == 'infinite' else (1, 3)
+    assert same(whole[7:], images(make(at, workers), 4))
+    assert not same(whole[:4], whole[4:8])
+
+
+class Shapes(Images):
+    """Upright and wide images by turns."""
+
+    def get_data_info(self, index):
+        return dict(width=1 + index % 2, height=2 - index % 2)
+
+
+def test_batches_before_the_position_are_not_loaded(tmp_path):
+    data = job_task.Log(tmp_path)
+    images(stream(InfiniteSampler(data, seed=1), data=data, done=(0, 40)), 2)
+    assert len((tmp_path / 'loaded').read_text().split()) == 6
 
 
 def test_two_processes_draw_the_samples_of_one():
-    single = next(iter(batches(DefaultSampler(Images(), seed=1), batch_size=4)))['inputs']
+    single = next(stream(DefaultSampler(Images(), seed=1)))['inputs']
     parts = []
-    for rank in range(2):
+    for rank in range(3):
         sampler = DefaultSampler(Images(), seed=1)
-        sampler.rank, sampler.world_size = rank, 2
-        parts.append(next(iter(batches(sampler, rank=rank, world_size=2, batch_size=2)))['inputs'])
+        sampler.rank, sampler.world_size = rank, 3
+        parts += images(stream(rank=rank, world_size=3, batch_sampler=BatchSampler(sampler, 1, False)), 1)
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), single)
 
 
-@pytest.mark.parametrize('kind', [DefaultSampler, InfiniteSampler])
-def test_streams_skip_without_loading(kind, tmp_path):
-    def stream(name, done):
-        (tmp_path / name).mkdir()
-        data = job_task.Log(tmp_path / name)
-        loader = DataLoader(data, batch_size=5, sampler=kind(data, seed=1))
-        return engine.loops.BatchStream(engine.loops.RepeatableBatches(loader, 7), done, done)
-
-    whole, resumed = stream('whole', 0), stream('resumed', 4)
-    expected = [next(whole) for _ in range(7)]
-    assert [next(resumed) for _ in range(4)] == [None] * 4
-    assert all(torch.equal(a['inputs'], next(resumed)['inputs']) for a in expected[4:])
-    assert len((tmp_path / 'resumed' / 'loaded').read_text().split()) <= 15
+def test_a_position_is_that_of_the_same_batches():
+    first = stream(DefaultSampler(Images(), seed=1))
+    images(first, 6)
+    state = first.state_dict()
+    assert (state['epoch'], state['batches'], state['samples']) == (1, 2, 6)
+    state['samples'] = 5  # as if another sampler had made smaller batches
+    first.load_state_dict(state)
+    with pytest.raises(RuntimeError, match='first 2 batches of epoch 2 .* had 5 samples .* have 6 now'):
+        next(first)
 
 
-def test_streams_of_data_cannot_be_repeated():
+def test_data_that_cannot_be_repeated_are_refused():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             yield 1
 
+    class Loader(DataLoader):
+        pass
+
+    runner = SimpleNamespace(seed=7)
     with pytest.raises(TypeError, match='Stream is read as a stream'):
-        engine.loops.RepeatableBatches(DataLoader(Stream()), 7)
+        engine.DataStream(runner, 'train', DataLoader(Stream()))
+    with pytest.raises(TypeError, match='come from a Loader'):
+        engine.DataStream(runner, 'train', Loader(Images()))
+    with pytest.raises(ValueError, match='give no batch'):
+        engine.DataStream(runner, 'train', DataLoader(Images(), batch_size=20, drop_last=True))
+    loaders = engine.Loaders(runner)
+    loaders.add('train', DataLoader(Images()))
+    with pytest.raises(ValueError, match="'train' data already"):
+        loaders.add('train', DataLoader(Images()))
 
 
 # ---- preemption and resumption ----
@@ -117,7 +161,7 @@ def test_preempted_training_equals_the_uninterrupted_one(tmp_path, case):
             train(tmp_path / 'parts', resume=True, signal_at=signal_at, **options)
         assert left.value.code == engine.EXIT_PREEMPTED == 75
         saved = torch.load(tmp_path / 'parts' / 'preempted.pth', weights_only=True)['meta']
-        assert saved['iter'] == -(-signal_at // options.get('accumulate', 1)) * options.get('accumulate', 1)
+        assert saved['iter'] == signal_at
         assert (tmp_path / 'parts' / 'last_checkpoint').read_text() == str(tmp_path / 'parts' / 'preempted.pth')
     resumed = train(tmp_path / 'parts', resume=True, **options)
     assert whole.iter == resumed.iter == options.get('iterations', 18)
@@ -127,36 +171,58 @@ def test_preempted_training_equals_the_uninterrupted_one(tmp_path, case):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_without_the_hook_resumption_differs(tmp_path):
+def test_without_the_position_resumption_differs(tmp_path, monkeypatch):
     """The tests above can fail."""
     whole = train(tmp_path / 'whole')
     with pytest.raises(SystemExit):
         train(tmp_path / 'parts', signal_at=8)
-    runner = job_task.build(tmp_path / 'parts', resume=True)
-    for hook in [h for h in runner.hooks if isinstance(h, engine.ExactResumeHook | engine.PreemptionHook)]:
-        runner._hooks.remove(hook)
-    runner.train()
-    assert not same(job_task.state(whole)['model'], job_task.state(runner)['model'])
+    monkeypatch.setattr(engine.EpochBasedTrainLoop, 'load_state_dict', lambda self, state: None)
+    assert not same(job_task.state(whole)['model'], job_task.state(train(tmp_path / 'parts', resume=True))['model'])
 
 
-def test_no_iteration_is_left_when_the_last_is_signalled(tmp_path):
-    runner = train(tmp_path, signal_at=18)  # no SystemExit: the training is complete
-    assert runner.iter == 18
+def test_signals_may_be_left_alone(tmp_path):
+    runner = train(tmp_path, epochs=1, hooks=[HandlerIs(signal.getsignal(signal.SIGTERM))], preemptible=False)
+    assert runner.iter == 6
 
 
-def test_preemption_needs_exact_resumption(tmp_path):
-    runner = job_task.build(tmp_path)
-    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, engine.ExactResumeHook)]
-    with pytest.raises(ValueError, match='PreemptionHook needs .*ExactResumeHook'):
-        runner.train()
+class HandlerIs(Hook):
+    """Of SIGTERM, in training."""
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    def after_train_iter(self, runner, **kwargs):
+        assert signal.getsignal(signal.SIGTERM) == self.handler
 
 
-def test_another_total_batch_goes_on_with_the_rest(tmp_path):
+def test_handlers_are_restored_after_an_error(tmp_path):
+    def fail():
+        assert signal.getsignal(signal.SIGTERM) != handler
+        raise Killed
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Killed):
+        train(tmp_path, interrupt=(3, fail))
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize('options,message', [
+    (dict(batch=4), '2 samples in an iteration of the train data when the checkpoint was written, 4 here'),
+    (dict(data=[dict(inputs=torch.zeros(3, 16, 16), labels=0)] * 10), '12 samples in the dataset .*, 10 here')])
+@pytest.mark.parametrize('iterations', [None, 18])
+def test_other_batches_are_refused(tmp_path, options, message, iterations):
     with pytest.raises(SystemExit):
-        train(tmp_path, signal_at=8)  # two batches of two into the second epoch
-    (tmp_path / 'loaded').unlink()
-    train(tmp_path, resume=True, batch=4, epochs=2)
-    assert len((tmp_path / 'loaded').read_text().split()) == 8
+        train(tmp_path, signal_at=8, iterations=iterations)
+    with pytest.raises(ValueError, match=message + '.*load_from=CHECKPOINT'):
+        train(tmp_path, resume=True, iterations=iterations, **options)
+
+
+def test_a_checkpoint_of_another_loop_begins_the_epoch_anew(tmp_path, caplog):
+    train(tmp_path, epochs=1)
+    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)
+    del checkpoint['loop']
+    torch.save(checkpoint, tmp_path / 'epoch_1.pth')
+    assert train(tmp_path, epochs=2, resume=True).iter == 12
 
 
 def test_signals_to_a_whole_process_group(tmp_path):
@@ -177,7 +243,7 @@ class SignalledWorkers(Hook):
 
     @staticmethod
     def signal_itself(worker):
-        for number in engine.PreemptionHook.SIGNALS:
+        for number in engine.preemption.SIGNALS:
             os.kill(os.getpid(), number)
 
 

@@ -154,7 +154,7 @@ def test_bilevel_gradient_is_that_of_the_held_out_loss(tmp_path, wrapper, tolera
     (dict(directions=dict(candidates=['h'])), 'k=2 directions cannot be chosen from 1 candidates: h'),
     (dict(paramwise=False), "add 'alphas': dict\\(decay_mult=0.\\)"),
     (dict(mode='bilevel', hook=dict(held_out=dict(search_task.loader(), batch_size=50, drop_last=True))),
-     'held_out gives no batch'),
+     'the held_out data give no batch'),
 ])
 def test_bad_input_is_an_error_before_training(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):

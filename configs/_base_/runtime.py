@@ -5,8 +5,6 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    exact_resume=dict(type='mmlocalmamba.ExactResumeHook'),
-    preemption=dict(type='mmlocalmamba.PreemptionHook'),
     numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'),
     broken_files=dict(type='mmlocalmamba.BrokenFilesHook'),
     # converts the authors' checkpoints, and refuses one that does not fill the backbone

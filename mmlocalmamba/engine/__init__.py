@@ -4,11 +4,12 @@ What it promises, and what not: docs/jobs.md.
 """
 from mmlocalmamba.engine.broken_files import BrokenFilesHook
 from mmlocalmamba.engine.checkpoints import CheckpointHook, WholeFileBackend
+from mmlocalmamba.engine.data import DataStream, Loaders
 from mmlocalmamba.engine.guard import NumericalGuardHook
 from mmlocalmamba.engine.layer_decay import LayerDecayOptimWrapperConstructor
-from mmlocalmamba.engine.loops import ExactResumeHook, RepeatableBatches
-from mmlocalmamba.engine.preemption import EXIT_PREEMPTED, PreemptionHook
+from mmlocalmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmlocalmamba.engine.preemption import EXIT_PREEMPTED
 
-__all__ = ['EXIT_PREEMPTED', 'BrokenFilesHook', 'CheckpointHook', 'ExactResumeHook',
-           'LayerDecayOptimWrapperConstructor', 'NumericalGuardHook', 'PreemptionHook', 'RepeatableBatches',
+__all__ = ['EXIT_PREEMPTED', 'BrokenFilesHook', 'CheckpointHook', 'DataStream', 'EpochBasedTrainLoop',
+           'IterBasedTrainLoop', 'LayerDecayOptimWrapperConstructor', 'Loaders', 'NumericalGuardHook',
            'WholeFileBackend']

@@ -11,7 +11,7 @@ from mmengine.fileio import get
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
-from mmlocalmamba.engine.loops import need_exact_resumption
+from mmlocalmamba.engine.loops import need_own_loop
 from mmlocalmamba.registry import HOOKS
 
 SKIPPED_FILE = 'skipped_files.txt'
@@ -83,7 +83,7 @@ class BrokenFilesHook(Hook):
 
     Raises:
         RuntimeError: while data are loaded, with the above.
-        ValueError: before training, if there is no ExactResumeHook: workers may have begun already.
+        ValueError: before training, with a loop of MMEngine: workers may have begun already.
     """
 
     def __init__(self, skip: int = 0) -> None:
@@ -99,7 +99,7 @@ class BrokenFilesHook(Hook):
                     dataset.prepare_data = _Reader(dataset, *args)
 
     def before_train(self, runner: Any) -> None:
-        need_exact_resumption(runner, self, 'or workers that have begun already do not know of it')
+        need_own_loop(runner, self, 'or workers that have begun already do not know of it')
         self.record = os.path.join(runner.work_dir, SKIPPED_FILE)
         if not runner._resume and dist.is_main_process() and os.path.exists(self.record):
             os.remove(self.record)

@@ -1,8 +1,8 @@
 """Checkpoints that are whole, whatever the moment a process is killed in."""
 import glob
-import itertools
 import logging
 import os
+import re
 import zipfile
 from typing import Any
 
@@ -14,7 +14,8 @@ from mmengine.logging import print_log
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 
-PREEMPTED_FILE = 'preempted.pth'
+# Those of the loops; CheckpointHook writes the others.
+PREEMPTED_FILE, BEFORE_VALIDATION_FILE = 'preempted.pth', 'before_validation.pth'
 
 
 @register_backend('whole_files')
@@ -35,6 +36,14 @@ def is_whole(path: str) -> bool:
             return True
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+@dist.master_only
+def save_to_resume_from(runner: Any, name: str) -> None:
+    """Write a checkpoint between two iterations into the work directory. ``resume`` takes it next."""
+    runner.save_checkpoint(runner.work_dir, name, by_epoch=False, meta=dict(epoch=runner.epoch, iter=runner.iter),
+                           backend_args=dict(backend='whole_files'))
+    write_whole(os.path.join(runner.work_dir, 'last_checkpoint'), os.path.join(runner.work_dir, name))
 
 
 @HOOKS.register_module()
@@ -65,9 +74,10 @@ class CheckpointHook(MMEngineCheckpointHook):
                 last = file.read().strip()
         if '://' in last or is_whole(last):
             return
-        names = itertools.chain(*(
-            glob.glob(os.path.join(glob.escape(place), name)) for place, name in
-            ((folder, self.filename_tmpl.format('*')), (str(runner.work_dir), PREEMPTED_FILE))))
+        own = re.sub(r'\{[^{}]*\}', '*', glob.escape(self.filename_tmpl))
+        patterns = [(folder, own), (str(runner.work_dir), PREEMPTED_FILE),
+                    (str(runner.work_dir), BEFORE_VALIDATION_FILE)]
+        names = [path for place, name in patterns for path in glob.glob(os.path.join(glob.escape(place), name))]
         whole = sorted(filter(is_whole, names), key=os.path.getmtime)
         if whole:
             print_log(f'last_checkpoint names no whole checkpoint ({last or "nothing"}); the newest is {whole[-1]}',
@@ -84,7 +94,12 @@ class CheckpointHook(MMEngineCheckpointHook):
             self.file_backend.remove = self.outdated.append
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
+        loop = runner.train_loop
+        if hasattr(loop, 'collect_ranks'):  # one of ours
+            loop.collect_ranks()
         super()._save_checkpoint_with_step(runner, step, meta)
+        if hasattr(loop, 'moment'):
+            loop.recorded = loop.moment
         self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:

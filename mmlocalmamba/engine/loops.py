@@ -1,224 +1,310 @@
-"""Data and random numbers that can be repeated from any iteration, and the resumption that needs them."""
-import itertools
+"""Training loops that own their data, their position and the signals, so that a training can be left and taken up."""
+import bisect
 import logging
-import random
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine import dist
-from mmengine.dataset import InfiniteSampler
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import print_log
-from mmengine.runner import IterBasedTrainLoop
-from torch.utils.data import DataLoader
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
+from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
+from torch import nn
 
-from mmlocalmamba.registry import HOOKS
+from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE, PREEMPTED_FILE, save_to_resume_from
+from mmlocalmamba.engine.data import Loaders, seed_everything
+from mmlocalmamba.engine.preemption import EXIT_PREEMPTED, Preemption, signals_held
+from mmlocalmamba.registry import LOOPS
 
 # What random numbers are for: the second part of a seed.
-_ITERATION, _DATA = 1, 2
+_ITERATION, _VALIDATION = 1, 2
 # Entry of a checkpoint.
-_POSITION = 'data_position'
+STATE = 'loop'
 
 
-def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's and torch's generators from integers, each of which makes another sequence."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+class _LoopHook(Hook):
+    """What a loop hears from its runner."""
 
+    priority = 'HIGHEST'
 
-class _Batch:
-    """Indices of a batch. Whoever reads them finds the random numbers seeded for the sample to be loaded."""
+    def __init__(self, loop: 'ResumableLoop') -> None:
+        self.loop = loop
+        self.starting = ExitStack()  # of the validation's workers
 
-    def __init__(self, indices: Sequence[int], keys: list[tuple[int, ...]]) -> None:
-        self.indices, self.keys = indices, keys
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        for index, key in zip(self.indices, self.keys):
-            seed_everything(*key)
-            yield index
-
-
-class RepeatableBatches:
-    """Takes the place of a dataloader's batch sampler, so that the data can be repeated from any batch on.
-
-    The random numbers of a sample depend on the seed, the epoch and the sample's place in it, counted over all
-    processes: not on the number of workers or processes, nor on what was loaded before. Batches that are skipped are
-    not loaded.
-
-    Args:
-        loader: changed in place; none of its workers may be running.
-        key: of the random numbers.
-        rank, world_size: of this process among those that share the data.
-
-    Raises:
-        TypeError: the loader has no batch sampler (an IterableDataset, or batch_size=None).
-    """
-
-    def __init__(self, loader: DataLoader, *key: int, rank: int = 0, world_size: int = 1) -> None:
-        if loader.batch_sampler is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
-            raise TypeError('data can be repeated only from a dataset with indices and a batch sampler; '
-                            f'{type(loader.dataset).__name__} is read as a stream')
-        self.batches, self.loader, self.key = loader.batch_sampler, loader, key
-        self.rank, self.world_size = rank, world_size
-        self.sampler = getattr(self.batches, 'sampler', None) or loader.sampler
-        self.batch_size = getattr(self.batches, 'batch_size', loader.batch_size)
-        self.epoch = self.skip = 0
-        # DataLoader forbids the assignment because of running workers. There are none.
-        vars(loader).update(batch_sampler=self, _iterator=None)
-
-    @property
-    def endless(self) -> bool:
-        """Whether there are no epochs."""
-        return isinstance(self.sampler, InfiniteSampler)
-
-    def start(self, epoch: int, skip: int = 0) -> None:
-        """The next pass over the loader is that of ``epoch``, without its first ``skip`` batches."""
-        self.epoch, self.skip = epoch, skip
-        if hasattr(self.sampler, 'set_epoch'):
-            self.sampler.set_epoch(epoch)
-        if self.endless:
-            self.sampler.indices = self.sampler._indices_of_rank()  # its only generator may have been read from
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[_Batch]:
-        skip, self.skip = self.skip, 0
-        place = self.rank
-        for number, indices in enumerate(self.batches):
-            if number >= skip:
-                yield _Batch(indices, [(*self.key, self.epoch, place + i * self.world_size)
-                                       for i in range(len(indices))])
-            place += len(indices) * self.world_size
-
-
-class BatchStream:
-    """Batches without end from a number on, as IterBasedTrainLoop takes them.
-
-    Args:
-        repeatable: where they come from.
-        done: batches to leave out.
-        asked: how often MMEngine's loop, when resumed, asks for a batch only to drop it: these are not loaded.
-    """
-
-    def __init__(self, repeatable: RepeatableBatches, done: int, asked: int) -> None:
-        self.batches = self._batches(repeatable, done)
-        self.dropped = itertools.repeat(None, asked)
-
-    @staticmethod
-    def _batches(repeatable: RepeatableBatches, done: int) -> Iterator[Any]:
-        first, skip = (0, done) if repeatable.endless else divmod(done, len(repeatable))
-        for epoch in itertools.count(first):
-            repeatable.start(epoch, skip if epoch == first else 0)
-            yield from repeatable.loader
-
-    def __iter__(self) -> 'BatchStream':
-        return self
-
-    def __next__(self) -> Any:
-        for _ in self.dropped:
-            return None
-        return next(self.batches)
-
-    def skip_iter(self, count: int) -> None:
-        """How OneDL's loop drops what is done."""
-        self.dropped = iter(())
-
-
-def loaders_of(runner: Any) -> list[DataLoader]:
-    loops = (runner.train_loop, runner.val_loop)
-    return [loop.dataloader for loop in loops if loop is not None]
-
-
-def end_workers(runner: Any) -> None:
-    """End the dataloaders' workers in order. The interpreter, at its own end, would wait 5 s for each."""
-    for loader in loaders_of(runner):
-        loader._iterator = None
-    if isinstance(runner.train_loop, IterBasedTrainLoop):
-        runner.train_loop.dataloader_iterator = None
-
-
-@HOOKS.register_module()
-class ExactResumeHook(Hook):
-    """Makes a resumed training equal to one that was never interrupted, bit for bit on a CPU, from any iteration.
-
-    An epoch is taken up at the batch where it was left, without loading those before. Random numbers of a sample are
-    seeded by its place in the epoch, those of a training iteration by its number and the rank: none depends on what
-    came before, on the number of dataloader workers, or on whether they persist. A training on W processes draws the
-    same numbers as one of a single process that accumulates the gradients of W batches.
-    """
-
-    priority = 'VERY_HIGH'
-
-    def __init__(self) -> None:
-        self.resumed: dict[str, int] | None = None
-        self.batches: RepeatableBatches | None = None
-        self.first = 0  # batches of the epoch that were done before
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        checkpoint[STATE] = self.loop.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         if runner._resume:
-            self.resumed = checkpoint.get(_POSITION)
+            self.loop.load_state_dict(checkpoint.get(STATE))
 
-    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        if self.batches is None:  # not in training
-            return
-        meta = checkpoint['meta']
-        done = meta['iter'] - (0 if self.by_iter else meta['epoch'] * len(self.batches))
-        checkpoint[_POSITION] = dict(done=done, samples=self.samples, seed=getattr(self.batches.sampler, 'seed', None))
+    def before_val_epoch(self, runner: Any) -> None:
+        if self.loop.validating:
+            self.starting.enter_context(signals_held())
 
-    def before_train(self, runner: Any) -> None:
-        loop = runner.train_loop
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.by_iter = isinstance(loop, IterBasedTrainLoop)
-        if self.by_iter:
-            loop.dataloader_iterator = None  # ends the workers that the loop has started
-        self.batches = RepeatableBatches(loop.dataloader, runner.seed, _DATA, rank=self.rank,
-                                         world_size=self.world_size)
-        # Samples of one iteration on all processes.
-        self.samples = (self.batches.batch_size or 1) * self.world_size
-        self.first = self._done_before(runner)
-        if self.by_iter:
-            loop.dataloader_iterator = BatchStream(self.batches, self.first, asked=runner.iter)
+    def before_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self.starting.close()
+        if self.loop.validating and batch_idx < self.loop.common_batches:
+            self.loop.leave_if_preempted()
 
-    def _done_before(self, runner: Any) -> int:
-        if self.resumed is None:  # nothing to resume, or a checkpoint of a training without this hook
-            return runner.iter if self.by_iter else 0
-        if self.resumed['seed'] is not None:
-            self.batches.sampler.seed = self.resumed['seed']
-        if self.resumed['samples'] != self.samples:
-            print_log(f'the total batch was {self.resumed["samples"]} and is {self.samples} now: the training goes on '
-                      'with the data that are left, but does not equal an uninterrupted one',
+    def after_val_epoch(self, runner: Any, metrics: dict | None = None) -> None:
+        self.starting.close()
+        self.loop.validation_due = False  # in the best checkpoint, too, which is written next
+
+
+class ResumableLoop(BaseLoop):
+    """What the two loops share.
+
+    Attributes:
+        loaders: all data of the training, see :class:`Loaders`; ``data`` are those of the weights.
+        validation_due: whether the validation after the last iteration has yet to take place.
+    """
+
+    def _own(self, runner: Any, dataloader: Any, preemptible: bool) -> None:
+        BaseLoop.__init__(self, runner, dataloader)
+        self.loaders = Loaders(runner)
+        self.data = self.loaders.add('train', self.dataloader)
+        if preemptible and not isinstance(runner, Runner):
+            print_log(f'a training by {type(runner).__name__} cannot be preempted or resumed; signals end it',
                       logger='current', level=logging.WARNING)
-        return self.resumed['done'] * self.resumed['samples'] // self.samples
+            preemptible = False
+        self.preemption = Preemption(preemptible)
+        self.validation_due = self.validating = False
+        self.common_batches = 0
+        self.recorded: tuple | None = None  # where the last checkpoint was written
+        self._ranks: list[dict] = []
+        self._ranks_at: tuple | None = None
+        runner.register_hook(_LoopHook(self))
 
-    def before_train_epoch(self, runner: Any) -> None:
-        if self.by_iter:
+    # ---- running ----
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        self._restore_rank()
+        if self.runner.val_loop is not None:
+            self.loaders.shield(self.runner.val_loop.dataloader)
+        try:
+            with self.preemption:
+                self.runner.call_hook('before_train')
+                yield
+                self.runner.call_hook('after_train')
+        finally:
+            self.loaders.close()
+
+    def _seed_iteration(self) -> None:
+        seed_everything(self.runner.seed, _ITERATION, self._iter * dist.get_world_size() + dist.get_rank())
+
+    def _decide_on_validation(self, done: int, end: int) -> None:
+        """After ``done`` epochs or iterations of ``end``."""
+        self.val_interval = self.dynamic_intervals[bisect.bisect(self.dynamic_milestones, done + 1) - 1]
+        self.validation_due = (self.runner.val_loop is not None and done >= self.val_begin
+                               and (done % self.val_interval == 0 or done == end))
+
+    def _validate_if_due(self) -> None:
+        if not self.validation_due or self.runner.val_loop is None:
             return
-        self.batches.start(runner.epoch, self.first)
-        if self.first:  # so that hooks and the log count the batches of the whole epoch, which MMEngine's loop does not
-            loop, first = runner.train_loop, self.first
-            loop.run_iter = lambda index, batch: type(loop).run_iter(loop, first + index, batch)
+        self.collect_ranks()
+        if self.preemption.enabled and self.recorded != self.moment:
+            save_to_resume_from(self.runner, BEFORE_VALIDATION_FILE)
+        self.leave_if_preempted()
+        # Processes may have different numbers of batches, and ask each other only while all have some.
+        self.common_batches = self.preemption.reduce(len(self.runner.val_loop.dataloader),
+                                                     torch.distributed.ReduceOp.MIN)
+        self.validating = True
+        seed_everything(self.runner.seed, _VALIDATION, self._iter)
+        self.runner.val_loop.run()
+        self.validating = self.validation_due = False
+        self.leave_if_preempted()
 
-    def after_train_epoch(self, runner: Any) -> None:
-        if not self.by_iter and self.first:
-            self.first = 0
-            del runner.train_loop.run_iter
+    # ---- leaving ----
 
-    def after_train(self, runner: Any) -> None:
-        end_workers(runner)
+    @property
+    def moment(self) -> tuple:
+        """Two checkpoints of the same moment are the same."""
+        return self.data.epoch, self.data.samples, self.validation_due
 
-    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        seed_everything(runner.seed, _ITERATION, runner.iter * self.world_size + self.rank)
+    def leave_if_preempted(self) -> None:
+        """Between two iterations: write a checkpoint, unless a validation has begun, which has one before it."""
+        if not self.preemption.requested():
+            return
+        path = os.path.join(self.runner.work_dir, PREEMPTED_FILE)
+        if not self.validating:
+            self.collect_ranks()
+            save_to_resume_from(self.runner, PREEMPTED_FILE)
+        self.preemption.wait()
+        print_log(f'preempted after iteration {self._iter}'
+                  + (', in the validation, which will begin again' if self.validating else f'; resume from {path}'),
+                  logger='current', level=logging.WARNING)
+        self.runner.visualizer.close()
+        sys.exit(EXIT_PREEMPTED)
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._ranks_at != self.moment[:2]:
+            if dist.get_world_size() == 1:
+                self.collect_ranks()
+            else:
+                print_log('this checkpoint holds nothing that only other processes know (statistics of BatchNorm, '
+                          'gradients that are accumulated): mmlocalmamba.CheckpointHook writes them', logger='current',
+                          level=logging.WARNING)
+        stoppers = [dict(wait_count=hook.wait_count, best_score=hook.best_score) for hook in self._stoppers()]
+        return dict(data=self.loaders.state_dict(), validation_due=self.validation_due, early_stopping=stoppers,
+                    ranks=self._ranks if self._ranks_at == self.moment[:2] else [])
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go to where a checkpoint was written; None: by another loop.
+
+        Raises:
+            ValueError: with another total batch, or other data; a runner that saves its state in its own way.
+        """
+        if not isinstance(self.runner, Runner):
+            raise ValueError(f'{type(self.runner).__name__} cannot resume a training of {type(self).__name__}: take '
+                             f"the Runner, or MMEngine's loop, train_cfg.type='{type(self).__name__}'")
+        if state is None:
+            print_log('the checkpoint was not written by a loop of mmlocalmamba and does not say where it was in the '
+                      'data: they begin with the epoch, and the training does not equal an uninterrupted one',
+                      logger='current', level=logging.WARNING)
+            return
+        self.loaders.load_state_dict(state['data'])
+        self.validation_due, self._ranks = state['validation_due'], state['ranks']
+        for hook, saved in zip(self._stoppers(), state['early_stopping']):
+            vars(hook).update(saved)
+
+    def _stoppers(self) -> list[EarlyStoppingHook]:
+        return [hook for hook in self.runner.hooks if isinstance(hook, EarlyStoppingHook)]
+
+    def _model(self) -> nn.Module:
+        model = self.runner.model
+        while is_model_wrapper(model):
+            model = model.module
+        return model
+
+    def collect_ranks(self) -> None:
+        """Gather for the next checkpoint what each process has for itself. All of them must take part.
+
+        That are buffers which differ from the first process', and gradients inside of an accumulation.
+        """
+        model, wrapper = self._model(), self.runner.optim_wrapper
+        mine: dict[str, dict] = dict(buffers={}, gradients={})
+        if isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
+            mine['gradients'] = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()
+                                 if parameter.grad is not None}
+        if dist.get_world_size() > 1:
+            mine['buffers'] = {name: buffer.cpu() for name, buffer in model.named_buffers()}
+        self._ranks = dist.all_gather_object(mine)
+        first = self._ranks[0]['buffers']
+        for rank in self._ranks[1:]:
+            rank['buffers'] = {name: value for name, value in rank['buffers'].items()
+                               if not torch.equal(value, first[name])}
+        self._ranks[0]['buffers'] = {}
+        self._ranks_at = self.moment[:2]
+
+    def _restore_rank(self) -> None:
+        if not self._ranks:
+            return
+        model, world_size = self._model(), dist.get_world_size()
+        if len(self._ranks) == world_size:
+            mine = self._ranks[dist.get_rank()]
+        else:  # the mean is what a step would have seen
+            names = self._ranks[0]['gradients']
+            mine = dict(buffers={}, gradients={name: sum(rank['gradients'][name] for rank in self._ranks)
+                                               / len(self._ranks) for name in names})
+        buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
+        for name, value in mine['buffers'].items():
+            buffers[name].copy_(value)
+        for name, value in mine['gradients'].items():
+            parameters[name].grad = value.to(parameters[name])
+        self._ranks = []
 
 
-def need_exact_resumption(runner: Any, hook: Hook, why: str) -> None:
-    if not any(isinstance(other, ExactResumeHook) for other in runner.hooks):
-        raise ValueError(f"{type(hook).__name__} needs dict(type='mmlocalmamba.ExactResumeHook') in custom_hooks, "
-                         f'{why}')
+@LOOPS.register_module()
+class EpochBasedTrainLoop(ResumableLoop, MMEngineEpochBasedTrainLoop):
+    """MMEngine's loop over epochs, of a training that may be stopped at any moment, and then goes on where it was.
+
+    What it promises: docs/jobs.md. On SIGTERM or SIGUSR1 it finishes the iteration, writes ``preempted.pth`` and
+    leaves with exit code 75.
+
+    Args:
+        preemptible: False leaves the signals alone.
+        **kwargs: MMEngine's: max_epochs, val_begin, val_interval, dynamic_intervals.
+    """
+
+    def __init__(self, runner: Any, dataloader: Any, preemptible: bool = True, **kwargs: Any) -> None:
+        self._own(runner, dataloader, preemptible)
+        MMEngineEpochBasedTrainLoop.__init__(self, runner, self.data.loader, **kwargs)
+
+    def run(self) -> nn.Module:
+        with self._training():
+            self._validate_if_due()
+            while self._epoch < self._max_epochs and not self.stop_training:
+                self.run_epoch()
+                self._validate_if_due()
+        return self.runner.model
+
+    def run_epoch(self) -> None:
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        for number, batch in self.data.rest_of_epoch():
+            self.run_iter(number, batch)
+            self.leave_if_preempted()
+        self._decide_on_validation(self._epoch + 1, self._max_epochs)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        self._seed_iteration()
+        super().run_iter(idx, data_batch)
+
+
+@LOOPS.register_module()
+class IterBasedTrainLoop(ResumableLoop, MMEngineIterBasedTrainLoop):
+    """MMEngine's loop over iterations, as :class:`EpochBasedTrainLoop`.
+
+    Args:
+        preemptible: False leaves the signals alone.
+        **kwargs: MMEngine's: max_iters, val_begin, val_interval, dynamic_intervals.
+    """
+
+    def __init__(self, runner: Any, dataloader: Any, preemptible: bool = True, **kwargs: Any) -> None:
+        self._own(runner, dataloader, preemptible)
+        # MMEngine's begins to iterate at once: over the stream, which starts no worker before its first batch.
+        MMEngineIterBasedTrainLoop.__init__(self, runner, self.data, **kwargs)
+        self.dataloader, self.dataloader_iterator = self.data.loader, self.data
+
+    def run(self) -> nn.Module:
+        with self._training():
+            self.runner.call_hook('before_train_epoch')
+            self._validate_if_due()
+            while self._iter < self._max_iters and not self.stop_training:
+                self.runner.model.train()
+                self.run_iter(next(self.data))
+                self._validate_if_due()
+                self.leave_if_preempted()
+            self.runner.call_hook('after_train_epoch')
+        return self.runner.model
+
+    def run_iter(self, data_batch: Any) -> None:
+        self._seed_iteration()
+        self._decide_on_validation(self._iter + 1, self._max_iters)
+        super().run_iter(data_batch)
+
+
+def need_own_loop(runner: Any, hook: Hook, why: str) -> ResumableLoop:
+    """The training's loop, which must be one of these.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if not isinstance(runner.train_loop, ResumableLoop):
+        raise ValueError(f"{type(hook).__name__} needs train_cfg.type='mmlocalmamba.EpochBasedTrainLoop' or "
+                         f"'mmlocalmamba.IterBasedTrainLoop', {why}; it is {type(runner.train_loop).__name__}")
+    return runner.train_loop

@@ -1,8 +1,7 @@
 """The search for scan directions as a hook: DARTS, jointly with the weights or on held-out data."""
-import copy
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mmlocalmamba import __version__
-from mmlocalmamba.engine.loops import RepeatableBatches
+from mmlocalmamba.engine.data import DataStream
+from mmlocalmamba.engine.loops import need_own_loop
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.search.directions import (
@@ -36,8 +35,6 @@ from mmlocalmamba.visualization import draw_alphas, draw_directions
 MODES = ('joint', 'bilevel')
 # Entry of a checkpoint that holds the state of a search.
 STATE = 'scan_search'
-# What random numbers are for: the second part of a seed, as in mmlocalmamba.engine.loops.
-_HELD_OUT = 3
 # Relative entropies: above, a block has not decided at the end; below, within the first part of training, it decided
 # before its weights meant anything.
 _UNDECIDED, _COLLAPSED, _EARLY = 0.99, 0.3, 0.1
@@ -68,30 +65,6 @@ def write_search(folder: str, candidates: Sequence[str], blocks: Sequence[str], 
     return result
 
 
-class HeldOutData:
-    """Batches of a dataloader without end, from a position that can be saved and sought."""
-
-    def __init__(self, loader: DataLoader, seed: int, rank: int, world_size: int) -> None:
-        if len(loader) == 0:
-            raise ValueError('held_out gives no batch: its dataset is smaller than its batch size, and the last '
-                             'batch is dropped')
-        self.repeatable = RepeatableBatches(loader, seed, _HELD_OUT, rank=rank, world_size=world_size)
-        self.epoch = self.batch = 0
-        self.batches: Iterator | None = None
-
-    def __next__(self) -> Any:
-        if self.batches is None or self.batch == len(self.repeatable):
-            self.seek(self.epoch + (self.batches is not None), 0)
-        self.batch += 1
-        return next(self.batches)
-
-    def seek(self, epoch: int, batch: int) -> None:
-        """Go to a position; batches before it are not loaded."""
-        self.epoch, self.batch = epoch, batch
-        self.repeatable.start(epoch, batch)
-        self.batches = iter(self.repeatable.loader)
-
-
 @HOOKS.register_module()
 class ScanSearchHook(Hook):
     """Searches scan directions: trains the logits of a supernet, reports on them, and derives the directions.
@@ -99,15 +72,15 @@ class ScanSearchHook(Hook):
     The model is any whose backbone has ``directions='search'``. Work directory, at every ``interval`` and at the end:
     ``directions.json``, which a backbone takes as ``directions``, ``alphas.csv``, ``directions.png``, ``alphas.png``.
 
-    The state of the search is in every checkpoint. With ExactResumeHook, a search that is resumed equals one that was
-    never interrupted.
+    The state of the search is in every checkpoint. With the loops of mmlocalmamba, a search that is resumed equals one
+    that was never interrupted.
 
     Args:
         mode: 'joint' trains the logits with the weights, by the same optimizer, without weight decay (the authors').
             'bilevel' is first-order DARTS: before every step of the weights, one of the logits on a batch of
             held-out data, by an optimizer of their own; the weights' optimizer does not touch them.
         k: directions to choose for every block.
-        held_out: the dataloader of 'bilevel', as train_dataloader; its workers do not persist.
+        held_out: the dataloader of 'bilevel', as train_dataloader.
         optimizer: of the logits in 'bilevel'; its learning rate is constant.
         interval: epochs between reports, or iterations if the training counts iterations (default: 1 and 1000).
         stop_after: end the training when the chosen directions have been the same in so many more reports. None: never.
@@ -136,7 +109,7 @@ class ScanSearchHook(Hook):
         self.optimizer_cfg = optimizer or dict(type='Adam', lr=3e-4, betas=(0.5, 0.999), weight_decay=0.)
         self.interval, self.stop_after = interval, stop_after
         self.optimizer: torch.optim.Optimizer | None = None
-        self.held_out: HeldOutData | None = None
+        self.held_out: DataStream | None = None
         self.history: list[tuple[int, Tensor]] = []  # (epoch or iteration, logits), one a report
         self.warned = False
 
@@ -191,9 +164,8 @@ class ScanSearchHook(Hook):
             # A group stays, even if nothing is left in it: schedulers count groups.
             group['params'] = [parameter for parameter in group['params'] if id(parameter) not in mine]
         self.optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=self.alphas))
-        cfg = dict(copy.deepcopy(dict(self.held_out_cfg)), persistent_workers=False)
-        self.held_out = HeldOutData(runner.build_dataloader(cfg, seed=runner.seed), runner.seed, self.rank,
-                                    dist.get_world_size())
+        loop = need_own_loop(runner, self, "or held-out data could not be taken up where they were")
+        self.held_out = loop.loaders.add('held_out', runner.build_dataloader(self.held_out_cfg, seed=runner.seed))
 
     # Checkpoints.
 
@@ -202,8 +174,7 @@ class ScanSearchHook(Hook):
             mode=self.mode, k=self.k, candidates=list(self.candidates), blocks=self.blocks,
             alphas=[alpha.detach().cpu().clone() for alpha in self.alphas],  # not those of an EMA
             history=[dict(step=step, alphas=alphas) for step, alphas in self.history],
-            optimizer=None if self.optimizer is None else self.optimizer.state_dict(),
-            held_out=None if self.held_out is None else dict(epoch=self.held_out.epoch, batch=self.held_out.batch))
+            optimizer=None if self.optimizer is None else self.optimizer.state_dict())
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Take up a search where the checkpoint left it.
@@ -224,13 +195,10 @@ class ScanSearchHook(Hook):
         self.history = [(record['step'], record['alphas'].cpu()) for record in state['history']]
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state['optimizer'])
-            self.held_out.epoch, self.held_out.batch = state['held_out']['epoch'], state['held_out']['batch']
 
     # Training.
 
     def before_train(self, runner: Any) -> None:
-        if self.held_out is not None:
-            self.held_out.seek(self.held_out.epoch, self.held_out.batch)
         self._maybe_stop(runner)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:

@@ -88,7 +88,7 @@ def search(direction, seed, args):
     runner = Runner(
         model=Classifier(args.dim, args.depth, args.sampling), work_dir=work_dir, experiment_name=f'{direction}-{seed}',
         default_scope='mmengine', train_dataloader=loader(0),
-        train_cfg=dict(by_epoch=False, max_iters=args.iterations),
+        train_cfg=dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=args.iterations),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=args.lr, weight_decay=0.05), clip_grad=dict(max_norm=5.),
                            paramwise_cfg=dict(custom_keys=dict(alphas=dict(decay_mult=0., lr_mult=10.)))),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20),

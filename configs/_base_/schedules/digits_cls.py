@@ -9,7 +9,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=20),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=40, val_interval=4)
+train_cfg = dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=40, val_interval=4)
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(

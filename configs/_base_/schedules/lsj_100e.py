@@ -23,7 +23,7 @@ param_scheduler = [
         gamma=0.1),
 ]
 train_cfg = dict(
-    type='IterBasedTrainLoop',
+    type='mmlocalmamba.IterBasedTrainLoop',
     max_iters=max_iters,
     val_interval=interval,
     # the last evaluation is at the last iteration, which `interval` does not divide
