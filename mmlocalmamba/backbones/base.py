@@ -6,9 +6,11 @@ import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mmengine.analysis import complexity_analysis
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmlocalmamba.ops.flops import HANDLES
 from mmlocalmamba.registry import WEIGHT_INITIALIZERS
 from mmlocalmamba.scans import check_scan
 from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
@@ -153,6 +155,8 @@ class LocalMambaBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.register_state_dict_post_hook(_tell_facts)
         self.register_load_state_dict_pre_hook(_prepare_to_load)
+        # Or the packages' own get_flops would leave out our ops without a word.
+        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(HANDLES)
 
     def init_weights(self) -> None:
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
