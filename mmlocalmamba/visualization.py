@@ -75,7 +75,7 @@ def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, 
     Args:
         names: scan names.
         H, W: token grid.
-        token: its row and column; by default at 5/7 of both, which on 14x14 tokens is the middle of a window of 7x7.
+        token: its row and column; by default at 5/7 of both, on 14x14 tokens the middle of a window of 7x7.
         columns: panels per row.
 
     Returns:

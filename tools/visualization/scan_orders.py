@@ -36,7 +36,8 @@ def main():
     figure = (draw_scan_distances(args.directions, *args.size) if args.distances else
               draw_scan_orders(args.directions, *args.size, image=image))
     figure.savefig(args.out, dpi=120)
-    print(f'scan {"distances" if args.distances else "orders"} of {", ".join(args.directions)} on {args.size[0]}x{args.size[1]} tokens: {args.out}')
+    print(f'scan {"distances" if args.distances else "orders"} of {", ".join(args.directions)} on '
+          f'{args.size[0]}x{args.size[1]} tokens: {args.out}')
 
 
 if __name__ == '__main__':

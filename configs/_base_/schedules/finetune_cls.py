@@ -1,4 +1,4 @@
-"""20 epochs for a total batch of 64, from pre-trained weights: a tenth of the rate that trains from scratch, and no EMA.
+"""20 epochs for a total batch of 64, from pre-trained weights: a tenth of the rate from scratch, no EMA.
 
 Where to begin, not what was found to be best.
 """
