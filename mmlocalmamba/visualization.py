@@ -89,8 +89,8 @@ def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, 
     for axes, name in zip(figure.axes, names):
         step = np.empty(H * W)
         step[scan_index(name, H, W, pad=False).numpy()] = np.arange(H * W)
-        shown = axes.imshow(np.maximum(abs(step - step[row * W + column]), 1).reshape(H, W), norm=norm, cmap='viridis_r',
-                            extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+        away = np.maximum(abs(step - step[row * W + column]), 1).reshape(H, W)
+        shown = axes.imshow(away, norm=norm, cmap='viridis_r', extent=(-0.5, W - 0.5, H - 0.5, -0.5))
         axes.plot(column, row, 'x', color='tab:red', markersize=9, markeredgewidth=2.5)
     figure.colorbar(shown, ax=figure.axes[:len(names)], label='steps away', shrink=0.8)
     return figure
