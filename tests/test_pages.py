@@ -1,4 +1,5 @@
-"""Pages that a reader follows word for word: their commands and files, in order, in one folder."""
+"""Pages that a reader follows word for word: their commands and files, in order, in one folder. And the notebook."""
+import json
 import os
 import re
 import subprocess
@@ -67,3 +68,14 @@ def test_a_reader_gets_to_the_end(name, run, tmp_path):
         run(*step)
     for pattern in PAGES[name]:
         assert any(tmp_path.glob(pattern)), pattern
+
+
+def test_the_notebook_runs(run, tmp_path):
+    """Its cells in one process; a line that begins with ! is a command, as in IPython."""
+    cells = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())['cells']
+    code = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
+    assert all(not cell.get('outputs') for cell in cells), 'outputs belong to who runs it'
+    script = 'import subprocess\n' + '\n'.join(
+        re.sub(r'^!(.+)$', r'subprocess.run(f"""\1""", shell=True, check=True)', cell, flags=re.M) for cell in code)
+    run('python', None, script + "\nfigure.savefig('orders.png')\nassert len(infer(digits)) == len(digits) == 10")
+    assert (tmp_path / 'orders.png').is_file() and (tmp_path / 'work_dirs/quickstart/epoch_4.pth').is_file()
