@@ -217,16 +217,26 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
         if (delta_columns && !p.dt_rank) prefetch_columns<T, false>(delta + ahead, p.delta_strides.channel, lanes);
         if (y_columns) prefetch_columns<T, true>(y + ahead, p.y_strides.channel, lanes);
       }
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t row = c.read[t];
-        const Next next(p, item, start + kChunk + t);
-        if (!u_columns) PREFETCH(u, next.read, p.u_strides.row, 0);
-        if (!delta_columns && !p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
-        if (!y_columns) PREFETCH(y, next.write, p.y_strides.row, 1);
-        const V<T> input = u_columns ? c.dtu[t] : row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
-        if (p.softplus) c.dt[t] = softplus<T>(c.dt[t]);
-        c.dtu[t] = c.dt[t] * input;
-        c.y[t] = D * input;
+      // Known when it is compiled: with few states a test for each step shows.
+      const auto open_steps = [&](auto any_columns) __attribute__((always_inline)) {
+        for (int64_t t = 0; t < steps; ++t) {
+          const int64_t row = c.read[t];
+          const Next next(p, item, start + kChunk + t);
+          if (!any_columns || !u_columns) PREFETCH(u, next.read, p.u_strides.row, 0);
+          if ((!any_columns || !delta_columns) && !p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
+          if (!any_columns || !y_columns) PREFETCH(y, next.write, p.y_strides.row, 1);
+          const V<T> input = any_columns && u_columns ? c.dtu[t]
+                             : row < 0                ? V<T>{}
+                                                      : load(u + row * p.u_strides.row, lanes);
+          if (p.softplus) c.dt[t] = softplus<T>(c.dt[t]);
+          c.dtu[t] = c.dt[t] * input;
+          c.y[t] = D * input;
+        }
+      };
+      if (u_columns || delta_columns || y_columns) {
+        open_steps(std::true_type{});
+      } else {
+        open_steps(std::false_type{});
       }
       int64_t n = advance_groups<T, ISA_STATES>(0, steps, N, c, block);
       n = advance_groups<T, 4>(n, steps, N, c, block);
