@@ -230,7 +230,7 @@ def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = Tr
         # later stages would take minutes to trace. A graph that is exported for one size (torch.export's default way)
         # holds plain operations instead, which need nothing of this package.
         joined = ';'.join(','.join(names) for names in sets)
-        tables = _scan_tables(joined, H, W, pad, middle_token, torch.device(device))
+        tables = _scan_tables(joined, H, W, pad, str(middle_token), torch.device(device))
         return {names: ScanTables(*tables[2 * i:2 * i + 2]) for i, names in enumerate(sets)}
     _check_size(H, W)
     return of_size(lambda device, traced: _make(sets, H, W, pad, middle_token, device, traced), device,
@@ -238,15 +238,16 @@ def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = Tr
 
 
 @torch.library.custom_op('mmlocalmamba::scan_tables', mutates_args=())
-def _scan_tables(sets: str, H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> list[Tensor]:
-    made = scan_tables_of([names.split(',') for names in sets.split(';')], H, W, pad, middle_token, device)
+def _scan_tables(sets: str, H: int, W: int, pad: bool, middle_token: str, device: torch.device) -> list[Tensor]:
+    token = {str(value): value for value in (False, True, FLIPPED)}[middle_token]
+    made = scan_tables_of([names.split(',') for names in sets.split(';')], H, W, pad, token, device)
     # Whoever has compiled the graph may write to what an operator returns.
     return [table.clone() for tables in made.values() for table in tables]
 
 
 @_scan_tables.register_fake
-def _fake_scan_tables(sets: str, H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> list[Tensor]:
-    extra = int(middle_token)
+def _fake_scan_tables(sets: str, H: int, W: int, pad: bool, middle_token: str, device: torch.device) -> list[Tensor]:
+    extra = int(middle_token != str(False))
     tables = []
     for names in (names.split(',') for names in sets.split(';')):
         steps = reduce(torch.sym_max, (_count_steps(_base(name), H, W, pad) for name in names)) + extra

@@ -23,6 +23,7 @@ KINDS = {
     'vim-residual': (LocalVim, dict(out_type='featmap', out_feature='residual', out_indices=(0, 2))),
     'vim-pooled': (LocalVim, dict(scattn=dict(spatial=True))),
     'vim-class-token': (LocalVim, dict(cls_token='middle', rope=False, out_type='cls_token')),
+    'vim-class-token-of-vim': (LocalVim, dict(cls_token='vim', rope=False, out_type='cls_token')),
     'vim-search': (LocalVim, dict(directions=dict(sampling='single_path', samples=2))),
 }
 # Of the authors' classifiers, heads of 1000 classes included.

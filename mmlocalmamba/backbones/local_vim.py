@@ -196,7 +196,7 @@ class LocalVim(LocalMambaBackbone):
             raise ValueError(f'LocalVim: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
                              f'{self.patch_size}')
         grid = self.token_grid(*x.shape[-2:])
-        bottom, right = ((tokens - 1) * self.stride + self.patch_size - side for tokens, side in zip(grid, x.shape[-2:]))
+        bottom, right = ((count - 1) * self.stride + self.patch_size - side for count, side in zip(grid, x.shape[-2:]))
         x, size = self.patch_embed(F.pad(x, (0, right, 0, bottom)))
         middle = x.shape[1] // 2
         if self.num_cls_tokens:
