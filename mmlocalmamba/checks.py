@@ -14,6 +14,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from torch import nn
 
 from mmlocalmamba.backbones.base import LocalMambaBackbone
+from mmlocalmamba.engine.broken_files import parts
 from mmlocalmamba.registry import HOOKS
 
 # Modules whose num_classes is not that of the data: proposals are of one class, a semantic branch has its own.
@@ -32,16 +33,6 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules()
             if isinstance(getattr(module, 'num_classes', None), int)
             and type(module).__name__ not in _OTHER_CLASSES and not name.endswith('rpn_head')}
-
-
-def parts(dataset: Any) -> Iterator[Any]:
-    """Datasets inside of wrappers, or the dataset itself."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    if inner[0] is None:
-        yield dataset
-    else:
-        for part in inner:
-            yield from parts(part)
 
 
 def _categories(dataset: Any) -> Iterator[str]:

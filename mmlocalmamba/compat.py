@@ -1,14 +1,16 @@
-"""The only file that knows versions: OpenMMLab and OneDL packages, MMEngine, torch."""
+"""What differs between torch versions and between the OpenMMLab and OneDL packages: functions, called where needed."""
 import os
-import traceback
 from argparse import Namespace
 from collections import OrderedDict
-from functools import partial
+from contextlib import AbstractContextManager
 from http.client import HTTPException
 from typing import Any
 from urllib.error import URLError
 
 import torch
+
+# A scheme of MMEngine's checkpoint loader: what follows is loaded by load_checkpoint.
+WEIGHTS_ONLY = 'weights_only:'
 
 
 def _restricted_getattr(owner: Any, name: str) -> Any:
@@ -27,63 +29,32 @@ class _PlainDict:
         return OrderedDict()
 
 
-def allow_checkpoints() -> None:
-    """Let torch.load(weights_only=True), the default since torch 2.6, read what MMEngine, Vim and VMamba write.
+def _harmless_globals() -> list:
+    import numpy as np
+    core = np._core if hasattr(np, '_core') else np.core
+    # numpy pickles a scalar with the class of its dtype; the module was renamed in numpy 2.
+    harmless = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, Namespace,
+                (_PlainDict, 'yacs.config.CfgNode'),
+                (core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+                (core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
+                *(type(np.dtype(kind)) for kind in ('float64', 'float32', 'float16', 'int64', 'int32', 'bool'))]
+    try:
+        from mmengine.logging import HistoryBuffer
+    except ModuleNotFoundError:
+        return harmless
+    return [*harmless, HistoryBuffer, (_restricted_getattr, 'builtins.getattr')]
+
+
+def allow_checkpoints() -> AbstractContextManager:
+    """A scope in which torch.load(weights_only=True), the default since torch 2.6, reads what MMEngine, Vim and VMamba
+    write.
 
     MMEngine's message hub holds HistoryBuffers of numpy scalars, Vim's files hold an argparse.Namespace, VMamba's a
-    configuration of yacs. Only these are allowed, and a getattr that serves HistoryBuffer alone."""
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
-    core = np._core if hasattr(np, '_core') else np.core
-    allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype,
-               (_restricted_getattr, 'builtins.getattr'), Namespace, (_PlainDict, 'yacs.config.CfgNode')]
-    # numpy pickles a scalar with the class of its dtype; the module was renamed in numpy 2.
-    allowed += [(core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
-                (core.multiarray.scalar, 'numpy.core.multiarray.scalar')]
-    allowed += [type(np.dtype(kind)) for kind in ('float64', 'float32', 'float16', 'int64', 'int32', 'bool')]
-    torch.serialization.add_safe_globals(allowed)
-
-
-def load_checkpoints_safely() -> None:
-    """Make MMEngine load every checkpoint with weights_only=True, to resume, to test, as load_from and in init_cfg.
-
-    By themselves, both stacks load URLs without it, and OneDL's tries again without it when a file was refused.
+    configuration of yacs. Only these are allowed, and a getattr that serves HistoryBuffer alone. What the process had
+    allowed before stays so afterwards.
     """
-    from mmengine.runner import checkpoint
-
-    def load_from_local(filename: str, map_location: Any = None) -> Any:
-        return load_checkpoint(os.path.expanduser(filename), map_location)
-
-    checkpoint.CheckpointLoader.register_scheme('', load_from_local, force=True)
-    checkpoint.load_url = partial(checkpoint.load_url, weights_only=True)
-    if hasattr(checkpoint, '_safe_torch_load'):
-        checkpoint._safe_torch_load = partial(torch.load, weights_only=True)
-
-
-def name_annotation_files() -> None:
-    """Let an error in a dataset's annotation file name the file, which a JSON parser does not know."""
-    from mmengine.registry import DATASETS
-    build = DATASETS.build_func
-
-    def build_dataset(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return build(*args, **kwargs)
-        except Exception as error:
-            for frame, _ in traceback.walk_tb(error.__traceback__):
-                if frame.f_code.co_name == 'load_data_list':
-                    path = getattr(frame.f_locals.get('self'), 'ann_file', None)
-                    if path and path not in str(error):
-                        raise RuntimeError(f'{path} was not read as annotations: {type(error).__name__}: '
-                                           f'{error}') from error
-            raise
-
-    DATASETS.build_func = build_dataset
-
-
-def register_scope() -> None:
-    """Tell MMEngine's config system where ``mmlocalmamba::...`` lives; it knows a fixed list of scopes."""
-    from mmengine.config import utils
-    utils.MODULE2PACKAGE.setdefault('mmlocalmamba', 'mmlocalmamba')
+    known = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([item for item in _harmless_globals() if item not in known])
 
 
 def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
@@ -94,9 +65,10 @@ def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
         FileNotFoundError: there is no such file.
     """
     try:
-        if '://' in str(path):
-            return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with allow_checkpoints():
+            if '://' in str(path):
+                return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
+            return torch.load(os.path.expanduser(path), map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
         if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)):
             raise RuntimeError(f'{path} was not fetched ({type(error).__name__}: {error}). Look at the address and the '
@@ -107,3 +79,21 @@ def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
                            f'damaged. Files that execute code are refused. ({error})') from error
 
 
+def load_from_weights_only(name: str, map_location: Any = None) -> Any:
+    """What MMEngine calls for names of :func:`weights_only`; it tells users the end of this function's name."""
+    return load_checkpoint(name.removeprefix(WEIGHTS_ONLY), map_location)
+
+
+def weights_only(path: str) -> str:
+    """The name under which MMEngine's functions load a file or http(s) URL by :func:`load_checkpoint`. Of other
+    schemes, the path itself.
+
+    By themselves, both stacks load URLs without weights_only, and OneDL's tries again without it when a file was
+    refused. An error of theirs does not name the file.
+    """
+    from mmengine.runner import CheckpointLoader
+    path = str(path)
+    if path.startswith(WEIGHTS_ONLY) or '://' in path and not path.startswith(('http://', 'https://')):
+        return path
+    CheckpointLoader.register_scheme(WEIGHTS_ONLY, load_from_weights_only, force=True)
+    return f'{WEIGHTS_ONLY}{path}'

@@ -14,7 +14,7 @@ SCOPE = 'mmlocalmamba'
 
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope=SCOPE,
-    locations=['mmlocalmamba.layers', 'mmlocalmamba.backbones', 'mmlocalmamba.necks'])
+    locations=['mmlocalmamba.layers', 'mmlocalmamba.backbones', 'mmlocalmamba.necks', 'mmlocalmamba.search.supernet'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope=SCOPE,
     locations=['mmlocalmamba.engine', 'mmlocalmamba.weights', 'mmlocalmamba.search.hook', 'mmlocalmamba.checks'])

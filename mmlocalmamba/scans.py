@@ -12,20 +12,19 @@ directions. Built-in names, each also with the suffix ``_flip`` (the same table 
 - ``zigzag``: rows, every other one backwards, so that each step goes to a neighbour;
 - ``hilbert``: along the Hilbert curve through the smallest square of 2^n x 2^n tokens that holds the grid.
 """
-import re
 import reprlib
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from mmlocalmamba.sizes import of_size
 
 _SCANS: dict[str, Callable] = {}
 _FLIP = '_flip'
-# Detection meets a new H x W with nearly every batch: enough entries to serve the stages of a few batches, few enough
-# that thousands of sizes do not pile up.
-_CACHE_SIZE = 128
 # A window is completed by pads, K * K steps at least: names come from files, too, and one must not fill the memory.
 _MAX_K = 256
 
@@ -35,6 +34,7 @@ def register_scan(name: str) -> Callable:
 
     The function maps (H, W) to a 1-D integer tensor that lists every token 0..H*W-1 exactly once, with -1 for pads
     wherever it likes. A name that ends in ``<K>`` is a family: the function also gets the integer, as ``(H, W, K)``.
+    Written without a look at values (no ``if tensor``, no ``.item()``), it goes through torch.compile and torch.export.
 
     Raises:
         ValueError: the name is taken, or ends in ``_flip``.
@@ -51,52 +51,54 @@ def register_scan(name: str) -> Callable:
     return add
 
 
+def _arange(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.int32)
+
+
 @register_scan('h')
 def _horizontal(H: int, W: int) -> Tensor:
-    return torch.arange(H * W)
+    return _arange(H * W)
 
 
 @register_scan('v')
 def _vertical(H: int, W: int) -> Tensor:
-    return torch.arange(H * W).view(H, W).t().flatten()
+    return _arange(H * W).view(H, W).t().flatten()
 
 
 @register_scan('w<K>')
 def _window(H: int, W: int, K: int) -> Tensor:
     rows, cols = -(-H // K), -(-W // K)
-    grid = torch.full((rows * K, cols * K), -1)
-    grid[:H, :W] = torch.arange(H * W).view(H, W)
+    grid = F.pad(_arange(H * W).view(H, W), (0, cols * K - W, 0, rows * K - H), value=-1)
     return grid.view(rows, K, cols, K).transpose(1, 2).flatten()
 
 
 @register_scan('diag')
 def _diagonal(H: int, W: int) -> Tensor:
     """Diagonals one after the other, each from its top to its bottom."""
-    tokens = torch.arange(H * W)
+    tokens = _arange(H * W)
     return (tokens // W + tokens % W).argsort(stable=True)
 
 
 @register_scan('zigzag')
 def _zigzag(H: int, W: int) -> Tensor:
     """Rows, left to right and right to left in turn."""
-    grid = torch.arange(H * W).view(H, W)
-    backwards = (torch.arange(H) % 2 == 1)[:, None]
-    return torch.where(backwards, grid.flip(1), grid).flatten()
+    row, col = _arange(H)[:, None], _arange(W)
+    return (row * W + torch.where(row % 2 == 1, W - 1 - col, col)).flatten()
 
 
 @register_scan('hilbert')
 def _hilbert(H: int, W: int) -> Tensor:
     """Tokens by their distance along the Hilbert curve, from the quarter down to the single token."""
-    tokens = torch.arange(H * W)
+    tokens = _arange(H * W)
     row, col = tokens // W, tokens % W
     distance = torch.zeros_like(tokens)
-    half = 1 << max(H - 1, W - 1).bit_length() >> 1
+    half = 1 << int(max(H - 1, W - 1)).bit_length() >> 1
     while half:
         low, right = row >= half, col >= half
         row, col = row % half, col % half
         # Quarters in the order top left, bottom left, bottom right, top right. The curve inside the first is
         # transposed, inside the last it is transposed along the other diagonal.
-        distance += half * half * torch.where(right, 3 - low.long(), low.long())
+        distance += half * half * torch.where(right, 3 - low.int(), low.int())
         mirrored = right & ~low
         row, col = torch.where(mirrored, half - 1 - row, row), torch.where(mirrored, half - 1 - col, col)
         row, col = torch.where(low, row, col), torch.where(low, col, row)
@@ -104,22 +106,30 @@ def _hilbert(H: int, W: int) -> Tensor:
     return distance.argsort()
 
 
-def known_scans() -> tuple[str, ...]:
-    """Registered names and families, without the ``_flip`` variants."""
-    return tuple(_SCANS)
+# Right for every size (tests), so that these need no check while a model runs.
+_BUILT_IN = frozenset(_SCANS)
 
 
-def _resolve(name: str) -> Callable[[int, int], Tensor]:
-    base = name[:-len(_FLIP)] if isinstance(name, str) and name.endswith(_FLIP) else name
+def _base(name: str) -> str:
+    return name[:-len(_FLIP)] if isinstance(name, str) and name.endswith(_FLIP) else name
+
+
+def _of_family(function: Callable, K: int, H: int, W: int) -> Tensor:
+    return function(H, W, K)
+
+
+def _resolve(name: str) -> tuple[Callable[[int, int], Tensor], bool]:
+    """A function of (H, W), and whether it is built in."""
+    base = _base(name)
     if base in _SCANS and '<K>' not in base:
-        return _SCANS[base]
+        return _SCANS[base], base in _BUILT_IN
     for pattern, function in _SCANS.items():
-        if not pattern.endswith('<K>') or not isinstance(base, str):
+        family = pattern.removesuffix('<K>')
+        if family == pattern or not isinstance(base, str) or not base.startswith(family):
             continue
-        match = re.fullmatch(re.escape(pattern[:-len('<K>')]) + r'(\d{1,9})', base)
-        if match and 1 <= int(match.group(1)) <= _MAX_K:
-            K = int(match.group(1))
-            return lambda H, W: function(H, W, K)
+        digits = base[len(family):]  # torch.compile traces this: no regular expressions
+        if digits.isascii() and digits.isdecimal() and len(digits) < 10 and 1 <= int(digits) <= _MAX_K:
+            return partial(_of_family, function, int(digits)), pattern in _BUILT_IN
     raise ValueError(f'unknown scan {reprlib.repr(name)}: known are {", ".join(_SCANS)} (K from 1 to {_MAX_K}), '
                      f"each also with '{_FLIP}'; @mmlocalmamba.scans.register_scan adds others")
 
@@ -134,65 +144,6 @@ def _check_size(H: int, W: int) -> None:
         raise ValueError(f'a token grid needs H >= 1 and W >= 1, got H={H}, W={W}')
 
 
-def _order(name: str, H: int, W: int, pad: bool, check: bool) -> Tensor:
-    """The table. Unchecked, its shape does not depend on values, so that torch.compile can trace it."""
-    order = _resolve(name)(H, W)
-    if check and not torch.equal(order[order >= 0].sort().values, torch.arange(H * W)):
-        raise ValueError(f'scan {name!r} does not read every token of a {H}x{W} grid exactly once')
-    if not pad:
-        order = order[(order < 0).int().argsort(stable=True)[:H * W]]
-    return (order.flip(0) if name.endswith(_FLIP) else order).int()
-
-
-@lru_cache(maxsize=_CACHE_SIZE)
-# A table made under inference_mode would be refused by autograd later on.
-@torch.inference_mode(False)
-def _table(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor:
-    return _order(name, H, W, pad, check=True).to(device)
-
-
-def scan_index(name: str, H: int, W: int, pad: bool = True, device: str | torch.device = 'cpu') -> Tensor:
-    """Index table of one scan direction.
-
-    Args:
-        name: a scan name, e.g. ``'h'``, ``'v_flip'``, ``'w7'``.
-        H, W: token grid, both >= 1.
-        pad: True keeps the pads of incomplete windows (-1), as in the authors' code; False lists real tokens only.
-        device: where the (cached) table lives.
-
-    Returns:
-        int32 tensor (T,), values in [0, H*W) or -1. T = H*W without pads. Shared and cached: do not write to it.
-
-    Raises:
-        ValueError: unknown name, K < 1, H < 1 or W < 1.
-    """
-    _check_size(H, W)
-    return _table(name, H, W, pad, torch.device(device))
-
-
-def _invert(table: Tensor, tokens: int) -> Tensor:
-    """Step at which each token is read; ``table`` (T,) -> int32 (L,)."""
-    # Pads go to one more place, which is cut off.
-    place = torch.where(table < 0, tokens, table).long()
-    steps = torch.arange(table.numel(), dtype=torch.int32, device=table.device)
-    return steps.new_zeros(tokens + 1).scatter(0, place, steps)[:tokens]
-
-
-@lru_cache(maxsize=_CACHE_SIZE)
-@torch.inference_mode(False)
-def _inverse(name: str, H: int, W: int, pad: bool, device: torch.device) -> Tensor:
-    return _invert(_table(name, H, W, pad, device), H * W)
-
-
-def inverse(name: str, H: int, W: int, pad: bool = True, device: str | torch.device = 'cpu') -> Tensor:
-    """The inverse of :func:`scan_index`: int32 tensor (H*W,), the step at which each token is read.
-
-    ``y_sequence[inverse(...)]`` puts the outputs of a scan back in row-major order and drops the pads.
-    """
-    _check_size(H, W)
-    return _inverse(name, H, W, pad, torch.device(device))
-
-
 class ScanTables(NamedTuple):
     """Tables of K directions over the same L tokens, as the ops take them.
 
@@ -205,22 +156,72 @@ class ScanTables(NamedTuple):
     inv: Tensor
 
 
-def _stack(rows: Sequence[Tensor], H: int, W: int, middle_token: bool, device: torch.device) -> ScanTables:
+def _row(base: str, H: int, W: int, pad: bool, traced: bool) -> ScanTables:
+    """Of one unflipped direction, (T,) and (L,)."""
+    tokens = H * W
+    function, built_in = _resolve(base)
+    check = not (traced or built_in)
+    src = function(H, W).int()
+    if check and (src.dim() != 1 or len(src) < tokens or int(src.min()) < -1 or int(src.max()) >= tokens):
+        raise ValueError(f'scan {base!r} must list the tokens 0 to {tokens - 1} of a {H}x{W} grid, and -1 for pads')
+    if not pad:
+        src = src[(src < 0).int().argsort(stable=True)[:tokens]]
+    steps = torch.arange(src.shape[0], dtype=torch.int32)
+    # Pads go to one more place, which is cut off.
+    inv = steps.new_zeros(tokens + 1).scatter(0, torch.where(src < 0, tokens, src).long(), steps)[:tokens]
+    if check and (int((src >= 0).sum()) != tokens or not torch.equal(src[inv], _arange(tokens))):
+        raise ValueError(f'scan {base!r} does not read every token of a {H}x{W} grid exactly once')
+    return ScanTables(src, inv)
+
+
+def _flip(row: ScanTables) -> ScanTables:
+    return ScanTables(row.src.flip(0), row.src.shape[0] - 1 - row.inv)
+
+
+def _add_middle_token(row: ScanTables, middle: int) -> ScanTables:
+    """One more token ``middle``, read at step ``middle``."""
+    src, inv = row
+    token = torch.full((1, ), 1, dtype=torch.int32) * middle
+    src, inv = src + (src >= middle).int(), inv + (inv >= middle).int()
+    return ScanTables(*(torch.cat([x[:middle], token, x[middle:]]) for x in (src, inv)))
+
+
+def _stack(rows: Sequence[ScanTables]) -> ScanTables:
+    lengths = [row.src.shape[0] for row in rows]
+    # A comparison of symbolic sizes would tie an exported graph to its outcome.
+    steps = max(lengths) if all(isinstance(length, int) for length in lengths) else reduce(torch.sym_max, lengths)
+
+    def fill(src: Tensor) -> Tensor:
+        missing = steps - src.shape[0]
+        return src if isinstance(missing, int) and missing == 0 else F.pad(src, (0, missing), value=-1)
+
+    return ScanTables(torch.stack([fill(row.src) for row in rows]), torch.stack([row.inv for row in rows]))
+
+
+def _make(sets: Iterable[tuple[str, ...]], H: int, W: int, pad: bool, middle_token: bool, device: torch.device,
+          traced: bool) -> dict[tuple[str, ...], ScanTables]:
+    """Each direction once, however many sets name it."""
+    sets = list(dict.fromkeys(sets))
+    rows: dict[str, ScanTables] = {}
+    for name in dict.fromkeys(name for names in sets for name in names):
+        base = _base(name)
+        if base not in rows:
+            rows[base] = _row(base, H, W, pad, traced)
+        if name != base:
+            rows[name] = _flip(rows[base])
     if middle_token:
-        middle = H * W // 2
-        rows = [row + (row >= middle).int() for row in rows]
-        token = torch.tensor([middle], dtype=torch.int32)
-        rows = [torch.cat([row[:middle], token, row[middle:]]) for row in rows]
-    length = max(row.numel() for row in rows)
-    src = torch.stack([torch.nn.functional.pad(row, (0, length - row.numel()), value=-1) for row in rows])
-    inv = torch.stack([_invert(row, H * W + middle_token) for row in rows])
-    return ScanTables(src.to(device), inv.to(device))
+        rows = {name: _add_middle_token(row, H * W // 2) for name, row in rows.items()}
+    stacked = {names: _stack([rows[name] for name in names]) for names in sets}
+    return {names: ScanTables(*(table.to(device) for table in tables)) for names, tables in stacked.items()}
 
 
-@lru_cache(maxsize=_CACHE_SIZE)
-@torch.inference_mode(False)
-def _tables(names: tuple[str, ...], H: int, W: int, pad: bool, middle_token: bool, device: torch.device) -> ScanTables:
-    return _stack([_table(name, H, W, pad, torch.device('cpu')) for name in names], H, W, middle_token, device)
+def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = True, middle_token: bool = False,
+                   device: str | torch.device = 'cpu') -> dict[tuple[str, ...], ScanTables]:
+    """:func:`scan_tables` of several sets of directions over the same tokens, e.g. of the blocks of a stage."""
+    _check_size(H, W)
+    sets = tuple(map(tuple, sets))
+    return of_size(lambda device, traced: _make(sets, H, W, pad, middle_token, device, traced), device,
+                   'scan_tables', sets, H, W, pad, middle_token)
 
 
 def scan_tables(names: Sequence[str],
@@ -228,7 +229,7 @@ def scan_tables(names: Sequence[str],
                 W: int,
                 pad: bool = True,
                 middle_token: bool = False,
-                device: str | torch.device | None = 'cpu') -> ScanTables:
+                device: str | torch.device = 'cpu') -> ScanTables:
     """Stacked tables of several directions.
 
     Args:
@@ -237,13 +238,26 @@ def scan_tables(names: Sequence[str],
         pad: as in :func:`scan_index`.
         middle_token: the sequence holds one more token (a class token) at position H*W // 2, which every direction
             reads at step H*W // 2 of its own order (the authors' middle class token).
-        device: where the (cached) tables live.
+        device: where the tables live.
 
     Returns:
         ScanTables with L = H*W (+ 1). Shared and cached: do not write to them.
+
+    Raises:
+        ValueError: an unknown name, a size below 1, a registered scan that does not read every token once.
     """
-    _check_size(H, W)
-    device = torch.device(device)
-    if torch.compiler.is_compiling():  # a few operations in the graph, instead of a cache that it cannot hold
-        return _stack([_order(name, H, W, pad, check=False) for name in names], H, W, middle_token, device)
-    return _tables(tuple(names), H, W, pad, middle_token, device)
+    return scan_tables_of([names], H, W, pad, middle_token, device)[tuple(names)]
+
+
+def scan_index(name: str, H: int, W: int, pad: bool = True) -> Tensor:
+    """The table of one direction: int32 tensor (T,) on the CPU.
+
+    Args:
+        name: see the module's docstring.
+        H, W: token grid.
+        pad: keep the pads of incomplete windows (-1), as the authors do; otherwise real tokens only, T = H*W.
+
+    Raises:
+        ValueError: unknown name, or a size below 1.
+    """
+    return scan_tables([name], H, W, pad).src[0]

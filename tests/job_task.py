@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 
+import scaled  # noqa: F401  registers ScaledOptimWrapper
 import torch
+from mmengine import dist
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from search_task import Classifier as PlainClassifier
 from search_task import Images, Interrupt
@@ -22,6 +25,35 @@ class Classifier(PlainClassifier):
     def __init__(self):
         super().__init__(directions=['h', 'w2'], drop_path_rate=0.2)
         self.fc = nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 3))
+
+
+class Poison(Hook):
+    """Makes the loss NaN, or a gradient or a buffer infinite, in some iterations and on some processes."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, iterations, where, ranks=(0, 1)):
+        self.iterations, self.where, self.ranks = set(iterations), where, ranks
+
+    def bad(self, runner):
+        return runner.iter + 1 in self.iterations and dist.get_rank() in self.ranks
+
+    def before_train_iter(self, runner, **kwargs):
+        if not self.bad(runner):
+            return
+        head = getattr(runner.model, 'module', runner.model).fc
+        weight, before = head[2].bias, head[2].bias.detach().clone()
+        if self.where == 'loss':
+            weight.data.fill_(float('nan'))
+            self.undo = lambda: weight.data.copy_(before)
+        else:
+            self.undo = weight.register_hook(lambda gradient: gradient * float('inf')).remove
+        if self.where == 'buffer':
+            head[0].running_mean.fill_(float('inf'))
+
+    def after_train_iter(self, runner, **kwargs):
+        if self.bad(runner):
+            self.undo()
 
 
 class Log(Images):
@@ -41,7 +73,7 @@ class Log(Images):
 def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infinite=True, accumulate=1, ema=False,
           val_interval=1, resume=False, kill_at=None, signal_at=None, signal_group=False, interrupt=None, guard=None,
           data=None, slow=0., launcher='none', batch=2, interval=1, model=None, hooks=(),
-          load_from=None, **loop):
+          load_from=None, wrapper=None, poison=None, **loop):
     os.makedirs(work_dir, exist_ok=True)
     torch.manual_seed(0)
     if kill_at:
@@ -61,13 +93,14 @@ def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infi
                         by_epoch=by_epoch, max_keep_ckpts=1),
         numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook', **(guard or {})))
     custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook'), *([Interrupt(*interrupt)] if interrupt else []),
-                    *([dict(type='EMAHook', momentum=0.3)] if ema else []), *hooks]
+                    *([dict(type='EMAHook', momentum=0.3)] if ema else []), *([Poison(*poison)] if poison else []),
+                    *hooks]
     return Runner(
         model=model or Classifier(), work_dir=str(work_dir), experiment_name=f'{os.path.basename(work_dir)}{resume}',
         default_scope='mmengine', train_dataloader=loader,
         train_cfg=train_cfg,
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.02), clip_grad=dict(max_norm=5.),
-                           accumulative_counts=accumulate),
+                           accumulative_counts=accumulate, **(wrapper or {})),
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
                          dict(type='MultiStepLR', by_epoch=by_epoch, milestones=[2])],
         default_hooks=default_hooks, custom_hooks=custom_hooks, resume=resume, load_from=load_from,

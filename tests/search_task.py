@@ -8,6 +8,7 @@ import signal
 import sys
 
 import numpy as np
+import scaled  # noqa: F401  registers ScaledOptimWrapper
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
@@ -102,8 +103,8 @@ def build(work_dir, mode='joint', directions=None, hook=None, epochs=3, workers=
         train_cfg=train_cfg,
         optim_wrapper=wrapper,
         param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=30),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 4, by_epoch=by_epoch,
-                                           max_keep_ckpts=2)),
+        default_hooks=dict(checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=1 if by_epoch else 4,
+                                           by_epoch=by_epoch, max_keep_ckpts=2)),
         custom_hooks=hooks, resume=resume, randomness=dict(seed=seed), launcher=launcher, log_level='WARNING',
         # On CPUs, which MMEngine does not expect.
         cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)))

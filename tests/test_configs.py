@@ -34,8 +34,10 @@ PARAMETERS = {
     # The paper's 7M and 26M; VMamba's 22M, 44M and 75M leave out the classes of ImageNet.
     'vim-t_8xb128_in1k': 7147624,
     'vim-t-midcls_8xb128_in1k': 7148008,
+    'vim-t-midcls-plus_8xb128-30e_in1k': 7250344,
     'vim-s_8xb128_in1k': 25795816,
     'vim-s-midcls_8xb128_in1k': 25796584,
+    'vim-s-midcls-plus_8xb128-30e_in1k': 26001256,
     'vmamba-t_8xb128_in1k': 22893448,
     'vmamba-s_8xb128_in1k': 44417416,
     'vmamba-b_8xb128_in1k': 76254056,
@@ -122,7 +124,8 @@ def test_loads(name):
     assert suffix == 'digits' or cfg.default_scope == SCOPES[suffix]
     assert cfg.default_hooks.official_checkpoint.type == 'mmlocalmamba.OfficialCheckpointHook'
     assert cfg.default_hooks.checks.type == 'mmlocalmamba.TrainingChecksHook'
-    assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=None)  # `pretrained` is handed on
+    expected = dict(type='Pretrained', checkpoint=None)  # `pretrained` is handed on
+    assert cfg.model.backbone.init_cfg == dict(expected, **dict(allow=['stride']) if 'plus' in name else {})
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator',
                 'test_evaluator', 'train_cfg', 'val_cfg', 'test_cfg', 'param_scheduler'):
         assert key in cfg
@@ -267,7 +270,18 @@ def scheduled_rates(cfg, epochs, epoch_length):
     return rates
 
 
-@pytest.mark.parametrize('name', IMAGENET)
+@pytest.mark.parametrize('name', [name for name in IMAGENET if 'plus' in name])
+def test_vim_plus_recipe(name):
+    """As hustvl/Vim makes it from Vim: a constant rate, 5e-6 for 512 images and 1e-5 for 1024, and hardly any decay."""
+    cfg = load(name)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-5, 1e-8)
+    assert cfg.param_scheduler == [] and cfg.train_cfg.max_epochs == 30 and '30e' in name
+    assert 8 * cfg.train_dataloader.batch_size == 1024
+    assert cfg.model.backbone.drop_path_rate == 0 and cfg.model.backbone.stride == 8
+
+
+@pytest.mark.parametrize('name', [name for name in IMAGENET if 'plus' not in name])
 def test_imagenet_recipe(name):
     cfg = load(name)
     total = 8 * cfg.train_dataloader.batch_size

@@ -1,7 +1,5 @@
-import numpy as np
 import pytest
 import torch
-from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
@@ -71,27 +69,6 @@ def test_layer_decay_needs_a_backbone():
                                                   paramwise_cfg=dict(decay_rate=0.5)))
 
 
-def test_training_resumes_on_any_torch(tmp_path):
-    """weights_only stays on; the message hub of a checkpoint holds HistoryBuffers of numpy scalars."""
-    runner(tmp_path, 'first', epochs=1).train()
-    second = runner(tmp_path, 'second', resume=True)
-    second.train()
-    assert second.epoch == 2
-
-
-def test_only_history_buffers_use_getattr(tmp_path):
-
-    class Steal:
-
-        def __reduce__(self):
-            return getattr, (HistoryBuffer, '__init__')
-
-    torch.save(Steal(), tmp_path / 'x.pth')
-    with pytest.raises(Exception, match='refused'):
-        torch.load(tmp_path / 'x.pth', weights_only=True)
-    torch.save(dict(buffer=HistoryBuffer([1., 2.], [1, 1]), scalar=np.float64(3)), tmp_path / 'y.pth')
-    loaded = torch.load(tmp_path / 'y.pth', weights_only=True)
-    assert loaded['buffer'].mean(2) == 1.5 and loaded['scalar'] == 3
 
 
 def test_scope_is_found_without_custom_imports():

@@ -102,6 +102,83 @@ def test_gradcheck():
                                        backend='chunked', return_last_state=True), tuple(inputs.values()))
 
 
+def complex_inputs(**kwargs):
+    """A, B and C get imaginary parts."""
+    inputs, tables = directional_inputs(**kwargs)
+    generator = torch.Generator().manual_seed(2)
+    for name in ('A', 'B', 'C'):
+        x = inputs[name].detach()
+        inputs[name] = torch.complex(x, torch.randn(x.shape, generator=generator, dtype=x.dtype)).requires_grad_()
+    return inputs, tables
+
+
+def with_real_states(function):
+    """For what compares real numbers only."""
+    def wrapped(*args, **kwargs):
+        y, last = function(*args, **kwargs)
+        return y, torch.view_as_real(last)
+
+    return wrapped
+
+
+@pytest.mark.parametrize('pad,shared,scan_order', [(True, True, False), (False, True, False), (True, False, True)])
+def test_complex_states(pad, shared, scan_order):
+    """Scanned beside their conjugates they give twice as much."""
+    inputs, tables = complex_inputs(pad=pad, shared=shared, scan_order=scan_order, H=6, W=11)
+    kwargs = dict(tables=tables, in_scan_order=scan_order, delta_softplus=True)
+    pairs = {name: torch.cat([x, x.conj()], dim=-1) if x.is_complex() else x for name, x in inputs.items()}
+    leaves = list(inputs.values())
+    expected = directional_scan(**{**pairs, 'D': 2 * inputs['D']}, **kwargs, backend='reference') / 2
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    exact = [expected, *torch.autograd.grad((expected * weight).sum(), leaves)]
+    for backend in ('reference', 'chunked', None):
+        y, last = directional_scan(**inputs, **kwargs, backend=backend, return_last_state=True)
+        assert y.dtype == torch.float64 and last.dtype == torch.complex128
+        for ours, wanted in zip([y, *torch.autograd.grad((y * weight).sum(), leaves)], exact):
+            torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize('rank', [None, 2])
+@pytest.mark.parametrize('block', [1, 10 ** 6])
+def test_gradcheck_of_complex_states(monkeypatch, rank, block):
+    """In one chunk and in several."""
+    monkeypatch.setattr(chunked, '_BLOCK_ELEMENTS', block)
+    monkeypatch.setattr(chunked, '_MIN_STEPS', 2)
+    inputs, tables = complex_inputs(batch=1, H=2, W=3, D=2, N=2, rank=rank)
+    names = list(inputs)
+    assert torch.autograd.gradcheck(with_real_states(
+        lambda *args: directional_scan(**dict(zip(names, args)), tables=tables, delta_softplus=True, backend='chunked',
+                                       return_last_state=True)), tuple(inputs.values()))
+
+
+@pytest.mark.parametrize('make', [directional_inputs, complex_inputs])
+@pytest.mark.parametrize('scan_order', [False, True])
+def test_second_derivatives_of_the_reference(make, scan_order):
+    inputs, tables = make(batch=1, H=2, W=3, D=1, N=2, directions=('v_flip', 'w2'), scan_order=scan_order, rank=1)
+    names = list(inputs)
+
+    def function(*args):
+        y, last = directional_scan(**dict(zip(names, args)), tables=tables, delta_softplus=True, backend='reference',
+                                   in_scan_order=scan_order, return_last_state=True)
+        return y, (torch.view_as_real(last) if last.is_complex() else last)
+
+    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+
+
+def test_complex_states_choose_their_backend():
+    inputs, tables = complex_inputs(dtype=torch.float32)
+    for name in set(ALL_BACKENDS) - {'reference', 'chunked'}:
+        with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run here: it takes no complex A, B and C, "
+                                               'which chunked and reference do'):
+            directional_scan(**inputs, tables=tables, backend=name)
+    chosen = directional_scan(**inputs, tables=tables, delta_softplus=True)
+    assert torch.equal(chosen, directional_scan(**inputs, tables=tables, delta_softplus=True, backend='chunked'))
+    # 16 bits go with complex numbers of 32 bits each.
+    half = {name: x if x.is_complex() else x.half() for name, x in inputs.items()}
+    y, last = directional_scan(**half, tables=tables, return_last_state=True)
+    assert y.dtype == torch.float16 and last.dtype == torch.complex64
+
+
 @pytest.mark.parametrize('backend', ALL_BACKENDS)
 @pytest.mark.parametrize('groups', [None, 1, 2])
 def test_selective_scan_follows_its_definition(backend, groups):
@@ -136,8 +213,10 @@ def test_bad_input_is_named():
         directional_scan(**inputs, tables=scan_tables(DIRECTIONS, 2, 3))
     with pytest.raises(ValueError, match='tables hold 1 directions, the tensors 4'):
         directional_scan(**inputs, tables=scan_tables(['h'], 5, 7))
-    with pytest.raises(NotImplementedError, match='A is complex'):
-        directional_scan(**{**inputs, 'A': inputs['A'] + 0j}, tables=tables)
+    with pytest.raises(NotImplementedError, match='u is complex .*: only A, B and C of a scan can be'):
+        directional_scan(**{**inputs, 'u': inputs['u'] + 0j}, tables=tables)
+    with pytest.raises(TypeError, match=r'B is complex \(torch.complex128\), but A is real .*: pass A \+ 0j'):
+        directional_scan(**{**inputs, 'B': inputs['B'] + 0j}, tables=tables)
     with pytest.raises(TypeError, match='u must be a floating point'):
         directional_scan(**{**inputs, 'u': inputs['u'].long()}, tables=tables)
 

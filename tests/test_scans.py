@@ -17,8 +17,9 @@ def test_tables_are_permutations_with_an_inverse(name, H, W, pad):
     real = table[table >= 0]
     assert sorted(real.tolist()) == list(range(H * W))
     assert pad or len(table) == H * W
-    sequence = torch.where(table >= 0, torch.arange(100, 100 + H * W)[table.long()], -7)
-    assert sequence[scans.inverse(name, H, W, pad=pad).long()].tolist() == list(range(100, 100 + H * W))
+    for direction in (name, f'{name}_flip'):
+        src, inv = (table[0] for table in scans.scan_tables([direction], H, W, pad=pad))
+        assert inv.dtype == torch.int32 and src[inv].tolist() == list(range(H * W))
     assert scans.scan_index(f'{name}_flip', H, W, pad=pad).tolist() == table.tolist()[::-1]
 
 
@@ -58,7 +59,7 @@ def test_bad_names_and_sizes(name, H, W, message):
     with pytest.raises(ValueError, match=message):
         scans.scan_index(name, H, W)
     with pytest.raises(ValueError, match=message):
-        scans.inverse(name, H, W)
+        scans.scan_tables(['h', name], H, W)
 
 
 def test_register_scan(monkeypatch):
@@ -81,8 +82,31 @@ def test_register_scan(monkeypatch):
     def twice(H, W):
         return torch.zeros(H * W, dtype=torch.long)
 
-    with pytest.raises(ValueError, match='does not read every token'):
-        scans.scan_index('twice', 2, 3)
+    with pytest.raises(ValueError, match="scan 'twice' does not read every token of a 2x3 grid exactly once"):
+        scans.scan_index('twice_flip', 2, 3)
+
+    @scans.register_scan('outside<K>')
+    def outside(H, W, side):
+        return torch.arange(H * W) + side
+
+    with pytest.raises(ValueError, match="scan 'outside3' must list the tokens 0 to 5 of a 2x3 grid"):
+        scans.scan_index('outside3', 2, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.sampled_from(['h', 'v_flip', 'w2', 'w3_flip', 'hilbert', 'diag_flip']), min_size=1,
+                         max_size=4, unique=True), min_size=1, max_size=4), SIZES, SIZES, st.booleans(), st.booleans())
+def test_tables_of_several_sets_are_those_of_each(sets, H, W, pad, middle_token):
+    together = scans.scan_tables_of(sets, H, W, pad, middle_token)
+    assert set(together) == set(map(tuple, sets))
+    for names, (src, inv) in together.items():
+        assert src.shape[0] == inv.shape[0] == len(names) and inv.shape[1] == H * W + middle_token
+        for name, steps, places in zip(names, src, inv):
+            alone = scans.scan_tables([name], H, W, pad, middle_token)
+            T = alone.src.shape[1]
+            assert torch.equal(steps[:T], alone.src[0]) and (steps[T:] == -1).all()
+            assert torch.equal(places, alone.inv[0])
+            assert torch.equal(steps[places], torch.arange(H * W + middle_token, dtype=torch.int32))
 
 
 def test_middle_token_is_read_in_the_middle_of_every_direction():
@@ -96,13 +120,3 @@ def test_middle_token_is_read_in_the_middle_of_every_direction():
             plain = [token - (token > middle) for token in rest]
             expected = scans.scan_index(name, H, W).tolist()
             assert plain[:len(expected)] == expected and set(plain[len(expected):]) <= {-1}
-
-
-def test_tables_are_cached_and_usable_in_training_after_inference():
-    with torch.inference_mode():
-        tables = scans.scan_tables(['h', 'v'], 6, 5)
-    assert scans.scan_tables(['h', 'v'], 6, 5) is tables
-    assert not tables.src.is_inference() and not scans.inverse('h', 6, 5).is_inference()
-    for size in range(1, 3 * scans._CACHE_SIZE):
-        scans.scan_tables(['h'], size, 1)
-    assert scans._tables.cache_info().currsize <= scans._CACHE_SIZE

@@ -6,7 +6,9 @@ import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.files import write_whole
-from mmlocalmamba.layers import LocalVimMixer, LocalVMambaMixer, mixers
+from mmlocalmamba.layers import LocalVimMixer, LocalVMambaMixer
+from mmlocalmamba.layers import ssm as layers_ssm
+from mmlocalmamba.scans import scan_tables
 from mmlocalmamba.search import CANDIDATES, MixedScan
 from mmlocalmamba.search.directions import (
     alphas_csv,
@@ -17,20 +19,26 @@ from mmlocalmamba.search.directions import (
     top_directions,
     unchanged,
 )
-from mmlocalmamba.search.mixed_scan import inclusion_probabilities, systematic_sample
+from mmlocalmamba.search.supernet import Supernet, inclusion_probabilities, systematic_sample
 
 MIXERS = [LocalVimMixer, LocalVMambaMixer]
 SIZE = (4, 6)
 
 
-def mixer(kind, sampling, candidates=CANDIDATES, channels=8, **options):
+def mixer(kind, sampling, candidates=CANDIDATES, channels=8, scattn=True, **options):
     torch.manual_seed(0)
-    mixed_scan = MixedScan(len(candidates), sampling, **options)
-    built = kind(channels, candidates, d_state=2, mixed_scan=mixed_scan)
+    net = Supernet(kind, candidates, sampling=sampling, **options)
+    built = net.mixer(channels, net.candidates, d_state=2, scattn=scattn, **net.options)
+    assert isinstance(built, kind)
     torch.manual_seed(1)
     for parameter in built.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return built
+
+
+def run(model, x, size=SIZE):
+    tables = scan_tables(model.directions, *size)
+    return model(x, tables) if isinstance(model, LocalVimMixer) else model(x, size, tables)
 
 
 def step(model, seed=0):
@@ -38,7 +46,7 @@ def step(model, seed=0):
     torch.manual_seed(3)
     x = torch.randn(2, SIZE[0] * SIZE[1], 8)
     torch.manual_seed(seed)
-    y = model(x, SIZE)
+    y = run(model, x)
     return y.detach(), torch.autograd.grad(y.square().sum(), list(model.parameters()))
 
 
@@ -99,17 +107,17 @@ def test_single_path_approaches_the_full_sum(kind):
     torch.manual_seed(3)
     x = torch.randn(1, SIZE[0] * SIZE[1], 8)
     with torch.no_grad():
-        expected = full(x, SIZE)
-        mean = sum(sampled(x, SIZE) for _ in range(250)) / 250
+        expected = run(full, x)
+        mean = sum(run(sampled, x) for _ in range(250)) / 250
     assert (mean - expected).norm() < 0.2 * expected.norm()
 
 
 @pytest.mark.parametrize('kind', MIXERS)
 @pytest.mark.parametrize('scattn', [True, dict(spatial=True), False])
 def test_everything_sampled_is_the_full_sum(kind, scattn):
-    expected = step(mixer(kind, 'full'))
+    expected = step(mixer(kind, 'full', scattn=scattn))
     for options in (dict(sampling='single_path', samples=8), dict(sampling='partial_channel', reduction=1)):
-        out, grads = step(mixer(kind, **options))
+        out, grads = step(mixer(kind, scattn=scattn, **options))
         torch.testing.assert_close(out, expected[0])
         for grad, other in zip(grads, expected[1]):
             torch.testing.assert_close(grad, other, atol=1e-4, rtol=1e-3)
@@ -123,8 +131,8 @@ def test_only_what_is_sampled_is_scanned(kind, monkeypatch):
         seen.append((tables.src.shape[0], u.shape[-1]))
         return original(u, delta, A, B, C, D, tables, *args, **kwargs)
 
-    original = mixers.directional_scan
-    monkeypatch.setattr(mixers, 'directional_scan', scan)
+    original = layers_ssm.directional_scan
+    monkeypatch.setattr(layers_ssm, 'directional_scan', scan)
     for options in (dict(sampling='full'), dict(sampling='single_path', samples=3),
                     dict(sampling='partial_channel', reduction=4)):
         model = mixer(kind, **options)
@@ -142,7 +150,7 @@ def saved_bytes(kind, **options):
 
     model = mixer(kind, candidates=[f'w{K}' for K in range(1, 33)], **options)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = model(torch.randn(8, 36, 8), (6, 6))
+        y = run(model, torch.randn(8, 36, 8), (6, 6))
     del y
     return sum(sizes.values())
 
@@ -187,7 +195,7 @@ def test_backbones_sample_the_same_when_blocks_are_recomputed(build, options):
     (dict(sampling='some'), "sampling must be one of .*, got 'some'"),
     (dict(sampling='single_path', samples=9), 'samples must be 1 to 8'),
     (dict(reduction=0), 'reduction must be at least 1'),
-    (dict(sample=3), 'unknown options sample; a search takes candidates'),
+    (dict(sample=3), 'a direction search has no options sample: it takes candidates'),
 ])
 def test_bad_searches(directions, message):
     with pytest.raises(ValueError, match=message):

@@ -45,7 +45,7 @@ test_dataloader = dict(
                  pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
 {more}
 """
-NO_AVERAGE = "custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook')]"
+NO_AVERAGE = 'custom_hooks = []'
 
 
 @pytest.fixture(scope='module')
@@ -134,6 +134,7 @@ def build(tmp_path, model=None, ema=True, epochs=1, hook=None, **kwargs):
                               collate_fn=dict(type='default_collate')),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2)),
+        default_hooks=dict(checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=1)),
         custom_hooks=[*([dict(type='EMAHook', momentum=0.1, priority='ABOVE_NORMAL')] if ema else []),
                       dict(type='mmlocalmamba.OfficialCheckpointHook', **hook or {})], **kwargs)
 

@@ -26,7 +26,6 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 
-import mmlocalmamba  # noqa: F401  lets configurations inherit from 'mmlocalmamba::...'
 from mmlocalmamba.layers import LocalVimMixer
 from mmlocalmamba.layers.mixers import DirectionalSSM
 from mmlocalmamba.ops import BACKEND_VARIABLE
@@ -106,10 +105,11 @@ def as_in_the_paper(count, model, shape):
     for name, mixer in model.named_modules():
         if isinstance(mixer, LocalVimMixer):
             size = model.backbone.token_grid(*shape)
-            token = int(mixer.middle_token)
+            token = model.backbone.num_cls_tokens
             inner, channels = mixer.out_proj.in_features, mixer.out_proj.out_features
-            rank, state, _ = mixer.ssm.splits
-            steps = [len(scan_index(direction, *size, pad=mixer.pad)) + token for direction in mixer.directions]
+            rank, state = mixer.ssm.dt_proj_weight.shape[-1], mixer.ssm.A_log.shape[-1]
+            pad = model.backbone.window_pad == 'zero'
+            steps = [len(scan_index(direction, *size, pad=pad)) + token for direction in mixer.directions]
             value = authors_mixer_flops(
                 size[0] * size[1] + token, steps, channels, inner, len(mixer.directions), state, rank,
                 mixer.conv_weight.shape[-1], mixer.scattn.global_reduce.out_features if mixer.scattn else 0, dense)

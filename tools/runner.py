@@ -8,8 +8,6 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-import mmlocalmamba  # noqa: F401  lets configurations inherit from 'mmlocalmamba::...'
-
 
 def add_common_arguments(description):
     parser = argparse.ArgumentParser(

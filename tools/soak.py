@@ -218,7 +218,7 @@ def interrupted(job, minutes, cycles, moments):
 def losses(checkpoint):
     """Every value that was logged, but times and memory."""
     history = checkpoint['message_hub']['log_scalars']
-    return {name: (value._log_history.tolist(), value._count_history.tolist()) for name, value in history.items()
+    return {name: (value['log_history'].tolist(), value['count_history'].tolist()) for name, value in history.items()
             if not name.endswith(('time', 'memory'))}
 
 

@@ -6,6 +6,8 @@ The configuration may belong to mmpretrain, mmdet or mmsegmentation: its
 from mmengine.config import ConfigDict
 from runner import add_common_arguments, build_runner, load_config, parse_args
 
+from mmlocalmamba.engine.data import annotations_named
+
 
 def use_tta(cfg):
     """Puts the configuration's test-time augmentation around its model."""
@@ -32,7 +34,8 @@ def main():
             parser.error('--tta: the configuration has no tta_model and tta_pipeline')
         use_tta(cfg)
 
-    build_runner(cfg).test()
+    with annotations_named():
+        build_runner(cfg).test()
 
 
 if __name__ == '__main__':

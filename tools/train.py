@@ -5,6 +5,8 @@ The configuration may belong to mmpretrain, mmdet or mmsegmentation: its
 """
 from runner import add_common_arguments, build_runner, load_config, parse_args
 
+from mmlocalmamba.engine.data import annotations_named
+
 
 def main():
     parser = add_common_arguments(__doc__)
@@ -29,7 +31,8 @@ def main():
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
-    build_runner(cfg).train()
+    with annotations_named():
+        build_runner(cfg).train()
 
 
 if __name__ == '__main__':

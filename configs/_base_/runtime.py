@@ -15,10 +15,6 @@ default_hooks = dict(
 # configuration that inherits this one and as --cfg-options pretrained=FILE: TrainingChecksHook hands it on.
 pretrained = None
 
-# Before anything loads a checkpoint: inferencers do so before they build the model, and torch would
-# refuse what MMEngine writes into its checkpoints.
-custom_imports = dict(imports=['mmlocalmamba'])
-
 custom_hooks = []
 
 # No weight decay on the state space parameters, norms, biases and embeddings: one rule for the whole model and all

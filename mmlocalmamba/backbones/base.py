@@ -3,18 +3,18 @@ import copy
 import json
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmlocalmamba.registry import WEIGHT_INITIALIZERS
+from mmlocalmamba.registry import MODELS, WEIGHT_INITIALIZERS
 from mmlocalmamba.scans import check_scan
-from mmlocalmamba.search.mixed_scan import CANDIDATES, MixedScan
 
 Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
+WINDOW_PADS = ('zero', 'none')
 # What weights may need without showing it.
 FACTS = ('directions', 'stride', 'rope')
 # The results of a search with hundreds of blocks are far smaller.
@@ -22,12 +22,19 @@ _MAX_DIRECTIONS_FILE = 1 << 20
 
 
 def resolve_arch(arch: str | dict, variants: dict[str, dict], required: Sequence[str]) -> dict:
-    """A variant's name or a dict of the same keys -> a dict of our own."""
+    """A variant's name or a dict of the same keys -> a dict of our own.
+
+    Raises:
+        ValueError: an unknown name or key, a key that is missing.
+        TypeError: neither a name nor a dict.
+    """
     if isinstance(arch, str):
         if arch not in variants:
             raise ValueError(f'unknown arch {arch!r}: known are {", ".join(variants)}, or a dict with '
                              f'{", ".join(required)}')
         return copy.deepcopy(variants[arch])
+    if not isinstance(arch, dict):
+        raise TypeError(f'arch must be a name or a dict, got {arch!r}')
     missing = [key for key in required if key not in arch]
     if missing:
         raise ValueError(f'arch {dict(arch)} lacks {", ".join(missing)}')
@@ -56,13 +63,13 @@ def load_directions(path: str) -> list:
     return content
 
 
-def resolve_search(directions: Directions) -> tuple[Directions, Callable[[], MixedScan | None]]:
-    """Directions without the search's options, and a function that makes each block's relaxed choice, if it is a
-    search.
+def resolve_search(directions: Directions, mixer: type[nn.Module]) -> tuple[Directions, type[nn.Module], dict]:
+    """Directions, class of the mixers and further arguments of theirs: those given, but in a search.
 
     Args:
         directions: as in :func:`resolve_directions`; a search is 'search' or dict(candidates=[...], **options), the
-            options being those of MixedScan.
+            arguments of :class:`mmlocalmamba.search.supernet.Supernet`.
+        mixer: class of the mixers outside of a search.
 
     Raises:
         ValueError: unknown options, candidates that are no list of different names, options out of range.
@@ -70,16 +77,9 @@ def resolve_search(directions: Directions) -> tuple[Directions, Callable[[], Mix
     if directions == SEARCH:
         directions = {}
     if not isinstance(directions, dict):
-        return directions, lambda: None
-    options = dict(directions)
-    candidates = options.pop('candidates', CANDIDATES)
-    unknown = sorted(set(options) - {'sampling', 'samples', 'reduction'})
-    if unknown:
-        raise ValueError(f'directions={dict(directions)} has unknown options {", ".join(unknown)}; a search takes '
-                         'candidates, sampling, samples and reduction')
-    if not isinstance(candidates, (list, tuple)) or not candidates or len(set(candidates)) != len(candidates):
-        raise ValueError(f'candidates of a search must be a list of different scan names, got {candidates!r}')
-    return candidates, lambda: MixedScan(len(candidates), **options)
+        return directions, mixer, {}
+    supernet = MODELS.get('mmlocalmamba.Supernet')(mixer, **directions)
+    return supernet.candidates, supernet.mixer, supernet.options
 
 
 def resolve_directions(directions: Directions, default: Directions, depth: int) -> list[tuple[str, ...]]:
@@ -122,7 +122,9 @@ def resolve_directions(directions: Directions, default: Directions, depth: int) 
 
 def resolve_out_indices(out_indices: int | Sequence[int], count: int) -> tuple[int, ...]:
     """Sorted, non-negative indices of the stages or blocks that give outputs."""
-    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    indices = [out_indices] if isinstance(out_indices, int) else out_indices
+    if not isinstance(indices, (list, tuple)) or not all(isinstance(index, int) for index in indices):
+        raise TypeError(f'out_indices must be an int or a list of ints, got {out_indices!r}')
     for index in indices:
         if not -count <= index < count:
             raise ValueError(f'out_indices {out_indices} is out of range: there are {count} stages or blocks')
@@ -130,6 +132,12 @@ def resolve_out_indices(out_indices: int | Sequence[int], count: int) -> tuple[i
     if not resolved or len(set(resolved)) != len(resolved):
         raise ValueError(f'out_indices {out_indices} must name at least one stage or block, each once')
     return resolved
+
+
+def check_window_pad(window_pad: str) -> str:
+    if window_pad not in WINDOW_PADS:
+        raise ValueError(f'window_pad must be one of {WINDOW_PADS}, got {window_pad!r}')
+    return window_pad
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -155,6 +163,12 @@ class LocalMambaBackbone(BaseModule):
         self.register_load_state_dict_pre_hook(_prepare_to_load)
 
     def init_weights(self) -> None:
+        """Initialise every parameter anew, also of a model that was built on the meta device, then as ``init_cfg``
+        says."""
+        for module in reversed(list(self.modules())):  # who holds a module may go on from its values
+            if module is not self and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        self.reset_parameters()
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
         pretrained = [cfg for cfg in cfgs if cfg and cfg['type'] == 'Pretrained']
         if not pretrained:
@@ -170,6 +184,9 @@ class LocalMambaBackbone(BaseModule):
     def load_pretrained(self, checkpoint: str | None, **options: Any) -> None:
         """Load weights from a file or URL; options and errors are those of :class:`mmlocalmamba.weights.Pretrained`."""
         WEIGHT_INITIALIZERS.build(dict(type='mmlocalmamba.Pretrained', checkpoint=checkpoint, **options))(self)
+
+    def reset_parameters(self) -> None:
+        """Of the parameters that the backbone itself holds, and what depends on its depth."""
 
     def facts(self) -> dict[str, Any]:
         """What these weights need and their shapes do not show. State dicts carry it as metadata."""

@@ -16,15 +16,22 @@ from mmlocalmamba.backbones.base import (
     Directions,
     LocalMambaBackbone,
     check_frozen_stages,
+    check_window_pad,
     drop_path_rates,
     resolve_arch,
     resolve_directions,
     resolve_out_indices,
     resolve_search,
 )
-from mmlocalmamba.layers import LocalVimMixer, resize_pos_embed, resized_rotary_tables, rotary_tables
-from mmlocalmamba.ops import add_rms_norm
+from mmlocalmamba.layers import (
+    LocalVimMixer,
+    ResidualRMSNorm,
+    resize_pos_embed,
+    resized_rotary_tables,
+    rotary_tables,
+)
 from mmlocalmamba.registry import MODELS
+from mmlocalmamba.scans import ScanTables, scan_tables_of
 
 _EPS = 1e-5
 # Positions are scaled to the token grid of ImageNet pre-training, whatever the image size, as in Vim.
@@ -35,35 +42,28 @@ OUT_FEATURES = ('mixer', 'residual')
 ROPES = (True, False, 'resized')
 
 
-class AddRMSNorm(nn.RMSNorm):
-    """RMSNorm of the residual stream after another sum and rotation; see :func:`mmlocalmamba.ops.add_rms_norm`."""
-
-    def forward(self, x: Tensor, residual: Tensor | None,
-                tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, self.eps, *(tables or ()))
-
-
 class LocalVimBlock(BaseModule):
     """Add -> rotate -> RMSNorm -> mixer; returns the mixer's output and the residual stream, kept in float32 under
     autocast."""
 
-    def __init__(self, channels: int, drop_path: float, with_cp: bool, **mixer) -> None:
+    def __init__(self, mixer: nn.Module, channels: int, drop_path: float, with_cp: bool) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.norm = AddRMSNorm(channels, eps=_EPS)
-        self.mixer = LocalVimMixer(channels, **mixer)
+        self.norm = ResidualRMSNorm(channels, eps=_EPS)
+        self.mixer = mixer
         self.drop_path = DropPath(drop_path)
 
-    def _forward(self, x: Tensor, residual: Tensor | None, size: tuple[int, int],
-                 tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        x, residual = self.norm(x if residual is None else self.drop_path(x), residual, tables)
-        return self.mixer(x, size), residual
+    def _forward(self, x: Tensor, residual: Tensor | None, tables: ScanTables,
+                 rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        x, residual = self.norm(x if residual is None else self.drop_path(x), residual, rotary)
+        return self.mixer(x, tables), residual
 
-    def forward(self, x: Tensor, residual: Tensor | None, size: tuple[int, int],
-                tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, tables: ScanTables,
+                rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """x, residual (B, L, C), tables of the mixer's directions, rotary tables -> the mixer's output, residual."""
         if self.with_cp and x.requires_grad:
-            return checkpoint(self._forward, x, residual, size, tables, use_reentrant=False)
-        return self._forward(x, residual, size, tables)
+            return checkpoint(self._forward, x, residual, tables, rotary, use_reentrant=False)
+        return self._forward(x, residual, tables, rotary)
 
 
 @MODELS.register_module()
@@ -131,7 +131,8 @@ class LocalVim(LocalMambaBackbone):
         super().__init__(frozen_stages, init_cfg)
         arch = resolve_arch(arch, LOCAL_VIM, ('embed_dims', 'num_layers'))
         self.embed_dims, depth = arch.pop('embed_dims'), arch.pop('num_layers')
-        directions, mixed_scan = resolve_search(directions)
+        directions, mixer, options = resolve_search(directions, LocalVimMixer)
+        self.window_pad = check_window_pad(window_pad)
         self.directions = resolve_directions(directions, arch.pop('directions', None), depth)
         self.out_indices = resolve_out_indices(out_indices, depth)
         check_frozen_stages(frozen_stages, depth)
@@ -151,7 +152,7 @@ class LocalVim(LocalMambaBackbone):
             raise ValueError(f'rope needs embed_dims divisible by 4, got {self.embed_dims}')
 
         self.out_type, self.out_feature, self.rope = out_type, out_feature, rope
-        self.tokens = int(cls_token == 'middle')
+        self.num_cls_tokens = int(cls_token == 'middle')
         self.patch_size, self.stride = patch_size, patch_size if stride is None else stride
         if not 0 < self.stride <= patch_size:
             raise ValueError(f'stride must be from 1 to patch_size {patch_size}, got {stride}')
@@ -159,26 +160,32 @@ class LocalVim(LocalMambaBackbone):
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims, kernel_size=patch_size, stride=self.stride,
                                       padding=0)
         self.grid = self.token_grid(*img_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + self.tokens, self.embed_dims))
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims)) if self.tokens else None
+        tokens = self.grid[0] * self.grid[1] + self.num_cls_tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, self.embed_dims))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dims)) if self.num_cls_tokens else None
 
         drop_paths = [0., *drop_path_rates(drop_path_rate, depth)]
         self.layers = nn.ModuleList([
-            LocalVimBlock(self.embed_dims, drop_paths[index], with_cp, directions=self.directions[index],
-                          scattn=scattn, window_pad=window_pad, middle_token=bool(self.tokens),
-                          mixed_scan=mixed_scan(), **arch)
+            LocalVimBlock(mixer(self.embed_dims, self.directions[index], scattn=scattn, **arch, **options),
+                          self.embed_dims, drop_paths[index], with_cp)
             for index in range(depth)
         ])
-        for layer in self.layers:  # GPT-2's rescaling of the residual branches, as in Mamba
-            nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=5 ** 0.5)
-            layer.mixer.out_proj.weight.data /= depth ** 0.5
         if out_type == 'featmap':
             self.out_norms = nn.ModuleList([nn.LayerNorm(self.embed_dims) for _ in self.out_indices])
         else:
             self.drop_path = DropPath(drop_path_rate)
             self.norm = nn.RMSNorm(self.embed_dims, eps=_EPS)
+        self.reset_parameters()
         self._freeze()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        for layer in self.layers:  # GPT-2's rescaling of the residual branches, as in Mamba
+            nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=5 ** 0.5)
+            with torch.no_grad():
+                layer.mixer.out_proj.weight /= len(self.layers) ** 0.5
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W), H and W >= patch_size -> see ``out_type``."""
@@ -188,21 +195,23 @@ class LocalVim(LocalMambaBackbone):
         bottom, right = (-(side - self.patch_size) % self.stride for side in x.shape[-2:])
         x, size = self.patch_embed(F.pad(x, (0, right, 0, bottom)))
         middle = x.shape[1] // 2
-        if self.tokens:
+        if self.num_cls_tokens:
             x = torch.cat([x[:, :middle], self.cls_token.expand(len(x), -1, -1).to(x.dtype), x[:, middle:]], dim=1)
-        x = x + resize_pos_embed(self.pos_embed, self.grid, size, self.tokens)
-        tables = None
+        x = x + resize_pos_embed(self.pos_embed, self.grid, size, self.num_cls_tokens)
+        rotary = None
         if self.rope == 'resized':
-            tables = resized_rotary_tables(*size, self.embed_dims, _ROPE_SIZE, self.grid, x.device)
+            rotary = resized_rotary_tables(*size, self.embed_dims, _ROPE_SIZE, self.grid, x.device)
         elif self.rope:
-            tables = rotary_tables(*size, self.embed_dims, _ROPE_SIZE, x.device)
+            rotary = rotary_tables(*size, self.embed_dims, _ROPE_SIZE, x.device)
+        tables = scan_tables_of([layer.mixer.directions for layer in self.layers], *size,
+                                pad=self.window_pad == 'zero', middle_token=bool(self.num_cls_tokens), device=x.device)
 
         residual, outs = None, []
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, size, tables)
+            x, residual = layer(x, residual, tables[layer.mixer.directions], rotary)
             if self.out_type == 'featmap' and index in self.out_indices:
                 out = x if self.out_feature == 'mixer' else residual + x
-                if self.tokens:
+                if self.num_cls_tokens:
                     out = torch.cat([out[:, :middle], out[:, middle + 1:]], dim=1)
                 out = self.out_norms[len(outs)](out)
                 outs.append(out.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
@@ -234,11 +243,12 @@ class LocalVim(LocalMambaBackbone):
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         loaded = weights.get('pos_embed')
         if loaded is not None and loaded.shape != self.pos_embed.shape and loaded.shape[-1] == self.embed_dims:
-            side = round((loaded.shape[1] - self.tokens) ** 0.5)
-            if side * side + self.tokens == loaded.shape[1]:
+            side = round((loaded.shape[1] - self.num_cls_tokens) ** 0.5)
+            if side * side + self.num_cls_tokens == loaded.shape[1]:
                 print_log(f'{type(self).__name__}: positions of {side}x{side} tokens were resized to '
                           f'{self.grid[0]}x{self.grid[1]}', logger='current')
-                weights = {**weights, 'pos_embed': resize_pos_embed(loaded, (side, side), self.grid, self.tokens)}
+                loaded = resize_pos_embed(loaded, (side, side), self.grid, self.num_cls_tokens)
+                weights = {**weights, 'pos_embed': loaded}
         return weights
 
     def is_new_for_task(self, name: str) -> bool:

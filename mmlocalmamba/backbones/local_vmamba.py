@@ -12,6 +12,7 @@ from mmlocalmamba.backbones.base import (
     Directions,
     LocalMambaBackbone,
     check_frozen_stages,
+    check_window_pad,
     drop_path_rates,
     resolve_arch,
     resolve_directions,
@@ -20,25 +21,47 @@ from mmlocalmamba.backbones.base import (
 )
 from mmlocalmamba.layers import LocalVMambaMixer
 from mmlocalmamba.registry import MODELS
+from mmlocalmamba.scans import ScanTables, scan_tables_of
 
 
 class LocalVMambaBlock(BaseModule):
     """x + drop_path(mixer(norm(x))) on tokens (B, H*W, C)."""
 
-    def __init__(self, channels: int, drop_path: float, with_cp: bool, **mixer) -> None:
+    def __init__(self, mixer: nn.Module, channels: int, drop_path: float, with_cp: bool) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.norm = nn.LayerNorm(channels)
-        self.mixer = LocalVMambaMixer(channels, **mixer)
+        self.mixer = mixer
         self.drop_path = DropPath(drop_path)
 
-    def _forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x), size))
+    def _forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x), size, tables))
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
         if self.with_cp and x.requires_grad:
-            return checkpoint(self._forward, x, size, use_reentrant=False)
-        return self._forward(x, size)
+            return checkpoint(self._forward, x, size, tables, use_reentrant=False)
+        return self._forward(x, size, tables)
+
+
+class LocalVMambaStage(nn.Module):
+    """Blocks at one resolution, then patch merging, unless it is the last stage."""
+
+    def __init__(self, blocks: Sequence[LocalVMambaBlock], channels: int, next_channels: int | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = None if next_channels is None else PatchMerging(channels, next_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.downsample is not None:
+            nn.init.trunc_normal_(self.downsample.reduction.weight, std=0.02)
+
+    def forward(self, x: Tensor, size: tuple[int, int], pad: bool) -> Tensor:
+        """x (B, H*W, C), size (H, W) -> the same shape, before the merging."""
+        tables = scan_tables_of([block.mixer.directions for block in self.blocks], *size, pad=pad, device=x.device)
+        for block in self.blocks:
+            x = block(x, size, tables[block.mixer.directions])
+        return x
 
 
 @MODELS.register_module()
@@ -92,7 +115,8 @@ class LocalVMamba(LocalMambaBackbone):
         if len(self.embed_dims) != len(self.depths):
             raise ValueError(f'arch has {len(self.embed_dims)} embed_dims for {len(self.depths)} depths')
         depth = sum(self.depths)
-        directions, mixed_scan = resolve_search(directions)
+        directions, mixer, options = resolve_search(directions, LocalVMambaMixer)
+        self.window_pad = check_window_pad(window_pad)
         self.directions = resolve_directions(directions, arch.pop('directions', None), depth)
         self.out_indices = resolve_out_indices(out_indices, len(self.depths))
         check_frozen_stages(frozen_stages, len(self.depths))
@@ -101,22 +125,15 @@ class LocalVMamba(LocalMambaBackbone):
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims[0], kernel_size=patch_size, stride=patch_size,
                                       padding=0, norm_cfg=dict(type='LN'))
         drop_paths = drop_path_rates(drop_path_rate, depth)
+        widths = [*self.embed_dims, None]
         self.stages = nn.ModuleList()
         for index, (channels, stage_depth) in enumerate(zip(self.embed_dims, self.depths)):
             first = sum(self.depths[:index])
-            blocks = nn.ModuleList([
-                LocalVMambaBlock(
-                    channels, drop_paths[block], with_cp, directions=self.directions[block], scattn=scattn,
-                    window_pad=window_pad, mixed_scan=mixed_scan(), **arch)
+            self.stages.append(LocalVMambaStage([
+                LocalVMambaBlock(mixer(channels, self.directions[block], scattn=scattn, **arch, **options), channels,
+                                 drop_paths[block], with_cp)
                 for block in range(first, first + stage_depth)
-            ])
-            last = index == len(self.depths) - 1
-            stage = nn.Module()
-            stage.blocks = blocks
-            stage.downsample = None if last else PatchMerging(channels, self.embed_dims[index + 1])
-            self.stages.append(stage)
-            if not last:
-                nn.init.trunc_normal_(stage.downsample.reduction.weight, std=0.02)
+            ], channels, widths[index + 1]))
         for index in self.out_indices:
             self.add_module(f'norm{index}', nn.LayerNorm(self.embed_dims[index]))
         self._freeze()
@@ -129,8 +146,7 @@ class LocalVMamba(LocalMambaBackbone):
         x, size = self.patch_embed(x)
         outs = []
         for index, stage in enumerate(self.stages):
-            for block in stage.blocks:
-                x = block(x, size)
+            x = stage(x, size, pad=self.window_pad == 'zero')
             if index in self.out_indices:
                 out = getattr(self, f'norm{index}')(x)
                 outs.append(out.unflatten(1, size).permute(0, 3, 1, 2).contiguous())

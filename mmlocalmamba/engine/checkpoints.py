@@ -1,4 +1,8 @@
-"""Checkpoints that are whole, whatever the moment a process is killed in."""
+"""Checkpoints that are whole, whatever the moment a process is killed in, and that any process can read.
+
+MMEngine writes a few Python objects into its checkpoints, which torch.load refuses with weights_only=True, the default
+since torch 2.6. Here they become numbers and tensors: MMEngine's inferencers, too, load before they build anything.
+"""
 import glob
 import logging
 import os
@@ -6,11 +10,15 @@ import re
 import zipfile
 from typing import Any
 
+import numpy as np
+import torch
 from mmengine import dist
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
-from mmengine.logging import print_log
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import find_latest_checkpoint
 
+from mmlocalmamba.compat import weights_only
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 
@@ -38,6 +46,30 @@ def is_whole(path: str) -> bool:
         return False
 
 
+_HISTORY = {'log_history', 'count_history', 'max_length'}
+
+
+def plain(value: Any) -> Any:
+    """HistoryBuffers, arrays and scalars of numpy inside of dicts, lists and tuples are replaced."""
+    if isinstance(value, HistoryBuffer):
+        log, count = value.data
+        return dict(log_history=torch.tensor(log), count_history=torch.tensor(count), max_length=value.max_length)
+    if isinstance(value, dict):
+        return type(value)((key, plain(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return value
+
+
+def histories(scalars: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`plain` made of HistoryBuffers in a message hub's ``log_scalars`` is one again; others stay."""
+    return {name: HistoryBuffer(value['log_history'].numpy(force=True), value['count_history'].numpy(force=True),
+                                value['max_length'])
+            if isinstance(value, dict) and value.keys() == _HISTORY else value for name, value in scalars.items()}
+
+
 @dist.master_only
 def save_to_resume_from(runner: Any, name: str) -> None:
     """Write a checkpoint between two iterations into the work directory. ``resume`` takes it next."""
@@ -52,13 +84,29 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     A local file is written beside its place, synced and renamed. Older ones are removed after that, so that there is
     room for one more than ``max_keep_ckpts`` needed. Resuming (without load_from) takes the newest whole checkpoint if
-    ``last_checkpoint`` names none. All arguments are MMEngine's.
+    ``last_checkpoint`` names none.
+
+    Checkpoints hold numbers and tensors alone and are loaded with ``weights_only=True`` on any torch
+    (:func:`mmlocalmamba.compat.load_checkpoint`), to resume, to test and as ``load_from``; so are MMEngine's own.
+
+    All arguments are MMEngine's.
     """
 
     def before_run(self, runner: Any) -> None:
         if runner._resume and runner._load_from is None:
             self._mend_last_checkpoint(runner)
             dist.barrier()
+            runner._load_from = find_latest_checkpoint(runner.work_dir)
+        if runner._load_from is not None:
+            runner._load_from = weights_only(runner._load_from)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        checkpoint.update({key: plain(checkpoint[key]) for key in ('meta', 'message_hub')})
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        hub = checkpoint.get('message_hub')
+        if hub:
+            hub['log_scalars'] = histories(hub.get('log_scalars', {}))
 
     @dist.master_only
     def _mend_last_checkpoint(self, runner: Any) -> None:

@@ -1,9 +1,11 @@
 """Dataloaders that can be taken up at any batch, with random numbers that belong to the sample."""
 import itertools
 import random
+import traceback
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,25 @@ def seed_everything(*key: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def annotations_named() -> Iterator[None]:
+    """While datasets are built, an error in an annotation file names the file, which a JSON parser does not know.
+
+    Raises:
+        RuntimeError: the file was not read.
+    """
+    try:
+        yield
+    except Exception as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_name == 'load_data_list':
+                path = getattr(frame.f_locals.get('self'), 'ann_file', None)
+                if path and path not in str(error):
+                    raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
+                                       f'{error})') from error
+        raise
 
 
 class _Batch:

@@ -20,7 +20,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
 from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE, PREEMPTED_FILE, save_to_resume_from
-from mmlocalmamba.engine.data import Loaders, seed_everything
+from mmlocalmamba.engine.data import Loaders, annotations_named, seed_everything
 from mmlocalmamba.engine.preemption import EXIT_PREEMPTED, Preemption, signals_held
 from mmlocalmamba.registry import LOOPS
 
@@ -66,10 +66,13 @@ class ResumableLoop(BaseLoop):
     Attributes:
         loaders: all data of the training, see :class:`Loaders`; ``data`` are those of the weights.
         validation_due: whether the validation after the last iteration has yet to take place.
+        optim_wrapper: what the model's train_step gets: the runner's, or what a hook put before it in ``before_train``.
+        at_end: what hooks want to be called when the training ends, in whatever way.
     """
 
     def _own(self, runner: Any, dataloader: Any, preemptible: bool) -> None:
-        BaseLoop.__init__(self, runner, dataloader)
+        with annotations_named():
+            BaseLoop.__init__(self, runner, dataloader)
         self.loaders = Loaders(runner)
         self.data = self.loaders.add('train', self.dataloader)
         if preemptible and not isinstance(runner, Runner):
@@ -79,6 +82,8 @@ class ResumableLoop(BaseLoop):
         self.preemption = Preemption(preemptible)
         self.validation_due = self.validating = False
         self.common_batches = 0
+        self.optim_wrapper: Any = None
+        self.at_end = ExitStack()
         self.recorded: tuple | None = None  # where the last checkpoint was written
         self._ranks: list[dict] = []
         self._ranks_at: tuple | None = None
@@ -91,16 +96,22 @@ class ResumableLoop(BaseLoop):
         self._restore_rank()
         if self.runner.val_loop is not None:
             self.loaders.shield(self.runner.val_loop.dataloader)
+        self.optim_wrapper = self.runner.optim_wrapper
         try:
-            with self.preemption:
+            with self.at_end, self.preemption:
                 self.runner.call_hook('before_train')
                 yield
                 self.runner.call_hook('after_train')
         finally:
             self.loaders.close()
 
-    def _seed_iteration(self) -> None:
+    def _iterate(self, number: int, batch: Any) -> None:
+        """One iteration, with the random numbers of its own."""
         seed_everything(self.runner.seed, _ITERATION, self._iter * dist.get_world_size() + dist.get_rank())
+        self.runner.call_hook('before_train_iter', batch_idx=number, data_batch=batch)
+        outputs = self.runner.model.train_step(batch, optim_wrapper=self.optim_wrapper)
+        self.runner.call_hook('after_train_iter', batch_idx=number, data_batch=batch, outputs=outputs)
+        self._iter += 1
 
     def _decide_on_validation(self, done: int, end: int) -> None:
         """After ``done`` epochs or iterations of ``end``."""
@@ -261,8 +272,7 @@ class EpochBasedTrainLoop(ResumableLoop, MMEngineEpochBasedTrainLoop):
         self._epoch += 1
 
     def run_iter(self, idx: int, data_batch: Any) -> None:
-        self._seed_iteration()
-        super().run_iter(idx, data_batch)
+        self._iterate(idx, data_batch)
 
 
 @LOOPS.register_module()
@@ -293,9 +303,8 @@ class IterBasedTrainLoop(ResumableLoop, MMEngineIterBasedTrainLoop):
         return self.runner.model
 
     def run_iter(self, data_batch: Any) -> None:
-        self._seed_iteration()
         self._decide_on_validation(self._iter + 1, self._max_iters)
-        super().run_iter(data_batch)
+        self._iterate(self._iter, data_batch)
 
 
 def need_own_loop(runner: Any, hook: Hook, why: str) -> ResumableLoop:

@@ -1,21 +1,20 @@
 """Positions of LocalVim: rotary embedding of 2-D tokens, resizing of the learned embedding."""
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmlocalmamba.sizes import of_size
+
 _THETA = 10000.
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _make(H: int, W: int, channels: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     half = channels // 2
-    frequencies = _THETA ** (-torch.arange(0, half, 2)[:half // 2].float() / half)
+    # In float32 whatever the default dtype.
+    frequencies = _THETA ** (torch.arange(0, half, 2, dtype=torch.float32) / -half)
 
     def angles(n: int) -> Tensor:
-        positions = torch.arange(n) / n * size
+        positions = torch.arange(n, dtype=torch.float32) / n * size
         return torch.outer(positions, frequencies).repeat_interleave(2, dim=-1)
 
     rows, cols = angles(H), angles(W)
@@ -23,7 +22,7 @@ def _rotary_tables(H: int, W: int, channels: int, size: int, device: torch.devic
     return angle.cos(), angle.sin()
 
 
-def rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(H: int, W: int, channels: int, size: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines for a token grid, as EVA-02's rotary embedding, which Vim and LocalVim use.
 
     Angles are recomputed for the actual grid, with positions scaled to the ``size`` x ``size`` grid of pre-training.
@@ -34,16 +33,16 @@ def rotary_tables(H: int, W: int, channels: int, size: int, device: torch.device
         H, W: token grid.
         channels: rotated channels, divisible by 4: the first half turns with the row, the second with the column.
         size: side of the grid at pre-training.
-        device: where the (cached) tables live.
+        device: where the tables live.
 
     Returns:
-        cos, sin: float32 (H*W, channels). Do not write to them.
+        cos, sin: float32 (H*W, channels). Shared and cached: do not write to them.
     """
-    return _rotary_tables(H, W, channels, size, torch.device(device))
+    return of_size(lambda device, traced: _make(H, W, channels, size, device), device, 'rotary', H, W, channels, size)
 
 
 def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[int, int],
-                          device: torch.device) -> tuple[Tensor, Tensor]:
+                          device: str | torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines as the code of LocalMamba's authors has them away from the grid of pre-training: those of that
     grid, resized bicubically to the model's own grid when a model is loaded, and from there to the grid of an image.
     They are no rotation any more, but what a detector was trained with there.
@@ -52,10 +51,13 @@ def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[
         H, W, channels, size, device: as for :func:`rotary_tables`.
         grid: of the model, i.e. of its ``img_size``.
     """
-    tables = rotary_tables(size, size, channels, size, device)
-    for old, new in (((size, size), grid), (grid, (H, W))):
-        tables = tuple(resize_pos_embed(table[None], old, new)[0] for table in tables)
-    return tables
+    def make(device: torch.device, traced: bool) -> tuple[Tensor, Tensor]:
+        tables = _make(size, size, channels, size, device)
+        for old, new in (((size, size), grid), (grid, (H, W))):
+            tables = tuple(resize_pos_embed(table[None], old, new)[0] for table in tables)
+        return tables
+
+    return of_size(make, device, 'resized rotary', H, W, channels, size, grid)
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int = 0) -> Tensor:

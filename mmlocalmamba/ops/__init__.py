@@ -4,6 +4,9 @@
 ``MMLOCALMAMBA_BACKEND`` or the argument names one instead, and naming one that cannot run is an error. Scans are
 computed in float32 (float64 for float64 inputs) whatever the dtype of the inputs or of autocast.
 """
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +19,8 @@ from mmlocalmamba.ops.dispatch import (
     autocasts,
     available_backends,
     check_dtypes,
+    check_states,
+    compute_dtype,
     expect_shape,
     fused_op,
     run_scan,
@@ -52,8 +57,8 @@ def directional_scan(u: Tensor,
     Args:
         u: (B, L, D) tokens shared by all directions, or (B, K, L, D).
         delta: (B, K, L, D) step sizes before bias and softplus; with ``dt_weight`` (B, K, L, R), their low-rank factor.
-        A: (K, D, N) state matrices, diagonal, real, negative for a stable scan.
-        B, C: (B, K, L, N).
+        A: (K, D, N) state matrices, diagonal, of negative real part for a stable scan.
+        B, C: (B, K, L, N). If A is complex they may be; outputs are 2 Re(C h) then.
         D: (K, D) skip weights, or None.
         tables: :func:`mmlocalmamba.scans.scan_tables` for these tokens, on the device of u.
         delta_bias: (K, D) or None.
@@ -67,12 +72,12 @@ def directional_scan(u: Tensor,
 
     Returns:
         y (B, K, L, D) in u's dtype, and with ``return_last_state`` the states (B, K, D, N) in float32 (float64 for
-        float64 inputs).
+        float64 inputs), or the complex dtype of that precision.
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend.
-        TypeError, NotImplementedError: integer or complex tensors.
-        RuntimeError: the backend that was named cannot run here.
+        TypeError, NotImplementedError: integer tensors; complex ones other than A, B and C; B or C alone complex.
+        RuntimeError: the backend that was named cannot run here, or takes no complex A.
     """
     src, inv = tables if tables is not None else (None, None)
     inputs = ScanInputs(u, delta, A, B, C, D, src, inv, delta_bias, dt_weight, delta_softplus, in_scan_order).check()
@@ -96,8 +101,10 @@ def selective_scan(u: Tensor,
 
     Args:
         u, delta: (B, D, L).
-        A: (D, N), real.
-        B, C: (B, N, L), or (B, G, N, L) for G groups of D / G consecutive channels.
+        A: (D, N), real or complex; outputs are 2 Re(C h) if it is complex.
+        B, C: (B, N, L), or (B, G, N, L) for G groups of D / G consecutive channels, or (D, N) where they are constant
+            (each channel is a group of its own then, which is slower). With a complex A they are complex; those that
+            vary may also be real and of length 2 L, real and imaginary parts in turns, as ``mamba_ssm`` has them.
         D: (D,) or None.
         z: (B, D, L) or None; the output is multiplied by silu(z).
         delta_bias: (D,) or None.
@@ -107,12 +114,13 @@ def selective_scan(u: Tensor,
 
     Returns:
         out (B, D, L) in u's dtype, and with ``return_last_state`` the state (B, D, N) in float32 (float64 for float64
-        inputs).
+        inputs), or the complex dtype of that precision.
 
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`directional_scan`.
     """
-    check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_dtypes(u=u, delta=delta, D=D, z=z, delta_bias=delta_bias)
+    check_states(A, B, C)
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(f'u must be (B, D, L) and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}')
     batch, width, L = u.shape
@@ -122,19 +130,12 @@ def selective_scan(u: Tensor,
     expect_shape('D', D, (width, ), '(D,)')
     expect_shape('z', z, (batch, width, L), '(B, D, L)')
     expect_shape('delta_bias', delta_bias, (width, ), '(D,)')
-    if B.dim() == 2 or C.dim() == 2:
-        raise NotImplementedError('input-independent B or C (D, N) is not supported: expand to (B, N, L)')
-    B = B[:, None] if B.dim() == 3 else B
-    C = C[:, None] if C.dim() == 3 else C
-    G = max(B.shape[1], C.shape[1])
-    if width % G:
-        raise ValueError(f'{width} channels cannot be split into {G} groups')
-    B, C = (x.expand(-1, G, -1, -1) if x.shape[1] == 1 else x for x in (B, C))
-    expect_shape('B', B, (batch, G, N, L), '(B, G, N, L)')
-    expect_shape('C', C, (batch, G, N, L), '(B, G, N, L)')
+    B, C = _of_groups('B', B, A, batch, L), _of_groups('C', C, A, batch, L)
+    G = math.lcm(B.shape[1], C.shape[1])
+    B, C = (x[:, :, None].expand(-1, -1, G // x.shape[1], -1, -1).flatten(1, 2) for x in (B, C))
 
     def tokens(x: Tensor) -> Tensor:
-        return x.reshape(batch, G, -1, L).transpose(2, 3)
+        return x.reshape(batch, G, width // G, L).transpose(2, 3)
 
     def channels(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(G, width // G, *x.shape[1:])
@@ -147,6 +148,29 @@ def selective_scan(u: Tensor,
         y = y * F.silu(z.to(y.dtype))
     y = y.to(u.dtype)
     return (y, last.reshape(batch, width, N)) if return_last_state else y
+
+
+def _of_groups(name: str, x: Tensor, A: Tensor, batch: int, L: int) -> Tensor:
+    """B or C of :func:`selective_scan` as (B, G, N, L) for some G that divides D."""
+    width, N = A.shape
+    if x.dim() == 2:
+        expect_shape(name, x, (width, N), '(D, N)')
+        if A.is_complex() and not x.is_complex():
+            raise TypeError(f'a constant {name} must be complex like A, got {x.dtype}')
+        return x[None, :, :, None].expand(batch, -1, -1, L)
+    if x.dim() not in (3, 4):
+        raise ValueError(f'{name} must be (D, N), (B, N, L) or (B, G, N, L), got {tuple(x.shape)}')
+    x = x[:, None] if x.dim() == 3 else x
+    if A.is_complex() and not x.is_complex():
+        if x.shape[-1] != 2 * L:
+            raise ValueError(f'{name} of a complex A must be complex or of length 2 L = {2 * L}, '
+                             f'got length {x.shape[-1]}')
+        x = torch.view_as_complex(x.to(compute_dtype(x)).unflatten(-1, (L, 2)).contiguous())
+    G = x.shape[1]
+    if G == 0 or width % G:
+        raise ValueError(f'{width} channels cannot be split into {G} groups')
+    expect_shape(name, x, (batch, G, N, L), '(B, G, N, L)')
+    return x
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

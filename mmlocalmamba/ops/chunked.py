@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmlocalmamba.ops.dispatch import Backend, ScanInputs
-from mmlocalmamba.ops.scan_order import from_scan_order, step_size, to_scan_order
+from mmlocalmamba.ops.scan_order import from_scan_order, real_output, step_size, to_scan_order
 
 # State elements one step works on: enough to hide the cost of launching an operation, few enough to stay in cache.
 _STEP_ELEMENTS = 1 << 17
@@ -27,13 +27,13 @@ _MIN_STEPS = 8
 def _chunk_steps(G: int, T: int, D: int, N: int) -> int:
     """Steps per chunk, so that all chunks together work on about _STEP_ELEMENTS state elements a step."""
     chunks = max(1, min(_STEP_ELEMENTS // max(1, G * D * N), T // _MIN_STEPS, int(T ** 0.5)))
-    return -(-T // chunks)
+    return max(1, -(-T // chunks))
 
 
 def _split(x: Tensor, steps: int) -> Tensor:
     """(G, T, F) -> (steps, G, chunks, F), zeros behind T. dt = 0 leaves the state as it is, so the zeros do nothing."""
     G, T, F = x.shape
-    chunks = -(-T // steps)
+    chunks = max(1, -(-T // steps))
     x = torch.nn.functional.pad(x, (0, 0, 0, chunks * steps - T))
     return x.view(G, chunks, steps, F).permute(2, 0, 1, 3).contiguous()
 
@@ -65,8 +65,8 @@ def _enter_states(dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """State at the start of every chunk (G, chunks, N, D)."""
     shape = (*dt.shape[1:3], A.shape[1], A.shape[2])
     if shape[1] == 1:
-        return dt.new_zeros(shape)
-    h, a = dt.new_zeros(shape), dt.new_empty(shape)
+        return A.new_zeros(shape)
+    h, a = A.new_zeros(shape), A.new_empty(shape)
     for t in range(dt.shape[0]):
         h.mul_(_decay(dt[t], A, out=a)).addcmul_(dtu[t][:, :, None], B[t][..., None])
     return _carry(h, _decay(dt.sum(0), A))
@@ -81,8 +81,15 @@ def _blocks(G: int, D: int, T: int, N: int) -> Iterator[tuple[slice, slice]]:
             yield slice(g, g + groups), slice(d, d + channels)
 
 
+def _real(x: Tensor) -> Tensor:
+    return x.real if x.is_complex() else x
+
+
 class _Scan(torch.autograd.Function):
-    """u, dt (B, K, T, D), A (K, D, N), B, C (B, K, T, N) in scan order -> y (B, K, T, D), last state (B, K, D, N)."""
+    """u, dt (B, K, T, D), A (K, D, N), B, C (B, K, T, N) in scan order -> y (B, K, T, D), last state (B, K, D, N).
+
+    With complex A, B and C, y and the state are complex. Gradients are autograd's: conjugates of the derivatives.
+    """
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C):
@@ -94,14 +101,14 @@ class _Scan(torch.autograd.Function):
         groups = max(1, _STEP_ELEMENTS // max(1, -(-T // steps) * D * N))
         u, dt, B, C = (x.flatten(0, 1) for x in (u, dt, B, C))
         A = A.transpose(1, 2).repeat(batch, 1, 1)
-        y = u.new_empty(G, T, D)
-        last = u.new_empty(G, D, N)
+        y = A.new_empty(G, T, D)
+        last = A.new_empty(G, D, N)
         for first in range(0, G, groups):
             g = slice(first, first + groups)
             dts, Bs, Cs = (_split(x[g], steps) for x in (dt, B, C))
             dtu = _split(dt[g] * u[g], steps)
             h = _enter_states(dts, dtu, A[g], Bs)
-            a, ys = torch.empty_like(h), torch.empty_like(dts)
+            a, ys = torch.empty_like(h), h.new_empty(dts.shape)
             for t in range(steps):
                 h.mul_(_decay(dts[t], A[g], out=a)).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
                 torch.sum(torch.mul(h, Cs[t][..., None], out=a), dim=2, out=ys[t])
@@ -127,18 +134,19 @@ class _Scan(torch.autograd.Function):
         du, ddt = torch.empty_like(u), torch.empty_like(u)
         dA = torch.empty_like(A)
         dB, dC = torch.zeros_like(B), torch.zeros_like(C)
-        for g, d in _blocks(G, D, -(-T // steps) * steps, N):
+        for g, d in _blocks(G, D, max(1, -(-T // steps)) * steps, N):
             dts, us, dys = (_split(x[g, :, d], steps) for x in (dt, u, dy))
             Bs, Cs = _split(B[g], steps), _split(C[g], steps)
-            Ad, dtu = A[g, :, d], dts * us
+            Ad, dtu = A[g, :, d], (dts * us).to(A.dtype)
             a = _decay(dts, Ad)
-            total = _decay(dts.sum(0), Ad)
+            total = _decay(dts.sum(0), Ad).conj()
             # h[t] is the state before step t, h[t + 1] the one after it.
             h = a.new_empty(steps + 1, *a.shape[1:])
             h[0] = _enter_states(dts, dtu, Ad, Bs)
             for t in range(steps):
                 torch.mul(h[t], a[t], out=h[t + 1]).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
-            dC[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', h[1:], dys), T)
+            dC[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', h[1:].conj(), dys), T)
+            a, Cs = a.conj(), Cs.conj()
             # dh[t] is the gradient of the state after step t; what enters a chunk from behind comes from the later
             # chunks, found like the states themselves: chunks alone first, then the carry, then once more.
             dh = torch.empty_like(a)
@@ -155,11 +163,12 @@ class _Scan(torch.autograd.Function):
                     carried[:, -1] = enter[:, -1]
                     enter = carried
             dB[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', dh, dtu), T)
-            ddtu = torch.einsum('sgcnd,sgcn->sgcd', dh, Bs)
-            da = dh.mul_(h[:-1]).mul_(a)
-            # Written out, in the buffer of a: einsum would copy the whole block into another order.
-            ddt[g, :, d] = _join(torch.mul(da, Ad[:, None], out=a).sum(3).addcmul_(ddtu, us), T)
-            dA[g, :, d] = torch.mul(da, dts[..., None, :], out=a).sum((0, 2))
+            ddtu = _real(torch.einsum('sgcnd,sgcn->sgcd', dh, Bs.conj()))
+            da = dh.mul_(h[:-1].conj()).mul_(a)
+            # Written out, in the buffer of h: einsum would copy the whole block into another order.
+            h = h[:-1]
+            ddt[g, :, d] = _join(_real(torch.mul(da, Ad[:, None].conj(), out=h).sum(3)).addcmul_(ddtu, us), T)
+            dA[g, :, d] = torch.mul(da, dts[..., None, :], out=h).sum((0, 2))
             du[g, :, d] = _join(ddtu.mul_(dts), T)
         dA = dA.view(batch, K, N, D).sum(0).transpose(1, 2)
         shape = (batch, K, T)
@@ -172,6 +181,7 @@ def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     if not in_scan_order:
         u, delta, B, C = (to_scan_order(x, src, inv) for x in (u, delta, B, C))
     y, last = _Scan.apply(u, step_size(delta, delta_bias, delta_softplus), A, B, C)
+    y = real_output(y)
     if D is not None:
         y = torch.addcmul(y, D[:, None], u)
     return (y if inv is None else from_scan_order(y, src, inv)), last
@@ -181,4 +191,4 @@ def unavailable(u: Tensor) -> str | None:
     return None
 
 
-BACKEND = Backend('chunked', scan, unavailable)
+BACKEND = Backend('chunked', scan, unavailable, complex_states=True)

@@ -19,11 +19,14 @@ from mmlocalmamba.ops.scan_order import from_scan_order, to_scan_order
 def _import() -> tuple[Callable | None, str | None]:
     """mamba_ssm's function, or the reason why it is not there."""
     try:
-        return import_module('mamba_ssm.ops.selective_scan_interface').selective_scan_fn, None
+        function = import_module('mamba_ssm.ops.selective_scan_interface').selective_scan_fn
     except ModuleNotFoundError as error:
         return None, f'mamba_ssm is not installed ({error})'
     except Exception as error:  # a binary for another torch or CUDA fails in many ways
         return None, f'mamba_ssm is installed, but cannot be imported ({type(error).__name__}: {error})'
+    if function.__module__ == 'mmlocalmamba.ops.mamba':  # would call this again
+        return None, 'mmlocalmamba.ops.mamba stands in for mamba_ssm'
+    return function, None
 
 
 class _WithoutGradient(torch.autograd.Function):

@@ -46,9 +46,20 @@ def expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meani
 def check_dtypes(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.is_complex():
-            raise NotImplementedError(f'{name} is complex ({x.dtype}): only real state spaces are supported')
+            raise NotImplementedError(f'{name} is complex ({x.dtype}): only A, B and C of a scan can be')
         if x is not None and not x.is_floating_point():
             raise TypeError(f'{name} must be a floating point tensor, got {x.dtype}')
+
+
+def check_states(A: Tensor, B: Tensor, C: Tensor) -> None:
+    """Dtypes of A, B and C."""
+    if not A.is_complex():
+        check_dtypes(A=A)
+    for name, x in (('B', B), ('C', C)):
+        if x.is_complex() and not A.is_complex():
+            raise TypeError(f'{name} is complex ({x.dtype}), but A is real ({A.dtype}): pass A + 0j')
+        if not x.is_complex():
+            check_dtypes(**{name: x})
 
 
 class ScanInputs(NamedTuple):
@@ -76,10 +87,11 @@ class ScanInputs(NamedTuple):
 
         Raises:
             ValueError: shapes that do not fit.
-            TypeError, NotImplementedError: integer or complex tensors.
+            TypeError, NotImplementedError: integer tensors; complex ones other than A, B and C; B or C alone complex.
         """
         u, delta, A, B, C, D, src, inv, delta_bias, dt_weight, _, in_scan_order = self
-        check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, dt_weight=dt_weight)
+        check_dtypes(u=u, delta=delta, D=D, delta_bias=delta_bias, dt_weight=dt_weight)
+        check_states(A, B, C)
         if delta.dim() != 4 or A.dim() != 3:
             raise ValueError(f'delta must be (B, K, L, D) and A (K, D, N), got {tuple(delta.shape)} and '
                              f'{tuple(A.shape)}')
@@ -107,8 +119,11 @@ class ScanInputs(NamedTuple):
         return self
 
     def to(self, dtype: torch.dtype) -> 'ScanInputs':
-        return self._replace(**{name: x.to(dtype) for name, x in zip(self._fields, self)
-                                if isinstance(x, Tensor) and x.is_floating_point()})
+        """In this dtype; A, B and C in the complex one of its precision if A is complex."""
+        states = dtype.to_complex() if self.A.is_complex() else dtype
+        return self._replace(**{name: x.to(states if name in ('A', 'B', 'C') else dtype)
+                                for name, x in zip(self._fields, self)
+                                if isinstance(x, Tensor) and name not in ('src', 'inv')})
 
     def with_all_step_sizes(self) -> 'ScanInputs':
         """delta (B, K, L, D) instead of its low-rank factor and ``dt_weight``."""
@@ -130,6 +145,7 @@ class Backend(NamedTuple):
         dtypes: of tensors that it reads; whatever holds others is converted to :func:`compute_dtype` before.
         mixed_dtypes: whether each tensor may have its own.
         low_rank_steps: whether its scan takes ``dt_weight``.
+        complex_states: whether its scan takes complex A, B and C.
         linear, directional_conv, scattn_sum, add_rms_norm: its fused versions of these ops of
             :mod:`mmlocalmamba.ops.plain`, or None.
     """
@@ -140,6 +156,7 @@ class Backend(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     mixed_dtypes: bool = False
     low_rank_steps: bool = False
+    complex_states: bool = False
     linear: Callable | None = None
     directional_conv: Callable | None = None
     scattn_sum: Callable | None = None
@@ -148,6 +165,13 @@ class Backend(NamedTuple):
     def reads(self, tensors: list[Tensor]) -> bool:
         """Whether it takes them as they are."""
         return all(x.dtype in self.dtypes and (self.mixed_dtypes or x.dtype == tensors[0].dtype) for x in tensors)
+
+    def refuses(self, u: Tensor, complex_states: bool = False) -> str | None:
+        """The reason why it cannot run tensors like u, or None."""
+        if complex_states and not self.complex_states:
+            able = ' and '.join(name for name, backend in BACKENDS.items() if backend.complex_states)
+            return f'it takes no complex A, B and C, which {able} do'
+        return self.unavailable(u)
 
 
 # By name, fastest first.
@@ -166,7 +190,7 @@ def _warn_of_slow_scan(name: str, best: str, reason: str) -> None:
                   stacklevel=6)
 
 
-def choose(u: Tensor, name: str | None = None) -> Backend:
+def choose(u: Tensor, name: str | None = None, complex_states: bool = False) -> Backend:
     """The backend called ``name`` or by the environment variable, or else the fastest that can run tensors like u.
 
     Raises:
@@ -176,14 +200,14 @@ def choose(u: Tensor, name: str | None = None) -> Backend:
     name = name or os.environ.get(BACKEND_VARIABLE) or None
     if name is None:
         at_home = [backend for backend in BACKENDS.values() if backend.home in (None, u.device.type)]
-        chosen = next(backend for backend in at_home if backend.unavailable(u) is None)
+        chosen = next(backend for backend in at_home if backend.refuses(u, complex_states) is None)
         if chosen is not at_home[0] and u.numel() >= _LARGE:
-            _warn_of_slow_scan(chosen.name, at_home[0].name, at_home[0].unavailable(u))
+            _warn_of_slow_scan(chosen.name, at_home[0].name, at_home[0].refuses(u, complex_states))
         return chosen
     if name not in BACKENDS:
         raise ValueError(f'unknown backend {name!r}: known are {", ".join(BACKENDS)} '
                          f'(argument backend or environment variable {BACKEND_VARIABLE})')
-    reason = BACKENDS[name].unavailable(u)
+    reason = BACKENDS[name].refuses(u, complex_states)
     if reason is not None:
         raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
     return BACKENDS[name]
@@ -191,7 +215,7 @@ def choose(u: Tensor, name: str | None = None) -> Backend:
 
 def run_scan(inputs: ScanInputs, name: str | None) -> tuple[Tensor, Tensor]:
     """The scan by the backend of this name, or by the chosen one."""
-    backend = choose(inputs.u, name)
+    backend = choose(inputs.u, name, inputs.A.is_complex())
     # Autocast would take the recurrence to 16 bits.
     with without_autocast(inputs.u):
         if not backend.reads(inputs.tensors()):

@@ -15,19 +15,21 @@ from torch.nn import functional as F
 from mmlocalmamba.ops import linear, selective_scan
 from mmlocalmamba.ops.causal_conv import (
     causal_conv1d_fn,
+    causal_conv1d_ref,
+    causal_conv1d_update,
+    causal_conv1d_update_ref,
 )
 from mmlocalmamba.ops.dispatch import check_dtypes, compute_dtype, expect_shape, without_autocast
 
-# Where the packages keep the functions.
+__all__ = ['causal_conv1d_fn', 'causal_conv1d_ref', 'causal_conv1d_update', 'causal_conv1d_update_ref',
+           'mamba_inner_fn', 'mamba_inner_ref', 'selective_scan_fn', 'selective_scan_ref', 'selective_state_update',
+           'selective_state_update_ref', 'stand_in_for']
+
+# Where the packages keep the functions, each with all of its own.
 _MODULES = {
     'mamba_ssm': ('mamba_ssm', 'mamba_ssm.ops', 'mamba_ssm.ops.selective_scan_interface', 'mamba_ssm.ops.triton',
                   'mamba_ssm.ops.triton.selective_state_update'),
     'causal_conv1d': ('causal_conv1d', 'causal_conv1d.causal_conv1d_interface'),
-}
-_FUNCTIONS = {
-    'mamba_ssm': ('selective_scan_fn', 'selective_scan_ref', 'mamba_inner_fn', 'mamba_inner_ref',
-                  'selective_state_update', 'selective_state_update_ref'),
-    'causal_conv1d': ('causal_conv1d_fn', 'causal_conv1d_ref', 'causal_conv1d_update', 'causal_conv1d_update_ref'),
 }
 
 
@@ -49,13 +51,13 @@ def stand_in_for(*packages: str) -> None:
             raise ValueError(f'no stand-in for {package!r}: known are {", ".join(_MODULES)}')
         if package in sys.modules:
             raise RuntimeError(f'{package} is imported already: call stand_in_for before anything imports it')
-    functions = globals()
     for package in packages:
+        functions = [name for name in __all__ if name != 'stand_in_for'
+                     and name.startswith('causal') == (package == 'causal_conv1d')]
         for name in _MODULES[package]:
             module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None, is_package=True))
             module.__doc__ = f'{__name__} in place of {name}.'
-            for function in _FUNCTIONS[package]:
-                setattr(module, function, functions[function])
+            vars(module).update((function, globals()[function]) for function in functions)
             parent, _, child = name.rpartition('.')
             if parent:
                 setattr(sys.modules[parent], child, module)

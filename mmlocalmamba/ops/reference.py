@@ -6,14 +6,15 @@ Source: Mamba's S6 (paper section 3.2) as computed by ``mamba_ssm``: with A diag
     h_t  = exp(dt_t * A) * h_{t-1} + dt_t * u_t * B_t
     y_t  = C_t . h_t + D * u_t
 
-Plain autograd, one step at a time: any float dtype, clear, slow.
+With a complex A, B and C, y_t = 2 Re(C_t . h_t) + D * u_t. Plain autograd, one step at a time: any dtype, derivatives
+of any order; clear, slow.
 """
 
 import torch
 from torch import Tensor
 
 from mmlocalmamba.ops.dispatch import Backend, ScanInputs
-from mmlocalmamba.ops.scan_order import read, step_size, write
+from mmlocalmamba.ops.scan_order import read, real_output, step_size, write
 
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
@@ -22,12 +23,12 @@ def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     if not in_scan_order:
         u, delta, B, C = (read(x, src, inv) for x in (u, delta, B, C))
     dt = step_size(delta, delta_bias, delta_softplus)
-    h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[-1])
-    ys = []
+    h = A.new_zeros(*u.shape[:2], u.shape[3], A.shape[-1])
+    ys = [u[:, :, :0]]
     for t in range(u.shape[2]):
         h = torch.exp(dt[:, :, t, :, None] * A) * h + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, :, t, None, :]
-        ys.append((h * C[:, :, t, None, :]).sum(-1))
-    y = torch.stack(ys, dim=2)
+        ys.append(real_output((h * C[:, :, t, None, :]).sum(-1))[:, :, None])
+    y = torch.cat(ys, dim=2)
     if D is not None:
         y = y + D[:, None] * u
     return (y if inv is None else write(y, inv)), h
@@ -37,4 +38,4 @@ def unavailable(u: Tensor) -> str | None:
     return None
 
 
-BACKEND = Backend('reference', scan, unavailable)
+BACKEND = Backend('reference', scan, unavailable, complex_states=True)

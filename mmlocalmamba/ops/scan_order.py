@@ -62,6 +62,11 @@ def from_scan_order(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
     return _Write.apply(x, src, inv)
 
 
+def real_output(y: Tensor) -> Tensor:
+    """A complex state stands for itself and its conjugate, which a real system has both."""
+    return 2 * y.real if y.is_complex() else y
+
+
 def step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     """dt (B, K, T, D) from delta and its bias (K, D)."""
     if bias is not None:

@@ -12,11 +12,12 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor
 
 from mmlocalmamba import __version__
-from mmlocalmamba.engine.data import DataStream
+from mmlocalmamba.engine.data import DataStream, annotations_named
+from mmlocalmamba.engine.guard import SCALER_SKIPS, loss_scaler, on_any_process, write_record
 from mmlocalmamba.engine.loops import need_own_loop
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
@@ -77,8 +78,9 @@ class ScanSearchHook(Hook):
 
     Args:
         mode: 'joint' trains the logits with the weights, by the same optimizer, without weight decay (the authors').
-            'bilevel' is first-order DARTS: before every step of the weights, one of the logits on a batch of
-            held-out data, by an optimizer of their own; the weights' optimizer does not touch them.
+            'bilevel' is first-order DARTS: before every step of the weights, however many iterations accumulate for
+            it, one of the logits on a batch of held-out data, by an optimizer of their own; the weights' optimizer
+            does not touch them.
         k: directions to choose for every block.
         held_out: the dataloader of 'bilevel', as train_dataloader.
         optimizer: of the logits in 'bilevel'; its learning rate is constant.
@@ -87,7 +89,11 @@ class ScanSearchHook(Hook):
 
     Raises:
         ValueError: an unknown mode, held_out missing or without use; before training starts: no supernet, k larger
-            than the number of candidates, frozen logits, an optimizer that would decay them.
+            than the number of candidates, frozen logits, an optimizer that would decay them, 'bilevel' with a loop of
+            MMEngine, which does not know of other data.
+        TypeError: before training starts: more than one optimizer, FlexibleRunner.
+        FloatingPointError: in training: held-out data whose loss or gradients are NaN or infinite. Gradients that a
+            loss scaler (float16) has scaled may be infinite 30 times in a row; the logits then rest.
     """
 
     def __init__(self, mode: str = 'joint', k: int = 4, held_out: dict | None = None, optimizer: dict | None = None,
@@ -111,6 +117,7 @@ class ScanSearchHook(Hook):
         self.optimizer: torch.optim.Optimizer | None = None
         self.held_out: DataStream | None = None
         self.history: list[tuple[int, Tensor]] = []  # (epoch or iteration, logits), one a report
+        self.overflows = 0  # steps of the logits left out for a loss scaler, in a row
         self.warned = False
 
     # Set-up: after the optimizer was built, before a checkpoint is loaded.
@@ -120,6 +127,9 @@ class ScanSearchHook(Hook):
             if isinstance(runner.optim_wrapper, dict) or runner.optim_wrapper is None:
                 return  # validation or test alone
             raise TypeError(f'the direction search needs one OptimWrapper, got {type(runner.optim_wrapper).__name__}')
+        if not isinstance(runner, Runner):
+            raise TypeError(f'a direction search does not run on {type(runner).__name__}, which splits the logits '
+                            'between processes and loads checkpoints before hooks are ready: remove runner_type')
         model = runner.model
         while is_model_wrapper(model):
             model = model.module
@@ -164,8 +174,10 @@ class ScanSearchHook(Hook):
             # A group stays, even if nothing is left in it: schedulers count groups.
             group['params'] = [parameter for parameter in group['params'] if id(parameter) not in mine]
         self.optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=self.alphas))
-        loop = need_own_loop(runner, self, "or held-out data could not be taken up where they were")
-        self.held_out = loop.loaders.add('held_out', runner.build_dataloader(self.held_out_cfg, seed=runner.seed))
+        loop = need_own_loop(runner, self, 'or held-out data could not be taken up where they were')
+        with annotations_named():
+            loader = runner.build_dataloader(self.held_out_cfg, seed=runner.seed)
+        self.held_out = loop.loaders.add('held_out', loader)
 
     # Checkpoints.
 
@@ -174,7 +186,7 @@ class ScanSearchHook(Hook):
             mode=self.mode, k=self.k, candidates=list(self.candidates), blocks=self.blocks,
             alphas=[alpha.detach().cpu().clone() for alpha in self.alphas],  # not those of an EMA
             history=[dict(step=step, alphas=alphas) for step, alphas in self.history],
-            optimizer=None if self.optimizer is None else self.optimizer.state_dict())
+            optimizer=None if self.optimizer is None else self.optimizer.state_dict(), overflows=self.overflows)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Take up a search where the checkpoint left it.
@@ -193,6 +205,7 @@ class ScanSearchHook(Hook):
                 raise RuntimeError(f'this search cannot resume that of the checkpoint: {name} is {own} here, '
                                    f'{state[name]} there')
         self.history = [(record['step'], record['alphas'].cpu()) for record in state['history']]
+        self.overflows = state['overflows']
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state['optimizer'])
 
@@ -202,29 +215,43 @@ class ScanSearchHook(Hook):
         self._maybe_stop(runner)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        if self.mode == 'bilevel':
+        # Where an accumulation of the weights' gradients begins, and not in each of its iterations.
+        if self.mode == 'bilevel' and runner.optim_wrapper.should_update():
             self._step_on_held_out(runner)
 
     def _step_on_held_out(self, runner: Any) -> None:
-        wrapper = runner.optim_wrapper
+        wrapper, batch = runner.optim_wrapper, next(self.held_out)
         with wrapper.optim_context(self.model):
-            data = self.model.data_preprocessor(next(self.held_out), True)
+            data = self.model.data_preprocessor(batch, True)
             loss, _ = self.model.parse_losses(self.model._run_forward(data, mode='loss'))
-        scaler = getattr(wrapper, 'loss_scaler', None)
-        if scaler is not None:
-            loss = scaler.scale(loss)
+        scaler = loss_scaler(wrapper)
         # Not backward(): gradients of the weights are nobody's here, and DDP must not see them.
-        gradient = torch.cat(torch.autograd.grad(loss, self.alphas)).float()
+        gradient = torch.cat(torch.autograd.grad(loss if scaler is None else scaler.scale(loss), self.alphas)).float()
         if scaler is not None:
             gradient /= scaler.get_scale()
         dist.all_reduce(gradient, op='mean')
         # What the steps of the weights left there does not count.
         for alpha, part in zip(self.alphas, gradient.split([len(alpha) for alpha in self.alphas])):
             alpha.grad = part.to(alpha.dtype)
-        if gradient.isfinite().all():  # the same on every rank
+        if self._finite(runner, loss.detach(), gradient, batch, scaler):
             self.optimizer.step()
         for alpha in self.alphas:
             alpha.grad = None
+
+    def _finite(self, runner: Any, loss: Tensor, gradient: Tensor, batch: Any, scaler: Any) -> bool:
+        bad_loss, bad_gradient = on_any_process(~loss.isfinite(), ~gradient.isfinite().all(), device=loss.device)
+        if not bad_loss and not bad_gradient:
+            self.overflows = 0
+            return True
+        self.overflows += 1
+        if bad_loss or scaler is None or self.overflows > SCALER_SKIPS:
+            path = write_record(runner, 'nonfinite_held_out', [loss], [batch])
+            raise FloatingPointError(
+                f'iteration {runner.iter + 1}: NaN or Inf in the loss of held-out data ({loss.item()}) or in the '
+                f'gradients of the logits, {self.overflows} times in a row. The samples of the batch: {path}')
+        print_log(f'iteration {runner.iter + 1}: gradients of the logits overflow at a loss scale of '
+                  f'{scaler.get_scale():g}; this step of theirs is left out', logger='current')
+        return False
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if not self.by_epoch and (runner.iter + 1) % self.every == 0:

@@ -11,6 +11,7 @@ from mmengine.runner import BaseLoop
 from torch import nn
 
 from mmlocalmamba.backbones.base import FACTS, LocalMambaBackbone
+from mmlocalmamba.compat import weights_only
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.weights.contents import read
 from mmlocalmamba.weights.loading import check_architecture, check_facts, fit, grouped
@@ -34,6 +35,7 @@ def _find_backbone(model: nn.Module) -> tuple[str, LocalMambaBackbone | None]:
 class OfficialCheckpointHook(Hook):
     """Checkpoints given as ``load_from``, for resuming or testing: the authors' are converted on the fly, and one that
     does not fill the backbone, or, in a test, the model, is refused, where MMEngine would go on with random weights.
+    Nothing is loaded that would execute code.
 
     It comes before all other hooks: EMAHook loads what it finds in the checkpoint.
 
@@ -46,6 +48,10 @@ class OfficialCheckpointHook(Hook):
 
     def __init__(self, strict: bool = True, key: str | None = None, allow: Sequence[str] = ()) -> None:
         self.strict, self.key, self.allow = strict, key, allow
+
+    def before_run(self, runner: Any) -> None:
+        if runner._load_from is not None:
+            runner._load_from = weights_only(runner._load_from)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Convert ``checkpoint`` in place; one of ours stays as it is.

@@ -1,17 +1,19 @@
 """Convert checkpoints of the authors' implementation (hunto/LocalMamba), of Vim (hustvl/Vim, the released models with a
-class token in the middle) and of VMamba, version 0 (MzeroMiko/VMamba), to ours, or ours to LocalMamba's.
+class token in the middle) and of VMamba, version 0 (MzeroMiko/VMamba), to ours, or ours to LocalMamba's. Detectors and
+segmentors are converted to ours, too: what is beside the backbone keeps its names.
 
     python tools/model_converters/official_to_mmlocalmamba.py SRC DST
     python tools/model_converters/official_to_mmlocalmamba.py --to-official SRC DST
 
-SRC holds a state dict at its top or under state_dict, model or state_dict_ema (--key names another). DST loads with
-strict=True into the model of the classification config. Weights that are not understood, missing or of a wrong shape
-are listed and nothing is written (exit code 1). Configs and mim test take the authors' files directly, too; converting
-once is for sharing and for inferencers.
+SRC holds a state dict at its top or under one of several names, of which the first is taken (--key names another, e.g.
+model_ema). DST loads with strict=True into the model of the configuration. Weights of the backbone that are not
+understood, missing or of a wrong shape are listed and nothing is written (exit code 1). Configs and mim test take the
+authors' files directly, too; converting once is for sharing and for inferencers.
 """
 import argparse
 import math
 import sys
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -20,6 +22,7 @@ from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.weights import STATE_DICT_KEYS, architecture, find_state_dict, from_official, to_official
+from mmlocalmamba.weights.families import implied_facts, remarks
 
 
 def expected_shapes(weights):
@@ -73,10 +76,12 @@ def problems(weights):
     """Lines that say what is missing, unknown or of a wrong shape in weights under our names."""
     try:
         shapes = expected_shapes(weights)
-    except (KeyError, ValueError, IndexError) as error:
+    except KeyError as error:
+        return [f'missing: {error.args[0]}, without which the size of the model cannot be told']
+    except (ValueError, IndexError) as error:
         return [f'the size of the model cannot be told: {error}']
     lines = [f'missing: {name} {tuple(shape)}' for name, shape in shapes.items() if name not in weights]
-    lines += [f'unknown: {name}' for name in weights if name not in shapes]
+    lines += [f'unknown: {name}' for name in weights if name.startswith('backbone.') and name not in shapes]
     lines += [f'shape: {name} is {tuple(weights[name].shape)}, expected {tuple(shape)}'
               for name, shape in shapes.items() if name in weights and tuple(weights[name].shape) != tuple(shape)]
     return lines
@@ -90,6 +95,7 @@ def main():
     parser.add_argument('--key', help=f'entry of SRC that holds the state dict (default: first of '
                         f'{", ".join(STATE_DICT_KEYS)}, or the top)')
     args = parser.parse_args()
+    notes = []
     try:
         weights = find_state_dict(load_checkpoint(args.src), args.key)
         if args.to_official:
@@ -98,14 +104,16 @@ def main():
                 {f'backbone.{name}': value for name, value in weights.items()}
         else:
             converted, unmatched = from_official(weights)
-            check = converted
+            check, notes = converted, remarks(weights)
+            converted = OrderedDict(converted)  # with what the weights need, as far as their names say
+            converted._metadata = OrderedDict(backbone=implied_facts(weights))
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f'{args.src}: {error}')
     lines = [f'not understood: {name}' for name in unmatched] + problems(check)
     if lines:
         sys.exit('\n  '.join([f'{args.src} was not converted:', *lines]))
     write_whole(args.dst, partial(torch.save, dict(state_dict=converted)))
-    print(f'{len(converted)} weights written to {args.dst}')
+    print('\n  '.join([f'{len(converted)} weights written to {args.dst}', *notes]))
 
 
 if __name__ == '__main__':

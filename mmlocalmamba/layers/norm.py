@@ -1,0 +1,14 @@
+"""The step between two blocks of LocalVim's residual stream."""
+from torch import Tensor, nn
+
+from mmlocalmamba.ops import add_rms_norm
+
+
+class ResidualRMSNorm(nn.RMSNorm):
+    """Adds a block's output to the residual stream, rotates the sum and normalises it; see
+    :func:`mmlocalmamba.ops.add_rms_norm`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None,
+                rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """x, residual (B, L, C), rotary tables (L, C) or None -> normalised sum, sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps, *(rotary or ()))
