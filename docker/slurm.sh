@@ -7,7 +7,8 @@
 #   CONTAINER  an Apptainer image made from docker/Dockerfile (default: the environment in which sbatch was called).
 #              DATA and WORK_DIRS are then the folders that it sees as data and work_dirs.
 #   PROCESSES  on each node (default: one for each GPU)
-#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME  the network interface between nodes (default: tools/launch.py and NCCL find it)
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME  the network interface between nodes (default: tools/launch.py and NCCL find
+#              it)
 #
 #SBATCH --job-name=mmlocalmamba
 #SBATCH --nodes=2
@@ -38,7 +39,8 @@ fi
 # 75 and a checkpoint: 75 becomes the highest that there is.
 code=0
 # shellcheck disable=SC2016  # for the shell on the node
-srun --kill-on-bad-exit=0 bash -c '"$@"; code=$?; case $code in 75) exit 255 ;; 255) exit 1 ;; *) exit $code ;; esac' node \
+srun --kill-on-bad-exit=0 \
+    bash -c '"$@"; code=$?; case $code in 75) exit 255 ;; 255) exit 1 ;; *) exit $code ;; esac' node \
     "${container[@]}" python tools/launch.py \
     --nnodes "${#nodes[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${nodes[0]}:$port" "$@" || code=$?
