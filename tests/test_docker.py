@@ -276,7 +276,8 @@ class Network:
             return interfaces[name]
 
         monkeypatch.setattr(cluster, '_address_of', address_of)
-        monkeypatch.delenv('GLOO_SOCKET_IFNAME', raising=False)
+        monkeypatch.setenv('GLOO_SOCKET_IFNAME', '')  # so that it is undone whoever sets it
+        monkeypatch.delenv('GLOO_SOCKET_IFNAME')
 
 
 LINKS = dict(lo='127.0.0.1', down=None, eth0='10.0.0.5', ib0='10.1.0.5')
