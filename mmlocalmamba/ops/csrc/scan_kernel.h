@@ -56,25 +56,28 @@ INLINE int64_t token(const ScanProblem<T>& p, Item item, int64_t step) {
 // Tables jump through memory in ways that no hardware prefetcher follows, so the rows of the chunk that comes next are
 // asked for one by one; of columns, lines of one channel after the other. A step outside the sequence asks for nothing.
 struct Next {
-  int64_t read = -1, write = -1, column = 0, line = 0;
+  int64_t read = -1, write = -1, step, t;
+  int lanes;
 
   template <typename T>
-  INLINE Next(const ScanProblem<T>& p, Item item, int64_t step, int64_t t, int lanes) {
+  INLINE Next(const ScanProblem<T>& p, Item item, int64_t step, int64_t t, int lanes) : step(step), t(t), lanes(lanes) {
     if (step < 0 || step >= p.steps) return;
     write = token(p, item, step);
     read = p.in_scan_order ? step : write;
+  }
+
+  template <typename T>
+  INLINE const T* of(const T* array, int64_t row, const Strides& strides) const {
+    if (__builtin_expect(!strides.columns(), 1)) return array + row * strides.row;
     // A chunk of a column takes kChunk / kPerLine lines, and as many and one if it does not begin with a line.
     constexpr int64_t kPerLine = 64 / sizeof(T), kLines = kChunk / kPerLine;
-    column = t / kLines < lanes ? t / kLines : lanes - 1;
-    line = step - t + t % kLines * kPerLine;
+    const int64_t column = t / kLines < lanes ? t / kLines : lanes - 1;
+    return array + column * strides.channel + step - t + t % kLines * kPerLine;
   }
 };
 
-#define PREFETCH_NEXT(array, next, which, strides, for_writing)                                              \
-  if ((next).which >= 0) {                                                                                   \
-    __builtin_prefetch((array) + ((strides).columns() ? (next).column * (strides).channel + (next).line      \
-                                                      : (next).which * (strides).row), for_writing);         \
-  }
+#define PREFETCH_NEXT(array, next, which, strides, for_writing) \
+  if ((next).which >= 0) __builtin_prefetch((next).of(array, (next).which, strides), for_writing)
 
 // Rows of the chunk's steps, B, C and the factor of delta.
 template <typename T>
