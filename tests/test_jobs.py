@@ -339,12 +339,17 @@ def test_best_checkpoints_are_replaced_after_they_are_written(tmp_path, monkeypa
     monkeypatch.setattr(engine.checkpoints, 'write_whole',
                         lambda path, content: order.append(path) or write_whole(path, content))
     monkeypatch.setattr(os, 'remove', lambda path, remove=os.remove: order.append(path) or remove(path))
-    hook.after_val_epoch(runner, dict(score=1.))
+
+    def validated(score):
+        hook.after_val_epoch(runner, dict(score=score))
+        hook.after_val(runner)
+
+    validated(1.)
     first = hook.best_ckpt_path
-    hook.after_val_epoch(runner, dict(score=2.))  # the same epoch, so the same file: it must stay
+    validated(2.)  # the same epoch, so the same file: it must stay
     assert Path(first).exists() and order == [first, first]
     runner.train_loop._epoch = 5
-    hook.after_val_epoch(runner, dict(score=3.))
+    validated(3.)
     assert order[2:] == [str(tmp_path / 'best_score_epoch_5.pth'), first] and not Path(first).exists()
 
 

@@ -2,33 +2,74 @@
 
     python tools/launch.py --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch --resume
 
-SIGTERM and SIGUSR1 go on to the training, which then has 30 s (torchrun's limit) to finish an iteration and write its
-checkpoint. Exit code 75 (EX_TEMPFAIL): preempted, start the same command again. Others are torchrun's.
+SIGTERM and SIGUSR1 go on to the training, which finishes an iteration and writes its checkpoint; it has as long as it
+needs, not torchrun's 30 s. Exit code 75 (EX_TEMPFAIL): the training left with it, start the same command again. Others
+are the training's or torchrun's.
 """
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+import cluster
 
 # As mmlocalmamba.engine.EXIT_PREEMPTED, whose import would take seconds.
-EXIT_PREEMPTED = os.EX_TEMPFAIL
+EXIT_PREEMPTED = 75
+# For the other processes, once one has failed.
+GRACE_SECONDS = 30
+
+
+def trainings():
+    """Processes that torchrun has started: each leads a session."""
+    children = [pid for task in Path('/proc/self/task').glob('*/children') for pid in task.read_text().split()]
+    return [pid for pid in map(int, children) if os.getsid(pid) == pid]
+
+
+def exit_codes(pids):
+    """Wait for their end, and leave it to torchrun to reap them."""
+    codes, deadline = {}, float('inf')
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if end is not None:
+                codes[pid] = end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
+                if codes[pid]:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            elif time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return list(codes.values())
+
+
+def pass_on(number, frame):
+    """A signal. Before there is a training, nothing is lost: start again."""
+    pids = trainings()
+    for pid in pids:
+        os.kill(pid, number)
+    codes = exit_codes(pids)
+    # One process alone leaves with this code only after all have agreed, and the checkpoint is there.
+    sys.exit(EXIT_PREEMPTED if EXIT_PREEMPTED in codes or not codes else max(codes))
 
 
 def main():
     if len(sys.argv) == 1 or sys.argv[1] in ('-h', '--help'):
         print(__doc__)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    sys.argv[1:1] = ['--signals-to-handle', 'SIGINT,SIGHUP,SIGQUIT']  # SIGTERM is ours
     # Or the processes find each other through a store that outlives them, and after a restart read the addresses of
     # those that died: https://github.com/pytorch/pytorch/issues/135712
     os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
-    # torchrun itself would die of this one.
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    from torch.distributed import run  # after the handlers, since it takes seconds
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    args = run.parse_args(sys.argv[1:])
+    cluster.prepare(args)
     try:
-        run.main()
+        record(run.run)(args)
     except SignalException as error:
-        sys.exit(EXIT_PREEMPTED if error.sigval == signal.SIGTERM else 128 + error.sigval)
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         if any(failure.exitcode == EXIT_PREEMPTED for failure in error.failures.values()):
             sys.exit(EXIT_PREEMPTED)

@@ -32,6 +32,7 @@ import torch
 import mmlocalmamba
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.engine import EXIT_PREEMPTED
+from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE, PREEMPTED_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 80  # 10 iterations an epoch, so that there are many checkpoints
@@ -218,7 +219,7 @@ def losses(checkpoint):
     """Every value that was logged, but times and memory."""
     history = checkpoint['message_hub']['log_scalars']
     return {name: (value['log_history'].tolist(), value['count_history'].tolist()) for name, value in history.items()
-            if name.startswith('train/') and not name.endswith(('time', 'memory'))}
+            if not name.endswith(('time', 'memory'))}
 
 
 def differences(first, second, place=''):
@@ -233,8 +234,9 @@ def differences(first, second, place=''):
 
 
 def compare(first, second):
-    """Checkpoints of two folders, without those of preemptions: (names, differences)."""
-    names = [sorted(path.name for path in folder.glob('*.pth') if path.name != 'preempted.pth')
+    """Checkpoints of two folders, without those of the loop: (names, differences)."""
+    names = [sorted(path.name for path in folder.glob('*.pth')
+                    if path.name not in (PREEMPTED_FILE, BEFORE_VALIDATION_FILE))
              for folder in (first, second)]
     if names[0] != names[1]:
         return names[0], [f'{names[0]} and {names[1]}']

@@ -136,10 +136,20 @@ class CheckpointHook(MMEngineCheckpointHook):
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir or ''):
             self.backend_args = dict(backend='whole_files')
         super().before_train(runner)
+        if runner._resume:  # or MMEngine would not write it again after a validation with the best score
+            self.last_ckpt = runner.message_hub.get_info('last_ckpt', None)
+        self.metrics: dict = {}
         self.outdated: list[str] = []
         if isinstance(self.file_backend, WholeFileBackend):
             # MMEngine removes old checkpoints before it writes the new one.
             self.file_backend.remove = self.outdated.append
+
+    def after_val_epoch(self, runner: Any, metrics: dict) -> None:
+        self.metrics = metrics
+
+    def after_val(self, runner: Any) -> None:
+        # After EarlyStoppingHook, which counts in after_val_epoch, later than MMEngine's hook would save.
+        super().after_val_epoch(runner, self.metrics)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         loop = runner.train_loop

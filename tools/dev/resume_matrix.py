@@ -1,0 +1,334 @@
+"""Interrupt tiny trainings in every way, resume them, and hold them against those that nothing interrupted.
+
+    python tools/dev/resume_matrix.py --jobs 2 --csv work_dirs/resume_matrix/matrix.csv
+
+A cell is {epoch, iteration} x {preempted, killed} x {training, validation, save} x {1, 2 processes} x {accumulate 1, 3}
+x {plain, EMA, loss scaler, joint search, bilevel search}: 240 of them. Signals are real: SIGTERM, or SIGKILL, also in
+the middle of writing a file. The processes are forked from this one, which has imported everything. Checkpoints must be
+equal bit for bit: weights, optimizer, schedulers, averages, positions, statistics of processes, every loss and score.
+
+The table is written as it grows; cells that it has are not run again. Exits with 1 if a cell is not equal.
+"""
+import argparse
+import csv
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner import Runner
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from soak import compare
+
+import mmlocalmamba.search.hook  # noqa: F401
+from mmlocalmamba.backbones import LocalVMamba
+from mmlocalmamba.engine import EXIT_PREEMPTED
+
+BATCHES = 5  # of an epoch; no multiple of the accumulation
+EPOCHS, ITERATIONS = 3, 13
+# Where it is interrupted: after an iteration, in the second batch of a validation, in a save of an iteration's weights.
+TRAINING_AT = 8
+VALIDATION_AT = 10
+SAVE_AT = dict(epoch=10, iteration=8)
+
+
+class Cell(NamedTuple):
+    unit: str
+    end: str
+    moment: str
+    processes: int
+    accumulate: int
+    kind: str
+
+    @property
+    def name(self):
+        return '-'.join(map(str, self))
+
+    @property
+    def reference(self):
+        return f'{self.unit}-{self.processes}-{self.accumulate}-{self.kind}'
+
+
+CELLS = [Cell(*values) for values in itertools.product(
+    ('epoch', 'iteration'), ('preempted', 'killed'), ('training', 'validation', 'save'), (1, 2), (1, 3),
+    ('plain', 'ema', 'scaler', 'joint', 'bilevel'))]
+
+
+# ---- a training of a second ----
+
+class Images(torch.utils.data.Dataset):
+    """Noise is added anew each time."""
+
+    def __init__(self, count, first=0):
+        self.count, self.first = count, first
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = np.random.RandomState(self.first + index).standard_normal((3, 8, 8))
+        return dict(inputs=torch.from_numpy(image + 0.1 * np.random.standard_normal((3, 8, 8))).float(),
+                    labels=index % 3)
+
+
+class Classifier(BaseModel):
+    """With everything that has a state or draws random numbers: BatchNorm, drop path, dropout."""
+
+    def __init__(self, search):
+        super().__init__()
+        directions = dict(candidates=['h', 'v', 'w2']) if search else ['h', 'w2']
+        self.backbone = LocalVMamba(dict(embed_dims=[4, 8], depths=[1, 1], d_state=1), drop_path_rate=0.2,
+                                    directions='search' if search else directions)
+        self.fc = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
+
+    def forward(self, inputs, labels, mode='loss'):
+        logits = self.fc(self.backbone(inputs)[-1].mean((2, 3)))
+        if mode == 'loss':
+            return dict(loss=nn.functional.cross_entropy(logits, labels))
+        return list(logits.softmax(1)[:, 0].tolist())
+
+
+class Score(BaseMetric):
+
+    def process(self, data_batch, data_samples):
+        self.results += data_samples
+
+    def compute_metrics(self, results):
+        return dict(score=sum(results))
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUScaler(AmpOptimWrapper):
+    """MMEngine's refuses CPUs. The scale changes every few steps."""
+
+    def __init__(self, **kwargs):
+        OptimWrapper.__init__(self, **kwargs)
+        self._scale_update_param = None
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 8, growth_interval=2)
+
+    optim_context = OptimWrapper.optim_context
+
+
+class Interrupt(Hook):
+    """Ends the process at the moment of a cell."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, cell):
+        self.cell = cell
+        self.number = signal.SIGKILL if cell.end == 'killed' else signal.SIGTERM
+        self.replace = os.replace
+
+    def strike(self):
+        """A scheduler signals the workers, too, and from outside: what a parent says, they would obey."""
+        if self.number == signal.SIGKILL:
+            os.kill(os.getpid(), self.number)
+        subprocess.run(['kill', f'-{self.number:d}', '--', f'-{os.getpgid(0)}'], start_new_session=True)
+
+    def after_train_iter(self, runner, **kwargs):
+        if self.cell.moment == 'training' and runner.iter + 1 == TRAINING_AT:
+            self.strike()
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if self.cell.moment == 'validation' and runner.iter == VALIDATION_AT and batch_idx == 1:
+            self.strike()
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        if self.cell.moment == 'save' and checkpoint['meta']['iter'] == SAVE_AT[self.cell.unit]:
+            os.replace = self.in_the_middle
+
+    def in_the_middle(self, source, target):
+        os.replace = self.replace
+        self.strike()  # written, and not yet in its place
+        self.replace(source, target)
+
+
+def loader(cell, count, batch, infinite=False, first=0, shuffle=True):
+    return dict(batch_size=batch, num_workers=int(cell.accumulate == 1), dataset=Images(count, first),
+                collate_fn=dict(type='default_collate'),
+                sampler=dict(type='InfiniteSampler' if infinite else 'DefaultSampler', shuffle=shuffle))
+
+
+def build(cell, folder, resume, interrupt):
+    by_epoch, search = cell.unit == 'epoch', cell.kind in ('joint', 'bilevel')
+    torch.manual_seed(0)
+    hooks = [Interrupt(cell)] if interrupt else []
+    if cell.kind == 'ema':
+        hooks.append(dict(type='EMAHook', momentum=0.3))
+    if search:
+        hook = dict(type='mmlocalmamba.ScanSearchHook', mode=cell.kind, k=2)
+        if cell.kind == 'bilevel':
+            hook.update(held_out=loader(cell, 6 * cell.processes, 2, first=1000), optimizer=dict(type='Adam', lr=0.05))
+        hooks.append(hook)
+    hooks.append(dict(type='EarlyStoppingHook', monitor='score', rule='greater', patience=100))
+    train_cfg = (dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=EPOCHS, val_interval=2) if by_epoch else
+                 dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=ITERATIONS, val_interval=5))
+    return Runner(
+        model=Classifier(search), work_dir=str(folder), experiment_name=f'{cell.name}{resume}{os.getpid()}',
+        default_scope='mmengine', train_cfg=train_cfg, val_cfg=dict(), val_evaluator=[Score()],
+        train_dataloader=loader(cell, 2 * BATCHES * cell.processes, 2, infinite=not by_epoch),
+        val_dataloader=loader(cell, 5, 1, first=2000, shuffle=False),  # more for the first process than for the second
+        optim_wrapper=dict(type='CPUScaler' if cell.kind == 'scaler' else 'OptimWrapper',
+                           optimizer=dict(type='AdamW', lr=0.02, weight_decay=0.05), clip_grad=dict(max_norm=5.),
+                           accumulative_counts=cell.accumulate,
+                           paramwise_cfg=dict(custom_keys={'alphas': dict(decay_mult=0.)})),
+        param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
+                         dict(type='MultiStepLR', by_epoch=by_epoch, milestones=[2])],
+        default_hooks=dict(checkpoint=dict(
+            type='mmlocalmamba.CheckpointHook', interval=1 if by_epoch else 4, by_epoch=by_epoch, max_keep_ckpts=2,
+            save_best='score', rule='greater')),
+        custom_hooks=[dict(type='mmlocalmamba.NumericalGuardHook'), *hooks], resume=resume, randomness=dict(seed=7),
+        launcher='pytorch' if cell.processes > 1 else 'none', log_level='WARNING',
+        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)))
+
+
+# ---- lives ----
+
+def live(cell, folder, resume, interrupt, rank):
+    """In a process of its own, which leads a group, as torchrun's do."""
+    os.setsid()
+    with open(folder / f'log{rank}.txt', 'a') as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    code = 1
+    try:
+        if cell.processes > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(cell.processes))
+            torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store{resume}', rank=rank,
+                                                 world_size=cell.processes)
+        # Checkpoints are written by the first process; anything else happens to the last one.
+        struck = interrupt and rank == (0 if cell.moment == 'save' else cell.processes - 1)
+        build(cell, folder, resume, struck).train()
+        code = 0
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(cell, folder, resume=False, interrupt=False):
+    """Exit codes of its processes. Once one is killed, the others are, as a launcher does it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pids = []
+    for rank in range(cell.processes):
+        pid = os.fork()
+        if pid == 0:
+            live(cell, folder, resume, interrupt, rank)
+        pids.append(pid)
+    codes = {}
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] not in (0, EXIT_PREEMPTED):
+                    for other in set(pids) - set(codes):
+                        os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def reference(cell, folder):
+    """The folder of a training that nothing interrupts; it may be there already."""
+    place = folder / 'references' / cell.reference
+    if not (place / 'done').exists():
+        shutil.rmtree(place, ignore_errors=True)
+        codes = run(cell, place)
+        if any(codes):
+            raise RuntimeError(f'an uninterrupted training ended with {codes}: {place}')
+        (place / 'done').touch()
+    return place
+
+
+def check(cell, folder):
+    """What is wrong, or nothing."""
+    place = folder / cell.name
+    shutil.rmtree(place, ignore_errors=True)
+    codes = run(cell, place, interrupt=True)
+    expected = {EXIT_PREEMPTED} if cell.end == 'preempted' else {-signal.SIGKILL}
+    if cell.end == 'preempted' and set(codes) != expected or not expected & set(codes):
+        return f'ended with {codes}'
+    partial = list(place.glob('*.tmp'))
+    if cell.end == 'killed' and cell.moment == 'save' and not partial:
+        return 'was not killed while it wrote'
+    codes = run(cell, place, resume=True)
+    if any(codes):
+        return f'resumed, and ended with {codes}'
+    names, different = compare(reference(cell, folder), place)
+    if not any('best' in name for name in names):
+        return f'no best checkpoint among {names}'
+    if list(place.glob('*.tmp')):
+        return 'a partial file is left'
+    if different:
+        return 'differs: ' + ' '.join(different[:4])
+    shutil.rmtree(place)
+    return ''
+
+
+def timed(cell, folder):
+    begin = time.monotonic()
+    try:
+        wrong = check(cell, folder)
+    except Exception as error:
+        wrong = f'{type(error).__name__}: {error}'
+    return wrong or 'equal', time.monotonic() - begin
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--jobs', type=int, default=1, help='cells at a time (default: 1)')
+    parser.add_argument('--csv', type=Path, default=Path('work_dirs/resume_matrix/matrix.csv'),
+                        help='the table (default: %(default)s); trainings are run beside it')
+    parser.add_argument('--only', default='', help='cells whose name contains this, e.g. killed-validation-2')
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # before a fork
+    os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+    folder = args.csv.resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {}
+    if args.csv.exists():
+        with open(args.csv, newline='') as file:
+            known = {tuple(row[:len(Cell._fields)]): row[-2] for row in csv.reader(file)}
+    cells = [cell for cell in CELLS if args.only in cell.name]
+    left = [cell for cell in cells if tuple(map(str, cell)) not in known]
+    with (open(args.csv, 'a', newline='') as file,
+          ProcessPoolExecutor(args.jobs, mp_context=get_context('fork')) as pool):
+        table = csv.writer(file)
+        if not known:
+            table.writerow([*Cell._fields, 'result', 'seconds'])
+        firsts = {cell.reference: cell for cell in left}.values()
+        for _ in pool.map(reference, firsts, [folder] * len(firsts)):
+            pass
+        for cell, (result, seconds) in zip(left, pool.map(timed, left, [folder] * len(left))):
+            known[tuple(map(str, cell))] = result
+            table.writerow([*cell, result, f'{seconds:.1f}'])
+            file.flush()
+            print(f'{cell.name:50} {seconds:6.1f} s  {result}', flush=True)
+    results = [known[tuple(map(str, cell))] for cell in cells]
+    print(f'{results.count("equal")} of {len(cells)} cells are equal')
+    sys.exit(results.count('equal') < len(cells))
+
+
+if __name__ == '__main__':
+    main()
