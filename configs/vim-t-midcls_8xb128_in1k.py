@@ -7,6 +7,6 @@ _base_ = './vim-t_8xb128_in1k.py'
 
 model = dict(
     backbone=dict(
-        cls_token='middle',
+        cls_token='vim',
         rope=False,
         out_type='cls_token'))

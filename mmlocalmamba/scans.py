@@ -178,6 +178,10 @@ def _flip(row: ScanTables) -> ScanTables:
     return ScanTables(row.src.flip(0), row.src.shape[0] - 1 - row.inv)
 
 
+# A middle token that flipped scans reverse with the sequence.
+FLIPPED = 'flipped'
+
+
 def _add_middle_token(row: ScanTables, middle: int) -> ScanTables:
     """One more token ``middle``, read at step ``middle``."""
     src, inv = row
@@ -198,7 +202,7 @@ def _stack(rows: Sequence[ScanTables]) -> ScanTables:
     return ScanTables(torch.stack([fill(row.src) for row in rows]), torch.stack([row.inv for row in rows]))
 
 
-def _make(sets: Iterable[tuple[str, ...]], H: int, W: int, pad: bool, middle_token: bool, device: torch.device,
+def _make(sets: Iterable[tuple[str, ...]], H: int, W: int, pad: bool, middle_token: bool | str, device: torch.device,
           traced: bool) -> dict[tuple[str, ...], ScanTables]:
     """Each direction once, however many sets name it."""
     sets = list(dict.fromkeys(sets))
@@ -207,15 +211,17 @@ def _make(sets: Iterable[tuple[str, ...]], H: int, W: int, pad: bool, middle_tok
         base = _base(name)
         if base not in rows:
             rows[base] = _row(base, H, W, pad, traced)
+            if middle_token == FLIPPED:
+                rows[base] = _add_middle_token(rows[base], H * W // 2)
         if name != base:
             rows[name] = _flip(rows[base])
-    if middle_token:
+    if middle_token is True:
         rows = {name: _add_middle_token(row, H * W // 2) for name, row in rows.items()}
     stacked = {names: _stack([rows[name] for name in names]) for names in sets}
     return {names: ScanTables(*(table.to(device) for table in tables)) for names, tables in stacked.items()}
 
 
-def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = True, middle_token: bool = False,
+def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = True, middle_token: bool | str = False,
                    device: str | torch.device = 'cpu') -> dict[tuple[str, ...], ScanTables]:
     """:func:`scan_tables` of several sets of directions over the same tokens, e.g. of the blocks of a stage."""
     _check_size(H, W)
@@ -228,7 +234,7 @@ def scan_tables(names: Sequence[str],
                 H: int,
                 W: int,
                 pad: bool = True,
-                middle_token: bool = False,
+                middle_token: bool | str = False,
                 device: str | torch.device = 'cpu') -> ScanTables:
     """Stacked tables of several directions.
 
@@ -237,7 +243,8 @@ def scan_tables(names: Sequence[str],
         H, W: token grid.
         pad: as in :func:`scan_index`.
         middle_token: the sequence holds one more token (a class token) at position H*W // 2, which every direction
-            reads at step H*W // 2 of its own order (the authors' middle class token).
+            reads at step H*W // 2 of its own order (the authors' middle class token). 'flipped': flipped directions
+            read it where the reversed sequence has it (Vim's), which is one step later if H*W is odd.
         device: where the tables live.
 
     Returns:

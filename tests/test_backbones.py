@@ -1,3 +1,4 @@
+import copy
 import json
 import threading
 
@@ -153,15 +154,65 @@ def test_bfloat16_autocast(build):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize('build,trained', [(vmamba, 'stages.2'), (vim, 'layers.2')])
-def test_frozen_stages(build, trained):
-    model = build(frozen_stages=2).train()
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert any(name.startswith('patch_embed') for name in frozen)
-    assert not any(name.startswith(trained) for name in frozen)
-    before = trained[:-1] + '1'
-    assert all(name in frozen for name, _ in model.named_parameters() if name.startswith((before, 'pos_embed')))
-    assert not model.patch_embed.training
+FROZEN = {  # what each number adds
+    vmamba: (['patch_embed.'], ['stages.0.', 'norm0.'], ['stages.1.', 'norm1.'], ['stages.2.', 'norm2.'],
+             ['stages.3.', 'norm3.']),
+    vim: (['patch_embed.', 'pos_embed', 'cls_token'], ['layers.0.', 'out_norms.0.'], ['layers.1.'],
+          ['layers.2.', 'out_norms.1.']),
+}
+
+
+@pytest.mark.parametrize('build', [vmamba, vim])
+@pytest.mark.parametrize('after', ['construction', 'init_weights', 'train', 'deepcopy'])
+def test_frozen_stages(build, after):
+    """As in mmdet's Swin: stages with their output norms, and modules stay in eval mode."""
+    for stages in range(-1, len(FROZEN[build])):
+        model = build(frozen_stages=stages, **(dict(cls_token='middle', rope=False) if build is vim else {}))
+        if after == 'init_weights':
+            model.init_weights()
+        elif after == 'train':
+            model.eval()
+            model.train()
+        elif after == 'deepcopy':
+            model = copy.deepcopy(model)
+        prefixes = tuple(prefix for added in FROZEN[build][:stages + 1] for prefix in added)
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad != name.startswith(prefixes), (stages, name)
+        if after in ('train', 'deepcopy'):
+            for name, module in model.named_modules():
+                frozen = bool(prefixes) and f'{name}.'.startswith(prefixes) and bool(list(module.parameters()))
+                if frozen or list(module.parameters(recurse=False)):
+                    assert module.training != frozen, (stages, name)
+
+
+def test_the_last_norm_is_frozen_with_everything():
+    for stages, frozen in ((2, False), (3, True)):
+        model = vim(out_type='avg_featmap', out_indices=-1, frozen_stages=stages)
+        assert model.norm.weight.requires_grad != frozen
+
+
+@pytest.mark.parametrize('build', [vmamba, vim])
+def test_there_is_no_norm_eval(build):
+    """There is no BatchNorm that it could have kept from learning."""
+    with pytest.raises(TypeError, match='norm_eval'):
+        build(norm_eval=True)
+
+
+@pytest.mark.parametrize('H, W', [(16, 16), (17, 31), (8, 40)])
+@pytest.mark.parametrize('patch, stride', [(8, 8), (8, 4), (8, 3), (8, 1)])
+def test_patches_cover_the_image(H, W, patch, stride):
+    model = vim(patch_size=patch, stride=stride, img_size=(H, W), out_indices=-1).eval()
+    rows, columns = model.grid
+    assert (rows - 1) * stride + patch >= H > (rows - 2) * stride + patch or rows == 1
+    assert (columns - 1) * stride + patch >= W > (columns - 2) * stride + patch
+    assert model(torch.randn(1, 3, H, W))[0].shape[2:] == model.grid == model.token_grid(H, W)
+    assert model.pos_embed.shape[1] == rows * columns
+
+
+@pytest.mark.parametrize('stride', [0, -1, 9])
+def test_a_stride_that_leaves_gaps_is_refused(stride):
+    with pytest.raises(ValueError, match=f'stride must be from 1 to patch_size 8, got {stride}'):
+        vim(patch_size=8, stride=stride)
 
 
 @pytest.mark.parametrize('build,blocks', [(vmamba, 5), (vim, 3)])

@@ -295,10 +295,11 @@ def test_opcheck():
 
     tensors = [x.detach() for x in tensors]
     y, last, checkpoints = op(*tensors, tables.src, 45, inputs['delta_bias'].detach(), None, True, False, True)
-    torch.library.opcheck(
-        torch.ops.mmlocalmamba.directional_scan_backward.default,
-        (torch.randn_like(y), None, *tensors, tables.src, 45, inputs['delta_bias'].detach(), None, checkpoints, True,
-         False))
+    for wanted in ([True] * 7, [False, True, False, True, False, True, False]):
+        torch.library.opcheck(
+            torch.ops.mmlocalmamba.directional_scan_backward.default,
+            (torch.randn_like(y), None, *tensors, tables.src, 45, inputs['delta_bias'].detach(), None, checkpoints,
+             True, False, wanted))
 
 
 @built

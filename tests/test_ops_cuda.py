@@ -78,6 +78,15 @@ def test_mixed_precision(mamba_ssm):
     assert y.dtype == torch.bfloat16
 
 
+def test_step_sizes_are_not_in_16_bits(mamba_ssm):
+    inputs, tables = directional_inputs(rank=24, dtype=torch.float32)
+    inputs = {name: x.detach().to(torch.bfloat16 if name in ('u', 'delta') else x.dtype) for name, x in inputs.items()}
+    ours, exact = (directional_scan(**{name: x.to(dtype or x.dtype) for name, x in inputs.items()}, tables=tables,
+                                    delta_softplus=True, return_last_state=True, backend=backend)[1]
+                   for backend, dtype in (('cuda', None), ('reference', torch.float64)))
+    assert (ours - exact).norm() / exact.norm() < 1e-5
+
+
 def test_gradient_of_the_last_state_is_refused(mamba_ssm):
     inputs, tables = directional_inputs(dtype=torch.float32)
     y, last = directional_scan(**inputs, tables=tables, return_last_state=True, delta_softplus=True, backend='cuda')

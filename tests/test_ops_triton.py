@@ -278,6 +278,43 @@ def test_convolution(monkeypatch, case, dtype, rtol):
     assert_same(*results, rtol)
 
 
+def test_high_ranks_are_not_multiplied_in_16_bits(monkeypatch):
+    monkeypatch.setattr(host, '_MAX_RANK', 1)
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=24, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE, torch.bfloat16 if name in ('u', 'delta') else x.dtype)
+              for name, x in inputs.items()}
+    ours, exact = (directional_scan(**{name: x.to(dtype or x.dtype) for name, x in inputs.items()},
+                                    tables=to_device(tables), delta_softplus=True, return_last_state=True,
+                                    backend=backend)[1]
+                   for backend, dtype in (('triton', None), ('reference', torch.float64)))
+    assert (ours - exact).norm() / exact.norm() < 1e-5
+
+
+def operator(name, x):
+    return getattr(torch.ops.mmlocalmamba, name + host._suffix(x))
+
+
+@pytest.mark.parametrize('wanted', [[True, False, False, False, False, True, True], [False, True, True] + [False] * 4,
+                                    [False] * 3 + [False, True, False, False], [False] * 7], ids=str)
+def test_gradients_that_nobody_wants(wanted):
+    """They come out empty, the others as ever."""
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=2, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE) for name, x in inputs.items()}
+    tensors, src = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')], tables.src.to(DEVICE)
+    rest = (src, tables.inv.shape[1], inputs['delta_bias'], inputs['dt_weight'])
+    y, last, checkpoints = operator('directional_scan', src)(*tensors, *rest, True, False, True)
+    every, some = (operator('directional_scan_backward', src)(y, last, *tensors, *rest, checkpoints, True, False, mask)
+                   for mask in ([True] * 7, wanted))
+    for ours, expected, needed in zip(some, every, wanted, strict=True):
+        assert torch.equal(ours, expected) if needed else ours.numel() == 0
+    x, weight, inv = inputs['u'], torch.ones(2, 5, 4, device=DEVICE), tables.inv.to(DEVICE)
+    grad = torch.ones(x.shape[0], 2, src.shape[1], 5, device=DEVICE)
+    every, some = (operator('directional_conv_backward', src)(grad, x, weight, None, src, inv, mask)
+                   for mask in ([True] * 3, wanted[-3:]))
+    for ours, expected, needed in zip(some, every, wanted[-3:], strict=True):
+        assert torch.equal(ours, expected) if needed else ours.numel() == 0
+
+
 def test_opcheck():
     """Shapes, strides and dtypes are as declared, which torch.compile relies on."""
     utilities = ('test_schema', 'test_faketensor', 'test_autograd_registration')
@@ -286,17 +323,20 @@ def test_opcheck():
         inputs = {name: x.detach().to(DEVICE, torch.float32 if name == 'A' else x.dtype) for name, x in inputs.items()}
         tensors, src = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')], tables.src.to(DEVICE)
         rest = (src, tables.inv.shape[1], inputs['delta_bias'], inputs.get('dt_weight'))
-        op = host._operator('directional_scan', src)
-        backward = host._operator('directional_scan_backward', src)
+        op = operator('directional_scan', src)
+        backward = operator('directional_scan_backward', src)
         torch.library.opcheck(op.default, (*tensors, *rest, True, False, True), test_utils=utilities)
         y, last, checkpoints = op(*tensors, *rest, True, False, True)
-        torch.library.opcheck(backward.default, (y, last, *tensors, *rest, checkpoints, True, False),
+        for wanted in ([True] * 7, [False, True] * 3 + [False]):
+            torch.library.opcheck(backward.default, (y, last, *tensors, *rest, checkpoints, True, False, wanted),
+                                  test_utils=utilities)
+    x, weight, inv = inputs['u'], torch.randn(2, 5, 4, device=DEVICE), tables.inv.to(DEVICE)
+    conv = operator('directional_conv', src)
+    torch.library.opcheck(conv.default, (x, weight, None, src, inv), test_utils=utilities)
+    for wanted in ([True] * 3, [True, False, False], [False, True, False]):
+        torch.library.opcheck(operator('directional_conv_backward', src).default,
+                              (conv(x, weight, None, src, inv), x, weight, None, src, inv, wanted),
                               test_utils=utilities)
-    x, weight = inputs['u'], torch.randn(2, 5, 4, device=DEVICE)
-    conv = host._operator('directional_conv', src)
-    torch.library.opcheck(conv.default, (x, weight, None, src), test_utils=utilities)
-    torch.library.opcheck(host._operator('directional_conv_backward', src).default,
-                          (conv(x, weight, None, src), x, weight, None, src), test_utils=utilities)
 
 
 def test_compiles_without_a_graph_break():
@@ -462,7 +502,8 @@ FLAGS = dict(N=5, R=2, BLOCK_D=32, BLOCK_N=8, BLOCK_N1=2, BLOCK_N2=4, BLOCK_R=2,
 INTEGERS = ('K', 'batch', 'rows', 'steps', 'tokens', 'channels', 'segment', 'segments', 'sequences', 'first_sequence',
             'zero', 'unit')
 for name, variants in (('scan_forward', [{}]), ('scan_local', [{}, dict(REVERSE=False)]), ('scan_carry', [{}]),
-                       ('scan_backward', [{}]), ('conv_forward', [{}]), ('conv_backward', [{}])):
+                       ('scan_backward', [{}, dict(WANT_A=False, WANT_VECTORS=False)]),
+                       ('conv_forward', [{}, dict(WANT_WEIGHT=False)]), ('conv_backward', [{}])):
     for variant in variants:
         signature, constants = {}, {}
         for parameter in getattr(kernels, name).params:

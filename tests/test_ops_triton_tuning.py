@@ -146,3 +146,14 @@ def test_bad_arguments(monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit):
         main.main()
     assert f"'{arguments[1]}'" in capsys.readouterr().err
+
+
+def test_a_device_without_index_is_the_current_one(monkeypatch):
+    """Two GPUs, one after the other the current one."""
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, device))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'GPU {device}')
+    for index in (0, 1):
+        monkeypatch.setattr(torch.cuda, 'current_device', lambda index=index: index)
+        assert tuning.gpu(torch.device('cuda')) == tuning.gpu(torch.device('cuda', index)) \
+            == f'GPU {index}, compute capability 9.{index}'
+    tuning._gpu.cache_clear()

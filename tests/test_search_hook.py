@@ -1,19 +1,25 @@
 """ScanSearchHook: both modes, bad input, interruption, two processes, files."""
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import search_task
 import torch
 from loss_task import configure, losses
+from mmengine.dataset import InfiniteSampler
+from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.runner import FlexibleRunner
 from processes import PYTHON, ROOT, finish, run_on_two, start
 
 from mmlocalmamba.backbones import LocalVMamba
+from mmlocalmamba.search import hook as search_hook
 from mmlocalmamba.weights import to_official
 
 FILES = {'directions.json', 'alphas.csv', 'directions.png', 'alphas.png'}
@@ -84,15 +90,27 @@ def test_joint_does_not_decay_logits(tmp_path):
     assert len(groups) == 2 and all(group['weight_decay'] == 0 for group in groups)
 
 
+class AtStart(Hook):
+    """After the model was initialised."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def before_train(self, runner):
+        self.action(runner.model)
+
+
 @pytest.mark.parametrize('paramwise', [True, False])
 def test_bilevel_logits_are_not_in_the_weights_optimizer(tmp_path, paramwise):
-    before = search_task.alphas(search_task.build(tmp_path / 'a', 'bilevel'))
-    frozen = dict(optimizer=dict(type='Adam', lr=0.))
-    runner = train(tmp_path / 'b', 'bilevel', epochs=1, hook=frozen, paramwise=paramwise)
-    assert groups_of(runner) == []
-    torch.testing.assert_close(search_task.alphas(runner), before, atol=0, rtol=0)
-    moved = train(tmp_path / 'c', 'bilevel', epochs=1)
-    assert (search_task.alphas(moved) - before).abs().min() > 0
+    before = []
+    for name, rate in dict(still=0., moved=0.05).items():
+        runner = search_task.build(tmp_path / name, 'bilevel', epochs=1, paramwise=paramwise,
+                                   hook=dict(optimizer=dict(type='Adam', lr=rate)))
+        runner.register_hook(AtStart(lambda model: before.append(search_task.alphas(SimpleNamespace(model=model)))))
+        runner.train()
+        assert groups_of(runner) == []
+        change = (search_task.alphas(runner) - before[-1]).abs()
+        assert change.max() == 0 if name == 'still' else change.min() > 0
 
 
 @pytest.mark.parametrize('wrapper,tolerance', [('OptimWrapper', 1e-5), ('ScaledOptimWrapper', 0.3)])
@@ -111,7 +129,9 @@ def test_bilevel_gradient_is_that_of_the_held_out_loss(tmp_path, wrapper, tolera
     for parameter in runner.model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 5  # at the start, gradients of the logits are close to the limits of float32
-    model.load_state_dict(runner.model.state_dict())
+    weights = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    model.load_state_dict(weights)
+    runner.register_hook(AtStart(lambda model: model.load_state_dict(weights)))
     before = search_task.alphas(runner).clone()
     loss = model(torch.stack([item['inputs'] for item in data]), torch.tensor([item['labels'] for item in data]))
     loss['loss'].backward()
@@ -150,23 +170,162 @@ def same(first, second):
     return {name: (first / name).read_bytes() == (second / name).read_bytes() for name in FILES}
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(mode='joint', ema=True),
-    dict(mode='bilevel'),
-    dict(mode='joint', directions=dict(candidates=search_task.CANDIDATES, sampling='single_path')),
-    dict(mode='bilevel', directions=dict(candidates=search_task.CANDIDATES, sampling='partial_channel')),
-    dict(mode='bilevel', iterations=5),
-], ids=['joint-ema', 'bilevel', 'single_path', 'partial_channel', 'iterations'])
-def test_interrupted_search_equals_the_uninterrupted_one(tmp_path, kwargs):
+SCALED = dict(type='ScaledOptimWrapper', accumulative_counts=3)
+SAMPLED = [dict(candidates=search_task.CANDIDATES, sampling=name) for name in ('single_path', 'partial_channel')]
+INTERRUPTED = {
+    **{f'{mode}-{"ema" if ema else "plain"}-{"scaled-accumulated" if wrapper else "plain"}': dict(
+        mode=mode, ema=ema, iterations=7, optim_wrapper=wrapper)
+       for mode, ema, wrapper in itertools.product(['joint', 'bilevel'], [False, True], [None, SCALED])},
+    'joint-single_path': dict(mode='joint', directions=SAMPLED[0]),
+    'bilevel-partial_channel-workers': dict(mode='bilevel', directions=SAMPLED[1], workers=1)}
+
+
+@pytest.mark.parametrize('case', INTERRUPTED)
+def test_interrupted_search_equals_the_uninterrupted_one(tmp_path, case):
+    kwargs = INTERRUPTED[case]
     whole = train(tmp_path / 'whole', **kwargs)
     with pytest.raises(Stop):
         train(tmp_path / 'parts', interrupt=(5 if 'iterations' in kwargs else 7, stop), **kwargs)
-    assert whole.iter == (kwargs.get('iterations') or 9)
+    assert whole.iter == kwargs.get('iterations', 9)
     resumed = train(tmp_path / 'parts', resume=True, **kwargs)
     torch.testing.assert_close(search_task.alphas(resumed), search_task.alphas(whole), atol=0, rtol=0)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value), name
+    models = [(whole.model, resumed.model)]
+    if kwargs.get('ema'):
+        models.append([hook.ema_model for runner in (whole, resumed) for hook in runner.hooks
+                       if type(hook).__name__ == 'EMAHook'])
+    for first, second in models:
+        for name, value in first.state_dict().items():
+            assert torch.equal(second.state_dict()[name], value), name
     assert all(same(tmp_path / 'whole', tmp_path / 'parts').values())
+
+
+def hook_of(runner):
+    hook, = [hook for hook in runner.hooks if type(hook).__name__ == 'ScanSearchHook']
+    return hook
+
+
+def logit_steps(runner):
+    return {int(state['step']) for state in hook_of(runner).optimizer.state.values()}
+
+
+@pytest.mark.parametrize('accumulate,steps', [(1, 7), (3, 3)])
+def test_a_step_of_the_logits_for_each_of_the_weights(tmp_path, accumulate, steps):
+    """Seven iterations; the last accumulation has one of them."""
+    runner = train(tmp_path, 'bilevel', iterations=7, optim_wrapper=dict(accumulative_counts=accumulate))
+    weights = {int(state['step']) for state in runner.optim_wrapper.optimizer.state.values()}
+    assert logit_steps(runner) == weights == {steps}
+    position = runner.train_loop.loaders.streams['held_out'].state_dict()
+    assert 3 * position['epoch'] + position['batches'] == steps
+
+
+class Seen(search_task.Images):
+
+    def __init__(self):
+        super().__init__()
+        self.indices = []
+
+    def __getitem__(self, index):
+        self.indices.append(index)
+        return super().__getitem__(index)
+
+
+def test_an_endless_sampler_does_not_begin_again(tmp_path):
+    """Nine batches out of twelve images, three times as many as there are."""
+    held_out = dict(search_task.loader(), dataset=Seen(), sampler=dict(type='InfiniteSampler', shuffle=True))
+    runner = train(tmp_path, 'bilevel', hook=dict(held_out=held_out))
+    data = runner.train_loop.loaders.streams['held_out'].dataset
+    assert data.indices == list(itertools.islice(InfiniteSampler(data, seed=7), 36))
+    assert data.indices[:12] != data.indices[12:24]
+
+
+def test_another_batch_of_held_out_data_is_refused(tmp_path):
+    with pytest.raises(Stop):
+        train(tmp_path, 'bilevel', interrupt=(4, stop))
+    with pytest.raises(ValueError, match='4 samples in an iteration of the held_out data .* 6 here'):
+        train(tmp_path, 'bilevel', resume=True, hook=dict(held_out=dict(search_task.loader(), batch_size=6)))
+
+
+class Spoilt(search_task.Images):
+    """One image is NaN."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return dict(item, inputs=item['inputs'] * float('nan')) if index == 5 else item
+
+
+@pytest.mark.parametrize('wrapper', [{}, dict(type='ScaledOptimWrapper')], ids=['plain', 'scaled'])
+def test_nan_in_held_out_data_is_told(tmp_path, wrapper):
+    held_out = dict(search_task.loader(), dataset=Spoilt())
+    with pytest.raises(FloatingPointError, match=r'^iteration [123]: NaN or Inf in the loss of held-out data \(nan\)'):
+        train(tmp_path, 'bilevel', hook=dict(held_out=held_out), optim_wrapper=wrapper)
+    path, = tmp_path.glob('nonfinite_held_out_iter*_rank0.json')
+    assert json.loads(path.read_text())['losses'] == ['nan']
+
+
+class Overflow(Hook):
+    """Gradients of the logits are infinite in these iterations."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, iterations):
+        self.iterations, self.handles = iterations, []
+
+    def before_train_iter(self, runner, **kwargs):
+        for handle in self.handles:
+            handle.remove()
+        self.handles = [value.register_hook(lambda gradient: gradient * float('inf'))
+                        for name, value in runner.model.named_parameters()
+                        if name.endswith('alphas') and runner.iter + 1 in self.iterations]
+
+
+def overflowing(work_dir, iterations, wrapper=None, **kwargs):
+    runner = search_task.build(work_dir, 'bilevel', optim_wrapper=wrapper or dict(type='ScaledOptimWrapper'), **kwargs)
+    runner.register_hook(Overflow(iterations), priority='VERY_HIGH')
+    return runner
+
+
+def test_a_loss_scaler_may_overflow_on_held_out_data(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(MMLogger, 'callHandlers', lambda self, record: messages.append(record.getMessage()))
+    runner = overflowing(tmp_path / 'a', {2, 3, 7})
+    runner.logger.setLevel('INFO')
+    runner.train()
+    assert logit_steps(runner) == {6} and search_task.alphas(runner).isfinite().all()
+    told = [message for message in messages if 'gradients of the logits overflow' in message]
+    assert [message.split(':')[0] for message in told] == ['iteration 2', 'iteration 3', 'iteration 7']
+    assert 'at a loss scale of' in told[0]
+    with pytest.raises(FloatingPointError, match='^iteration 2: .*gradients of the logits, 1 times in a row'):
+        overflowing(tmp_path / 'b', {2}, wrapper=dict(type='OptimWrapper')).train()
+
+
+def test_a_loss_scaler_that_overflows_for_ever_stops_the_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_hook, 'SCALER_SKIPS', 3)
+    with pytest.raises(FloatingPointError, match='^iteration 8: .*gradients of the logits, 4 times in a row'):
+        overflowing(tmp_path / 'a', {1, 2, 3, 5, 6, 7, 8}).train()
+    with pytest.raises(Stop):  # the count is in the checkpoint
+        overflowing(tmp_path / 'b', {2, 3, 4, 5}, interrupt=(3, stop)).train()
+    with pytest.raises(FloatingPointError, match='^iteration 5: .* 4 times in a row'):
+        overflowing(tmp_path / 'b', {2, 3, 4, 5}, resume=True).train()
+
+
+def test_what_a_search_cannot_run_on_is_refused(tmp_path):
+    own = search_task.build(tmp_path / 'a', 'bilevel')
+    for mode in ('joint', 'bilevel'):
+        runner = search_task.build(tmp_path / mode, mode, epochs=1)
+        runner._train_loop = dict(by_epoch=True, max_epochs=1)  # MMEngine's
+        if mode == 'joint':
+            runner.train()
+            assert FILES <= {path.name for path in (tmp_path / mode).iterdir()}
+        else:
+            with pytest.raises(ValueError, match="ScanSearchHook needs train_cfg.type='mmlocalmamba.EpochBasedTrain"):
+                runner.train()
+    flexible = FlexibleRunner(
+        model=own.model, work_dir=str(tmp_path / 'flexible'), experiment_name='flexible', default_scope='mmengine',
+        train_dataloader=search_task.loader(), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        train_cfg=dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=1), log_level='WARNING',
+        custom_hooks=[dict(type='mmlocalmamba.ScanSearchHook', k=2)])
+    with pytest.raises(TypeError, match='a direction search does not run on FlexibleRunner.*remove runner_type'):
+        flexible.train()
 
 
 def test_checkpoints_hold_the_logits_and_not_their_average(tmp_path):
@@ -229,9 +388,13 @@ def test_warnings_and_early_stop(tmp_path, monkeypatch):
     assert any('the same directions for 2 more reports' in message for message in messages)
     messages.clear()
     runner = search_task.build(tmp_path / 'collapsed', 'bilevel', epochs=2, hook=still)
-    for name, parameter in runner.model.named_parameters():
-        if name.endswith('alphas'):
-            parameter.data[0] = 20.
+
+    def decide(model):
+        for name, parameter in model.named_parameters():
+            if name.endswith('alphas'):
+                parameter.data[0] = 20.
+
+    runner.register_hook(AtStart(decide))
     runner.train()
     assert sum('blocks have decided within the first' in message for message in messages) == 1
 

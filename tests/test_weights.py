@@ -124,6 +124,8 @@ def random_weights(shapes):
 @pytest.mark.parametrize('config, shapes', [
     ('vim-t-midcls_8xb128_in1k', vim_shapes(192, 24)),
     ('vim-s-midcls_8xb128_in1k', vim_shapes(384, 24)),
+    ('vim-t-midcls-plus_8xb128-30e_in1k', vim_shapes(192, 24, grid=27)),
+    ('vim-s-midcls-plus_8xb128-30e_in1k', vim_shapes(384, 24, grid=27)),
     ('vmamba-t_8xb128_in1k', vmamba_shapes(96, [2, 2, 9, 2])),
     ('vmamba-s_8xb128_in1k', vmamba_shapes(96, [2, 2, 27, 2])),
     ('vmamba-b_8xb128_in1k', vmamba_shapes(128, [2, 2, 27, 2])),
@@ -141,9 +143,10 @@ def test_key_contract_of_vim_and_vmamba(config, shapes):
         {key: value.shape for key, value in own.items()}
 
 
-def vim_features(w, image, depth):
+def vim_features(w, image, depth, stride=8):
     """hustvl/Vim as published (bimamba v2, middle class token, div2), up to the class token before the head."""
-    x = F.conv2d(image, w['patch_embed.proj.weight'], w['patch_embed.proj.bias'], stride=8).flatten(2).transpose(1, 2)
+    x = F.conv2d(image, w['patch_embed.proj.weight'], w['patch_embed.proj.bias'], stride=stride)
+    x = x.flatten(2).transpose(1, 2)
     middle = x.shape[1] // 2
     token = w['cls_token'].expand(len(x), -1, -1)
     x = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + w['pos_embed']
@@ -215,13 +218,17 @@ def converted_backbone(weights, model):
 
 
 @torch.no_grad()
-def test_vim_gives_the_same_numbers():
-    weights = random_weights(vim_shapes(16, 2, N=3, patch=8, grid=4, classes=5))
+@pytest.mark.parametrize('stride, grid, cls_token, same', [
+    (8, 4, 'middle', True), (8, 4, 'vim', True), (4, 7, 'vim', True),  # Vim+: patches overlap, on an odd grid
+    (4, 7, 'middle', False)])
+def test_vim_gives_the_same_numbers(stride, grid, cls_token, same):
+    weights = random_weights(vim_shapes(16, 2, N=3, patch=8, grid=grid, classes=5))
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     model = converted_backbone(weights, LocalVim(
-        dict(embed_dims=16, num_layers=2, d_state=3), img_size=32, patch_size=8, directions=['h', 'h_flip'],
-        scattn=False, cls_token='middle', rope=False, out_type='cls_token'))
-    torch.testing.assert_close(model(image)[0], vim_features(weights, image.clone(), 2), rtol=1e-6, atol=1e-6)
+        dict(embed_dims=16, num_layers=2, d_state=3), img_size=32, patch_size=8, stride=stride,
+        directions=['h', 'h_flip'], scattn=False, cls_token=cls_token, rope=False, out_type='cls_token'))
+    expected = vim_features(weights, image.clone(), 2, stride)
+    assert torch.allclose(model(image)[0], expected, rtol=1e-6, atol=1e-6) == same
 
 
 @torch.no_grad()

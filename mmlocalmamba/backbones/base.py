@@ -16,7 +16,7 @@ Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
 WINDOW_PADS = ('zero', 'none')
 # What weights may need without showing it.
-FACTS = ('directions', 'stride', 'rope')
+FACTS = ('directions', 'stride', 'rope', 'cls_token')
 # The results of a search with hundreds of blocks are far smaller.
 _MAX_DIRECTIONS_FILE = 1 << 20
 

@@ -36,7 +36,8 @@ from mmlocalmamba.scans import ScanTables, scan_tables_of
 _EPS = 1e-5
 # Positions are scaled to the token grid of ImageNet pre-training, whatever the image size, as in Vim.
 _ROPE_SIZE = 14
-CLS_TOKENS = ('none', 'middle')
+# What a scan's tables are told of it.
+CLS_TOKENS = {'none': False, 'middle': True, 'vim': 'flipped'}
 OUT_TYPES = ('avg_featmap', 'cls_token', 'featmap')
 OUT_FEATURES = ('mixer', 'residual')
 ROPES = (True, False, 'resized')
@@ -86,7 +87,8 @@ class LocalVim(LocalMambaBackbone):
             dict(candidates=[...], sampling=...) for one with options, those of MixedScan.
         scattn: True, False, or a dict of SCAttn's arguments.
         window_pad: 'zero' scans the pads of incomplete windows (the authors' behaviour), 'none' real tokens only.
-        cls_token: 'none', or 'middle' for a class token in the middle of every sequence.
+        cls_token: 'none', 'middle' for a class token in the middle of every scan, or 'vim' for one in the middle of the
+            tokens, which flipped scans meet where the reversed tokens have it, as in Vim. On even grids both are equal.
         rope: rotate features by their 2-D positions before every block (not with a class token). 'resized' rotates as
             the authors' code does at other grids than 14x14, see :func:`mmlocalmamba.layers.resized_rotary_tables`.
         out_indices: blocks that give outputs with ``out_type='featmap'``; negative ones count from the end.
@@ -140,11 +142,11 @@ class LocalVim(LocalMambaBackbone):
                                    ('out_feature', out_feature, OUT_FEATURES), ('rope', rope, ROPES)):
             if value not in known:
                 raise ValueError(f'{name} must be one of {known}, got {value!r}')
-        if cls_token == 'middle' and rope:
-            raise ValueError("rope=True does not go with cls_token='middle': a class token has no position to rotate "
+        if cls_token != 'none' and rope:
+            raise ValueError(f'rope={rope!r} does not go with cls_token={cls_token!r}: it has no position to rotate '
                              'by; the authors train that model with rope=False')
         if out_type == 'cls_token' and cls_token == 'none':
-            raise ValueError("out_type='cls_token' needs cls_token='middle'")
+            raise ValueError("out_type='cls_token' needs cls_token='middle' or 'vim'")
         if out_type != 'featmap' and self.out_indices != (depth - 1, ):
             raise ValueError(f"out_type={out_type!r} pools the last block only; out_indices {out_indices} needs "
                              "out_type='featmap'")
@@ -152,7 +154,8 @@ class LocalVim(LocalMambaBackbone):
             raise ValueError(f'rope needs embed_dims divisible by 4, got {self.embed_dims}')
 
         self.out_type, self.out_feature, self.rope = out_type, out_feature, rope
-        self.num_cls_tokens = int(cls_token == 'middle')
+        self.middle_token = CLS_TOKENS[cls_token]
+        self.num_cls_tokens = int(bool(self.middle_token))
         self.patch_size, self.stride = patch_size, patch_size if stride is None else stride
         if not 0 < self.stride <= patch_size:
             raise ValueError(f'stride must be from 1 to patch_size {patch_size}, got {stride}')
@@ -204,7 +207,7 @@ class LocalVim(LocalMambaBackbone):
         elif self.rope:
             rotary = rotary_tables(*size, self.embed_dims, _ROPE_SIZE, x.device)
         tables = scan_tables_of([layer.mixer.directions for layer in self.layers], *size,
-                                pad=self.window_pad == 'zero', middle_token=bool(self.num_cls_tokens), device=x.device)
+                                pad=self.window_pad == 'zero', middle_token=self.middle_token, device=x.device)
 
         residual, outs = None, []
         for index, layer in enumerate(self.layers):
@@ -226,8 +229,8 @@ class LocalVim(LocalMambaBackbone):
         return rows, columns
 
     def facts(self) -> dict[str, Any]:
-        facts = dict(super().facts(), stride=self.stride)
-        return dict(facts, rope=self.rope) if self.rope == 'resized' else facts
+        return dict(super().facts(), stride=self.stride, **dict(rope=self.rope) if self.rope == 'resized' else {},
+                    **dict(cls_token='vim') if self.middle_token == 'flipped' else {})
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding and the

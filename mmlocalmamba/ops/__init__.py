@@ -3,6 +3,9 @@
 ``backend=None`` takes the fastest backend that can run the tensors at hand; the environment variable
 ``MMLOCALMAMBA_BACKEND`` or the argument names one instead, and naming one that cannot run is an error. Scans are
 computed in float32 (float64 for float64 inputs) whatever the dtype of the inputs or of autocast.
+
+All backends have first derivatives, also those of ``torch.func.grad`` and ``torch.func.vmap``. Second ones and
+forward-mode ones (``jvp``, ``jacfwd``) have 'reference' alone, for all of these ops; the fused operators refuse them.
 """
 import math
 
@@ -60,7 +63,8 @@ def directional_scan(u: Tensor,
         A: (K, D, N) state matrices, diagonal, of negative real part for a stable scan.
         B, C: (B, K, L, N). If A is complex they may be; outputs are 2 Re(C h) then.
         D: (K, D) skip weights, or None.
-        tables: :func:`mmlocalmamba.scans.scan_tables` for these tokens, on the device of u.
+        tables: :func:`mmlocalmamba.scans.scan_tables` for these tokens, on the device of u: each direction reads every
+            token once. CPU kernels check that; others would leave rows of y unwritten.
         delta_bias: (K, D) or None.
         delta_softplus: dt = softplus(delta + delta_bias) instead of delta + delta_bias.
         in_scan_order: u (B, K, T, D), delta, B and C are given step by step, pads included, with the values that
@@ -173,22 +177,25 @@ def _of_groups(name: str, x: Tensor, A: Tensor, batch: int, L: int) -> Tensor:
     return x
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
     """torch's ``F.linear``, by its faster way on a CPU.
 
     Args:
         x: (..., I), or (B, K, T, I) for K weights.
         weight: (O, I), or (K, O, I).
         bias: (O,) or None; None for K weights.
+        backend: a name of :data:`BACKENDS`; None chooses. Whatever a backend has no version of, or not for these
+            dtypes, plain PyTorch does.
 
     Returns:
         (..., O), or (B, K, T, O).
     """
-    fused = None if x.dim() < 2 or autocasts(x) else fused_op('linear', x, weight, bias)
+    fused = None if x.dim() < 2 or autocasts(x) else fused_op('linear', backend, x, weight, bias)
     return (fused or plain.linear)(x, weight, bias)
 
 
-def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables) -> Tensor:
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables,
+                     backend: str | None = None) -> Tensor:
     """Causal depthwise convolution along K scans, and SiLU: silu(bias + sum_j weight[j] x[t - W + 1 + j]).
 
     Args:
@@ -196,15 +203,17 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: Sca
         weight: (K, D, W).
         bias: (K, D) or None.
         tables: :func:`mmlocalmamba.scans.scan_tables` for these tokens, on the device of x.
+        backend: as in :func:`linear`.
 
     Returns:
         (B, K, T, D), in scan order: what ``directional_scan(in_scan_order=True)`` takes.
     """
-    return (fused_op('directional_conv', x, weight, bias) or plain.directional_conv)(x, weight, bias, tables)
+    fused = fused_op('directional_conv', backend, x, weight, bias)
+    return (fused or plain.directional_conv)(x, weight, bias, tables)
 
 
 def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, reduce_weight: Tensor,
-               reduce_bias: Tensor, select_weight: Tensor, select_bias: Tensor) -> Tensor:
+               reduce_bias: Tensor, select_weight: Tensor, select_bias: Tensor, backend: str | None = None) -> Tensor:
     """The sum of K directions' features, each gated by SCAttn's channel branch (paper Fig. 3b).
 
     With f = y * silu(z), gate = sigmoid(select(gelu(reduce(mean over tokens of layer_norm(f))))), it is the sum over
@@ -216,17 +225,18 @@ def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tens
         norm_weight, norm_bias: (C,); eps: of the LayerNorm.
         reduce_weight, reduce_bias: (R, C), (R,).
         select_weight, select_bias: (C, R), (C,).
+        backend: as in :func:`linear`.
 
     Returns:
         (B, L, C).
     """
     weights = norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias
-    fused = fused_op('scattn_sum', y, z, *weights)
+    fused = fused_op('scattn_sum', backend, y, z, *weights)
     return (fused or plain.scattn_sum)(y, z, norm_weight, norm_bias, eps, *weights[2:])
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None = None,
-                 sin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                 sin: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The step between two blocks of a residual stream: rotate(x + residual), and its RMSNorm.
 
     A rotation is linear: turning the sum is turning both, as the authors do.
@@ -237,9 +247,10 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
         weight: (C,) of the norm.
         eps: added to the mean square.
         cos, sin: (L, C) of the angles that neighbouring channel pairs are turned by, or None.
+        backend: as in :func:`linear`.
 
     Returns:
         The normalised sum and the sum, both (B, L, C). Under autocast the sum keeps the residual's precision.
     """
-    fused = None if autocasts(x) else fused_op('add_rms_norm', x, residual, weight, cos, sin)
+    fused = None if autocasts(x) else fused_op('add_rms_norm', backend, x, residual, weight, cos, sin)
     return (fused or plain.add_rms_norm)(x, residual, weight, eps, cos, sin)

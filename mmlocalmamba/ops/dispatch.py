@@ -186,8 +186,8 @@ def available_backends(u: Tensor) -> dict[str, str | None]:
 @cache
 def _warn_of_slow_scan(name: str, best: str, reason: str) -> None:
     """Once for each reason."""
-    warnings.warn(f'selective scans run on the backend {name!r}, many times slower than on {best!r}: {reason}',
-                  stacklevel=6)
+    warnings.warn(f'the backend {name!r} computes selective scans, many times slower than {best!r} would: {reason}',
+                  stacklevel=5)
 
 
 def choose(u: Tensor, name: str | None = None, complex_states: bool = False) -> Backend:
@@ -225,9 +225,10 @@ def run_scan(inputs: ScanInputs, name: str | None) -> tuple[Tensor, Tensor]:
         return backend.scan(inputs)
 
 
-def fused_op(op: str, *tensors: Tensor | None) -> Callable | None:
-    """The chosen backend's version of an op for these tensors; None if plain PyTorch has to do it."""
+def fused_op(op: str, name: str | None, *tensors: Tensor | None) -> Callable | None:
+    """The version of an op that the backend of this name, or the chosen one, has for these tensors; None if plain
+    PyTorch has to do it."""
     given = [x for x in tensors if x is not None]
-    backend = choose(given[0])
+    backend = choose(given[0], name)
     function = getattr(backend, op)
     return function if function is not None and backend.reads(given) else None

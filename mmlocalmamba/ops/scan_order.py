@@ -1,8 +1,7 @@
 """What the PyTorch backends share: moving tokens through a table, the step size."""
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
@@ -28,14 +27,13 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, src, inv):
-        ctx.save_for_backward(inv)
+        ctx.save_for_backward(src, inv)
         ctx.shared = x.dim() == 3
         return read(x, src, inv)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        grad = write(grad, *ctx.saved_tensors)
+        grad = _Write.apply(grad, *ctx.saved_tensors)
         return (grad.sum(1) if ctx.shared else grad), None, None
 
 
@@ -47,19 +45,24 @@ class _Write(torch.autograd.Function):
         return write(x, inv)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return read(grad, *ctx.saved_tensors), None, None
+        return _Read.apply(grad, *ctx.saved_tensors), None, None
+
+
+def _transformed() -> bool:
+    """Whether forward-mode derivatives or ``torch.func`` are at work, which look into what happens."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
 
 
 def to_scan_order(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
     """:func:`read` with a fast gradient."""
-    return _Read.apply(x, src, inv)
+    return read(x, src, inv) if _transformed() else _Read.apply(x, src, inv)
 
 
 def from_scan_order(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
     """:func:`write` with a fast gradient."""
-    return _Write.apply(x, src, inv)
+    return write(x, inv) if _transformed() else _Write.apply(x, src, inv)
 
 
 def real_output(y: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ def implied_facts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
             side = round((weights['pos_embed'].shape[1] - 1) ** 0.5)
             if side in _VIM_STRIDES and side * side + 1 == weights['pos_embed'].shape[1]:
                 facts['stride'] = _VIM_STRIDES[side]
+            if side % 2:  # else a class token in the middle of every scan gives the same
+                facts['cls_token'] = 'vim'
     elif family == 'LocalVim' and 'rope.freqs_cos' in weights:
         cos = weights['rope.freqs_cos']
         side = round(len(cos) ** 0.5)

@@ -11,8 +11,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x_, const OptionalTensor& residual_, const Tensor& weight_,
                                         double eps, const OptionalTensor& cosine_, const OptionalTensor& sine_) {
-  TORCH_CHECK_TYPE(x_.scalar_type() == at::kFloat || x_.scalar_type() == at::kDouble, "x must be float32 or float64, got ",
-                   x_.scalar_type());
+  TORCH_CHECK_TYPE(x_.scalar_type() == at::kFloat || x_.scalar_type() == at::kDouble,
+                   "x must be float32 or float64, got ", x_.scalar_type());
   TORCH_CHECK_VALUE(x_.dim() == 3, "x must be (B, L, C), got ", x_.sizes());
   const int64_t batch = x_.size(0), tokens = x_.size(1), channels = x_.size(2);
   check(weight_, "weight", {channels}, x_);

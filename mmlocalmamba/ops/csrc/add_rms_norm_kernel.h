@@ -13,7 +13,9 @@ void add_rms_norm(const AddRMSNormProblem<T>& p, int64_t batch, int64_t piece) {
     T* out = p.out + (batch * p.tokens + l) * D;
     if (p.residual) {
       const T* residual = p.residual + batch * p.residual_strides.batch + l * p.residual_strides.row;
-      for_channels<T>(D, [&](int64_t d, int lanes) { store(sum + d, load(x + d, lanes) + load(residual + d, lanes), lanes); });
+      for_channels<T>(D, [&](int64_t d, int lanes) {
+        store(sum + d, load(x + d, lanes) + load(residual + d, lanes), lanes);
+      });
     } else {
       for_channels<T>(D, [&](int64_t d, int lanes) { store(sum + d, load(x + d, lanes), lanes); });
     }

@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "host.h"
@@ -44,7 +45,8 @@ struct ConvArguments {
   }
 };
 
-Tensor directional_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& src) {
+Tensor directional_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& src,
+                        const OptionalTensor&) {
   const ConvArguments a(x, weight, bias, src);
   Tensor y = at::empty({a.directions, a.batch, a.steps, a.channels}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "directional_conv", [&] {
@@ -60,18 +62,22 @@ Tensor directional_conv(const Tensor& x, const Tensor& weight, const OptionalTen
 }
 
 std::tuple<Tensor, Tensor, Tensor> directional_conv_backward(const Tensor& dy_, const Tensor& x, const Tensor& weight,
-                                                             const OptionalTensor& bias, const OptionalTensor& src) {
+                                                             const OptionalTensor& bias, const OptionalTensor& src,
+                                                             const OptionalTensor&, std::array<bool, 3> wanted) {
   const ConvArguments a(x, weight, bias, src);
   check(dy_, "grad", {a.batch, a.directions, a.steps, a.channels}, x);
   const Tensor dy = with_contiguous_channels(dy_);
-  Tensor dx = at::empty({a.batch, a.tokens, a.channels}, x.options());
-  Tensor dweight = at::empty({a.batch, a.directions, a.channels, a.width}, x.options());
-  Tensor dbias = at::empty({a.batch, a.directions, a.channels}, x.options());
+  Tensor dx, dweight, dbias;
+  if (wanted[0]) dx = at::empty({a.batch, a.tokens, a.channels}, x.options());
+  if (wanted[1] || wanted[2]) {
+    dweight = at::empty({a.batch, a.directions, a.channels, a.width}, x.options());
+    dbias = at::empty({a.batch, a.directions, a.channels}, x.options());
+  }
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "directional_conv_backward", [&] {
     ConvProblem<scalar_t> p = a.problem<scalar_t>();
     p.dy = dy.const_data_ptr<scalar_t>(), p.dy_strides = strides(dy);
-    p.dx = dx.mutable_data_ptr<scalar_t>();
-    p.dweight = dweight.mutable_data_ptr<scalar_t>(), p.dbias = dbias.mutable_data_ptr<scalar_t>();
+    p.dx = data_or_null<scalar_t>(dx);
+    p.dweight = data_or_null<scalar_t>(dweight), p.dbias = data_or_null<scalar_t>(dbias);
     const auto& kernel = kernels<scalar_t>().conv;
     const int64_t items = ceil_div(p.channels, kernel.channels);
     for_each(p.batch * items, kernel.scratch(p.width), [&](int64_t i, void* scratch) {
@@ -80,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> directional_conv_backward(const Tensor& dy_, 
       }
     });
   });
-  return {dx, ordered_sum(dweight), ordered_sum(dbias)};
+  return {wanted[0] ? dx : nothing(x), wanted[1] ? ordered_sum(dweight) : nothing(x),
+          wanted[2] ? ordered_sum(dbias) : nothing(x)};
 }
 
 }  // namespace

@@ -105,7 +105,7 @@ void conv_backward(const ConvProblem<T>& p, Item item, void* memory) {
       const int lanes = channels.lanes(block);
       const T* from = p.x + item.batch * p.x_strides.batch + channels.begin(block);
       const T* dy = p.dy + offset(p.dy_strides, item) + start * p.dy_strides.row + channels.begin(block);
-      T* dx = p.dx + item.batch * p.tokens * p.channels + channels.begin(block);
+      T* dx = p.dx ? p.dx + item.batch * p.tokens * p.channels + channels.begin(block) : nullptr;
       V<T>* x = c.x + block * (kChunk + W);
       V<T>* gradient = c.gradient + block * (kChunk + W);
       const V<T>* weight = c.weight + block * W;
@@ -113,7 +113,7 @@ void conv_backward(const ConvProblem<T>& p, Item item, void* memory) {
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t now = c.token[W - 1 + t], next = conv_token(p, item, start + kChunk + t);
         PREFETCH(from, next, p.x_strides.row, 0);
-        PREFETCH(dx, next, p.channels, 1);
+        if (dx) PREFETCH(dx, next, p.channels, 1);
         x[W - 1 + t] = now < 0 ? V<T>{} : load(from + now * p.x_strides.row, lanes);
       }
       for (int64_t t = 0; t < steps; ++t) {
@@ -122,12 +122,14 @@ void conv_backward(const ConvProblem<T>& p, Item item, void* memory) {
           V<T> slope;
           silu<T>(conv_at<T>(x + t, weight, c.bias[block], W), &slope);
           g = load(dy + t * p.dy_strides.row, lanes) * slope;
-          c.dbias[block] += g;
-          for (int64_t j = 0; j < W; ++j) dweight[j] += g * x[t + j];
+          if (p.dweight) {
+            c.dbias[block] += g;
+            for (int64_t j = 0; j < W; ++j) dweight[j] += g * x[t + j];
+          }
         }
         gradient[W - 1 + t] = g;
       }
-      for (int64_t t = 0; t < steps; ++t) {
+      for (int64_t t = 0; dx && t < steps; ++t) {
         const int64_t token = c.token[t];  // of step start + t - (W - 1)
         if (token < 0) continue;
         V<T> sum{};
@@ -139,7 +141,7 @@ void conv_backward(const ConvProblem<T>& p, Item item, void* memory) {
       conv_carry<T>(gradient, steps, W);
     }
   }
-  for (int64_t block = 0; block < channels.blocks; ++block) {
+  for (int64_t block = 0; p.dweight && block < channels.blocks; ++block) {
     const int64_t channel = sequence * p.channels + channels.begin(block);
     const int lanes = channels.lanes(block);
     store(p.dbias + channel, c.dbias[block], lanes);

@@ -68,10 +68,18 @@ inline Strides strides(const Tensor& x) {
                       : Strides{x.stride(0), x.stride(1), x.stride(2), channel};
 }
 
+// What an operator returns for a gradient that nobody wants.
+inline Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
+
+template <typename T>
+T* data_or_null(const Tensor& x) {
+  return x.defined() ? x.mutable_data_ptr<T>() : nullptr;
+}
+
 inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, const Tensor& like) {
   TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), " like the first argument, got ",
-                   x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
+                   " like the first argument, got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
 }
 

@@ -46,11 +46,11 @@ struct ScanProblem {
   const T *dy;
   Strides dy_strides;
   const T *dlast;         // (B, K, N, D) or null
-  T *ddelta;              // (B, K, rows, D), also where delta is given by a factor
+  T *ddelta;              // (B, K, rows, D), also where delta is given by a factor; null: not wanted
   Strides ddelta_strides;
-  T *dA;                  // (B, K, D, N)
+  T *dA;                  // (B, K, D, N), or null
   // Sums over directions, and over the items of a sequence: either in place, which needs the summands to be computed
-  // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later.
+  // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later. Or null.
   T *du;
   Strides du_strides;     // its directions are 0 apart if in place
   bool du_in_parts;
@@ -78,8 +78,8 @@ struct ConvProblem {
   // Backward only. A work item's directions run one after the other: dx is summed in place.
   const T* dy;
   Strides dy_strides;
-  T* dx;                  // (B, tokens, D)
-  T *dweight, *dbias;     // (B, K, D, W), (B, K, D)
+  T* dx;                  // (B, tokens, D), or null: not wanted
+  T *dweight, *dbias;     // (B, K, D, W), (B, K, D), or both null
 };
 
 // Tokens that one work item of a sum of directions or of a norm handles.
@@ -103,7 +103,7 @@ struct SCAttnSumProblem {
   T* out;                 // (B, tokens, D)
   const T* dout;          // (B, tokens, D)
   const T* dmean;         // (B, K, D): gradient of the sum over tokens of the normalised features
-  T *dy, *dz;
+  T *dy, *dz;             // dz may be null
 };
 
 // The residual stream between two blocks, token by token: sum = turn(x + residual), out = sum * weight / rms(sum).

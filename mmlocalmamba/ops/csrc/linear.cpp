@@ -27,8 +27,8 @@ const std::optional<c10::TypedOperatorHandle<MkldnnLinear>>& mkldnn_linear() {
 
 Tensor weight_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   if (weight.dim() == 3) {  // a product for each direction, whose rows lie together
-    TORCH_CHECK_VALUE(!bias && x.dim() == 4 && x.size(1) == weight.size(0), "x must be (B, K, T, I) and weight (K, O, I) ",
-                      "without bias, got ", x.sizes(), " and ", weight.sizes());
+    TORCH_CHECK_VALUE(!bias && x.dim() == 4 && x.size(1) == weight.size(0),
+                      "x must be (B, K, T, I) and weight (K, O, I) without bias, got ", x.sizes(), " and ", weight.sizes());
     std::vector<Tensor> y;
     for (int64_t k = 0; k < weight.size(0); ++k) y.push_back(weight_product(x.select(1, k), weight[k], std::nullopt));
     return at::stack(y).transpose(0, 1);

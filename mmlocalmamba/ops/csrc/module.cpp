@@ -49,7 +49,8 @@ std::vector<std::string> instruction_sets() {
 }
 
 Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens) {
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == directions && table.scalar_type() == at::kInt && table.is_cpu(),
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == directions && table.scalar_type() == at::kInt &&
+                        table.is_cpu(),
                     "src must be an int32 table of ", directions, " rows on the CPU, got ", table.scalar_type(), " ",
                     table.sizes(), " on ", table.device());
   Tensor whole = table.contiguous();
@@ -74,11 +75,12 @@ Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens) {
         found[token < 0 ? tokens : token] = 1;
       }
       // As many as there are tokens, and none is missing: none is there twice.
-      permutes[k] = steps - pads == tokens && std::find(found.begin(), found.begin() + tokens, 0) == found.begin() + tokens;
+      permutes[k] = steps - pads == tokens && std::count(found.begin(), found.begin() + tokens, 1) == tokens;
     }
   });
   for (int64_t k = 0; k < directions; ++k) {
-    TORCH_CHECK_VALUE(permutes[k], "row ", k, " of src must hold each of the ", tokens, " tokens once, besides pads (-1)");
+    TORCH_CHECK_VALUE(permutes[k], "row ", k, " of src must hold each of the ", tokens,
+                      " tokens once, besides pads (-1)");
   }
   return whole;
 }
@@ -118,7 +120,8 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"instruction_sets", instruction_sets, METH_NOARGS, "Names of the instruction sets this machine can run, best first."},
+    {"instruction_sets", instruction_sets, METH_NOARGS,
+     "Names of the instruction sets this machine can run, best first."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

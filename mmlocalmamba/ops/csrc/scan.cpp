@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "host.h"
@@ -154,7 +155,8 @@ Tensor sum_directions(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_scan_backward(
     const OptionalTensor& dy_, const OptionalTensor& dlast_, const Tensor& u, const Tensor& delta, const Tensor& A,
     const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& src, int64_t tokens,
-    const OptionalTensor& delta_bias, const OptionalTensor& dt_weight, const Tensor& checkpoints_, bool delta_softplus, bool in_scan_order) {
+    const OptionalTensor& delta_bias, const OptionalTensor& dt_weight, const Tensor& checkpoints_, bool delta_softplus,
+    bool in_scan_order, std::array<bool, 7> wanted) {
   const ScanArguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
   const auto options = u.options();
   const int64_t batch = a.batch, K = a.directions, N = a.states, width = a.channels;
@@ -172,14 +174,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
   Tensor checkpoints = checkpoints_.contiguous();
   check(checkpoints, "checkpoints", {batch, K, a.checkpoints(), N, width}, u);
 
-  Tensor du;
+  Tensor du, ddelta, dA, dB, dC, dD = at::empty({batch, K, width}, options), dbias = at::empty_like(dD);
   // With a factor of delta, all rows of a direction lie together, for the products that follow.
-  Tensor ddelta = dt_weight ? at::empty({K, batch, a.rows, width}, options).transpose(0, 1)
-                            : a.like(a.delta, a.rows);
-  Tensor dA = at::empty({batch, K, width, N}, options);
-  Tensor dD = at::empty({batch, K, width}, options);
-  Tensor dbias = at::empty({batch, K, width}, options);
-  Tensor dB, dC;
+  if (wanted[1]) {
+    ddelta = dt_weight ? at::empty({K, batch, a.rows, width}, options).transpose(0, 1) : a.like(a.delta, a.rows);
+  }
+  if (wanted[2]) dA = at::empty({batch, K, width, N}, options);
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "directional_scan_backward", [&] {
     ScanProblem<scalar_t> p = a.problem<scalar_t>();
     // Sums in place save memory, above all the time to have it mapped; the order of summation is the same.
@@ -187,28 +187,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     const bool shared = u.dim() == 3;
     p.dB_in_parts = batch * (shared ? 1 : K) < enough;
     p.du_in_parts = !shared || (p.dB_in_parts && batch * items < enough);
-    du = p.du_in_parts ? a.like(a.u, a.rows) : at::empty({batch, a.rows, width}, options);
-    dB = at::empty({p.dB_in_parts ? items : 1, batch, K, a.rows, N}, options);
-    dC = at::empty_like(dB);
+    if (wanted[0]) du = p.du_in_parts ? a.like(a.u, a.rows) : at::empty({batch, a.rows, width}, options);
+    if (wanted[3] || wanted[4]) {
+      dB = at::empty({p.dB_in_parts ? items : 1, batch, K, a.rows, N}, options);
+      dC = at::empty_like(dB);
+    }
     p.checkpoints = checkpoints.mutable_data_ptr<scalar_t>();
     p.dy = dy.const_data_ptr<scalar_t>(), p.dy_strides = strides(dy);
     p.dlast = dlast.defined() ? dlast.const_data_ptr<scalar_t>() : nullptr;
-    p.du = du.mutable_data_ptr<scalar_t>(), p.du_strides = strides(du);
-    p.ddelta = ddelta.mutable_data_ptr<scalar_t>(), p.ddelta_strides = strides(ddelta);
-    p.dA = dA.mutable_data_ptr<scalar_t>();
-    p.dB = dB.mutable_data_ptr<scalar_t>(), p.dC = dC.mutable_data_ptr<scalar_t>();
+    if (du.defined()) p.du = du.mutable_data_ptr<scalar_t>(), p.du_strides = strides(du);
+    if (ddelta.defined()) p.ddelta = ddelta.mutable_data_ptr<scalar_t>(), p.ddelta_strides = strides(ddelta);
+    p.dA = data_or_null<scalar_t>(dA), p.dB = data_or_null<scalar_t>(dB), p.dC = data_or_null<scalar_t>(dC);
     p.dD = dD.mutable_data_ptr<scalar_t>(), p.dbias = dbias.mutable_data_ptr<scalar_t>();
     for_each_item(p, true, kernels<scalar_t>().scan.backward, !p.du_in_parts, !p.dB_in_parts);
-    if (shared && p.du_in_parts) du = sum_directions(du);
-    if (width == 0) dB.zero_(), dC.zero_();
+    if (shared && p.du_in_parts && du.defined()) du = sum_directions(du);
+    if (width == 0 && dB.defined()) dB.zero_(), dC.zero_();
   });
-  return {du,
-          ddelta,
-          ordered_sum(dA),
-          ordered_sum(dB),
-          ordered_sum(dC),
-          ordered_sum(dD),
-          ordered_sum(dbias)};
+  const auto summed = [&](int64_t i, const Tensor& x) { return wanted[i] ? ordered_sum(x) : nothing(u); };
+  return {wanted[0] ? du : nothing(u),
+          wanted[1] ? ddelta : nothing(u),
+          summed(2, dA), summed(3, dB), summed(4, dC), summed(5, dD), summed(6, dbias)};
 }
 
 }  // namespace

@@ -18,8 +18,9 @@ struct ChunkScratch {
 
   ChunkScratch(Scratch& s, int64_t N, int64_t R)
       : read(s.take<int64_t>(kChunk)), write(s.take<int64_t>(kChunk)), B(s.take<T>(kChunk * N)),
-        C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)), A(s.take<V<T>>(kBlocks * N)), h(s.take<V<T>>(kBlocks * N)),
-        dt(s.take<V<T>>(kChunk)), dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
+        C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)),
+        A(s.take<V<T>>(kBlocks * N)), h(s.take<V<T>>(kBlocks * N)), dt(s.take<V<T>>(kChunk)),
+        dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
 };
 
 template <typename T>
@@ -105,7 +106,8 @@ void load_transposed(const T* from, int64_t count, T factor, int64_t total, Item
 }
 
 template <typename T>
-INLINE V<T> load_weight(const T* weight, const ScanProblem<T>& p, Item item, const Channels<T>& channels, int64_t block) {
+INLINE V<T> load_weight(const T* weight, const ScanProblem<T>& p, Item item, const Channels<T>& channels,
+                        int64_t block) {
   return weight ? load(weight + item.direction * p.channels + channels.begin(block), channels.lanes(block)) : V<T>{};
 }
 
@@ -318,7 +320,7 @@ void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* 
   }
 }
 
-template <typename T, int count>
+template <typename T, int count, bool with_dA>
 void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
                 const V<T>* dy, const V<T>* decay, const V<T>* decayed, V<T>* dh_memory, V<T>* dA_memory, V<T>* sums,
                 V<T>* ddt, V<T>* ddtu) {
@@ -341,7 +343,7 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
       input_sum[n % 2] += dh[n] * b;
       const V<T> dexponent = dh[n] * before;
       step_sum[n % 2] += dexponent * A[n];
-      dA[n] += dexponent * step;
+      if constexpr (with_dA) dA[n] += dexponent * step;
       dh[n] *= decay[t * count + n];
     }
     sums[t] += sum_lanes<T>(products);
@@ -350,13 +352,14 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
   }
   for (int n = 0; n < count; ++n) {
     dh_memory[n] = dh[n];
-    dA_memory[n] += dA[n];
+    if constexpr (with_dA) dA_memory[n] += dA[n];
   }
 }
 
 template <typename T, int count>
 INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, Item item, int64_t start, int64_t steps,
-                               const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c, const BackwardScratch<T>& g) {
+                               const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c,
+                               const BackwardScratch<T>& g) {
   const int64_t N = p.states;
   for (; N - n >= count; n += count, sums += kChunk) {
     V<T> h[count];
@@ -367,15 +370,22 @@ INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, 
     }
     const int64_t state = block * N + n;
     recompute<T, count>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
-    sweep_back<T, count>(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay, g.decayed, c.h + state,
-                         g.dA + state, sums, g.ddt, g.ddtu);
+    const auto sweep = [&](auto with_dA) {
+      sweep_back<T, count, decltype(with_dA)::value>(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay,
+                                                     g.decayed, c.h + state, g.dA + state, sums, g.ddt, g.ddtu);
+    };
+    if (p.dA) {
+      sweep(std::true_type{});
+    } else {
+      sweep(std::false_type{});
+    }
   }
   return n;
 }
 
 template <typename T, int count>
-INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c, int64_t steps, int64_t N, bool add, T* dB,
-                          T* dC) {
+INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c, int64_t steps, int64_t N, bool add,
+                          T* dB, T* dC) {
   for (; N - n >= count; n += count, sums += kChunk) {
     for (int64_t t = 0; t < steps; ++t) {
       if (c.read[t] < 0) continue;
@@ -423,8 +433,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       const T* u = p.u + offset(p.u_strides, item) + channel * p.u_strides.channel;
       const T* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
       const T* dy = p.dy + offset(p.dy_strides, item) + channel * p.dy_strides.channel;
-      T* du = p.du + offset(p.du_strides, item) + channel * p.du_strides.channel;
-      T* ddelta = p.ddelta + offset(p.ddelta_strides, item) + channel * p.ddelta_strides.channel;
+      T* du = p.du ? p.du + offset(p.du_strides, item) + channel * p.du_strides.channel : nullptr;
+      T* ddelta = p.ddelta ? p.ddelta + offset(p.ddelta_strides, item) + channel * p.ddelta_strides.channel : nullptr;
       load_steps(p, c, item, steps, block, channel, lanes, bias);
       const bool u_columns = p.u_strides.columns(), dy_columns = p.dy_strides.columns();
       const bool du_columns = p.du_strides.columns(), ddelta_columns = p.ddelta_strides.columns();
@@ -436,8 +446,8 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
         PREFETCH_NEXT(u, next, read, p.u_strides, 0);
         if (!p.dt_rank) PREFETCH_NEXT(delta, next, read, p.delta_strides, 0);
         PREFETCH_NEXT(dy, next, write, p.dy_strides, 0);
-        PREFETCH_NEXT(du, next, read, p.du_strides, 1);
-        PREFETCH_NEXT(ddelta, next, read, p.ddelta_strides, 1);
+        if (du) PREFETCH_NEXT(du, next, read, p.du_strides, 1);
+        if (ddelta) PREFETCH_NEXT(ddelta, next, read, p.ddelta_strides, 1);
         V<T> slope = splat(T(1));
         if (!u_columns) g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
         if (!dy_columns) {
@@ -459,19 +469,20 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
         g.dD[block] += g.dy[t] * g.u[t];
         if (du_columns) {
           g.ddtu[t] = gradient;
-        } else if (c.read[t] >= 0) {
+        } else if (du && c.read[t] >= 0) {
           T* to = du + c.read[t] * p.du_strides.row;
           store(to, add_du ? load(to, lanes) + gradient : gradient, lanes);
         }
         if (ddelta_columns) {
           g.ddt[t] = ddt;
-        } else if (c.read[t] >= 0) {
+        } else if (ddelta && c.read[t] >= 0) {
           store(ddelta + c.read[t] * p.ddelta_strides.row, ddt, lanes);
         }
       }
       if (du_columns) store_columns(du + start, p.du_strides.channel, steps, lanes, g.ddtu);
       if (ddelta_columns) store_columns(ddelta + start, p.ddelta_strides.channel, steps, lanes, g.ddt);
     }
+    if (!p.dB) continue;
     const V<T>* sums = g.sums;
     T *dB = p.dB + part, *dC = p.dC + part;
     int64_t n = write_sums<T, kBackwardStates<T>>(0, sums, c, steps, N, add_dB, dB, dC);
@@ -484,7 +495,7 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
     const int lanes = channels.lanes(block);
     store(p.dD + sequence * p.channels + channel, g.dD[block], lanes);
     store(p.dbias + sequence * p.channels + channel, g.dbias[block], lanes);
-    for (int lane = 0; lane < lanes; ++lane) {
+    for (int lane = 0; p.dA && lane < lanes; ++lane) {
       T* to = p.dA + (sequence * p.channels + channel + lane) * N;
       for (int64_t n = 0; n < N; ++n) to[n] = g.dA[block * N + n][lane];
     }

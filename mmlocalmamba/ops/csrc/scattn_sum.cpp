@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
 #include <tuple>
 
@@ -32,7 +33,9 @@ struct SCAttnSumArguments {
     return p;
   }
 
-  Tensor parts() const { return at::empty({ceil_div(tokens, kTokensPerItem), batch, directions, channels}, y.options()); }
+  Tensor parts() const {
+    return at::empty({ceil_div(tokens, kTokensPerItem), batch, directions, channels}, y.options());
+  }
 
   template <typename T, typename Function>
   void run(const SCAttnSumProblem<T>& p, Function function) const {
@@ -113,14 +116,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scattn_sum(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scattn_sum_backward(
     const Tensor& dout_, const Tensor& y, const OptionalTensor& z, const Tensor& norm_weight, const Tensor& norm_bias,
-    const Tensor& reduce_weight, const Tensor& select_weight, const Tensor& average, const Tensor& mean,
-    const Tensor& inverse, const Tensor& reduced, const Tensor& gate) {
+    const Tensor& reduce_weight, const Tensor& select_weight, const Tensor& average, const Tensor& mean_,
+    const Tensor& inverse_, const Tensor& reduced, const Tensor& gate_, std::array<bool, 8> wanted) {
   const SCAttnSumArguments a(y, z);
+  const int64_t inner = reduce_weight.size(0);
   check(dout_, "grad", {a.batch, a.tokens, a.channels}, y);
-  const Tensor dout = dout_.contiguous();
-  Tensor parts = a.parts(), dy = at::empty(a.y.sizes(), y.options());
-  Tensor dz = z ? at::empty({a.batch, a.tokens, a.channels}, y.options()) : at::empty({0}, y.options());
-  Tensor dnorm_weight, dnorm_bias, dreduce_weight, dreduce_bias, dselect_weight, dselect_bias;
+  check(norm_weight, "norm_weight", {a.channels}, y), check(norm_bias, "norm_bias", {a.channels}, y);
+  check(reduce_weight, "reduce_weight", {inner, a.channels}, y);
+  check(select_weight, "select_weight", {a.channels, inner}, y);
+  check(average, "average", {a.batch, a.directions, a.channels}, y);
+  check(mean_, "mean", {a.batch, a.directions, a.tokens}, y), check(inverse_, "inverse", mean_.sizes(), y);
+  check(reduced, "reduced", {a.batch, a.directions, inner}, y), check(gate_, "gate", average.sizes(), y);
+  TORCH_CHECK_VALUE(z || !wanted[1], "there is no z whose gradient could be wanted");
+  const Tensor dout = dout_.contiguous(), mean = mean_.contiguous(), inverse = inverse_.contiguous();
+  const Tensor gate = gate_.contiguous();
+  Tensor parts = a.parts(), dy, dz = nothing(y);
+  Tensor dnorm_weight = nothing(y), dnorm_bias = nothing(y), dreduce_weight = nothing(y), dreduce_bias = nothing(y);
+  Tensor dselect_weight = nothing(y), dselect_bias = nothing(y);
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "scattn_sum_backward", [&] {
     SCAttnSumProblem<scalar_t> p = a.problem<scalar_t>();
     p.mean = mean.mutable_data_ptr<scalar_t>(), p.inverse = inverse.mutable_data_ptr<scalar_t>();
@@ -131,21 +143,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scatt
     // Back through the attention, whose inputs are a vector for each image and direction.
     const auto rows = [](const Tensor& x) { return x.flatten(0, 1); };
     const Tensor dselect = rows(at::sigmoid_backward(ordered_sum(parts), gate));
-    dselect_weight = dselect.t().mm(at::gelu(rows(reduced)));
-    dselect_bias = dselect.sum(0);
+    if (wanted[6]) dselect_weight = dselect.t().mm(at::gelu(rows(reduced)));
+    if (wanted[7]) dselect_bias = dselect.sum(0);
     const Tensor dreduce = at::gelu_backward(dselect.mm(select_weight), rows(reduced));
-    dreduce_weight = dreduce.t().mm(at::addcmul(norm_bias, rows(average), norm_weight));
-    dreduce_bias = dreduce.sum(0);
+    if (wanted[4]) dreduce_weight = dreduce.t().mm(at::addcmul(norm_bias, rows(average), norm_weight));
+    if (wanted[5]) dreduce_bias = dreduce.sum(0);
     const Tensor dnorm = dreduce.mm(reduce_weight);
-    dnorm_weight = (dnorm * rows(average)).sum(0);
-    dnorm_bias = dnorm.sum(0);
+    if (wanted[2]) dnorm_weight = (dnorm * rows(average)).sum(0);
+    if (wanted[3]) dnorm_bias = dnorm.sum(0);
+    if (!wanted[0] && !wanted[1]) return;
     const Tensor dmean = (dnorm * norm_weight).div_(a.tokens);
+    dy = at::empty(a.y.sizes(), y.options());
+    if (wanted[1]) dz = at::empty(dout.sizes(), y.options());
     p.dmean = dmean.const_data_ptr<scalar_t>();
     p.dy = dy.mutable_data_ptr<scalar_t>();
-    p.dz = dz.mutable_data_ptr<scalar_t>();
+    p.dz = wanted[1] ? dz.mutable_data_ptr<scalar_t>() : nullptr;
     a.run(p, kernels<scalar_t>().scattn_sum.backward);
   });
-  return {dy, dz, dnorm_weight, dnorm_bias, dreduce_weight, dreduce_bias, dselect_weight, dselect_bias};
+  return {wanted[0] ? dy : nothing(y), dz, dnorm_weight, dnorm_bias, dreduce_weight, dreduce_bias, dselect_weight,
+          dselect_bias};
 }
 
 }  // namespace

@@ -169,10 +169,10 @@ void scattn_backward(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece,
         const V<T> df = load(dout + d, lanes) * load(gate + d, lanes) +
                         (load(dmean + d, lanes) - c.offset[k] - (feature * silu - mean) * slope) * inverse;
         store(dy + d, df * silu, lanes);
-        if (p.z) store(c.row + d, load(c.row + d) + df * feature, kLanes<T>);
+        if (p.dz) store(c.row + d, load(c.row + d) + df * feature, kLanes<T>);
       });
     }
-    if (!p.z) continue;
+    if (!p.dz) continue;
     T* dz = p.dz + (batch * p.tokens + l) * p.channels;
     for_channels<T>(p.channels, [&](int64_t d, int lanes) {
       store(dz + d, load(c.row + d) * load(c.slope + d), lanes);

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmlocalmamba.ops import library
 from mmlocalmamba.ops.dispatch import Backend, ScanInputs, compute_dtype
 from mmlocalmamba.ops.triton import tuning
+from mmlocalmamba.scans import ScanTables
 
 # Not asked for in functions: torch.compile traces through those that choose a backend.
 _INSTALLED = find_spec('triton') is not None
@@ -190,21 +191,27 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
 
 def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
               C: Tensor, D: Tensor | None, src: Tensor | None, tokens: int, delta_bias: Tensor | None,
-              dt_weight: Tensor | None, checkpoints: Tensor, delta_softplus: bool,
-              in_scan_order: bool) -> tuple[Tensor, ...]:
+              dt_weight: Tensor | None, checkpoints: Tensor, delta_softplus: bool, in_scan_order: bool,
+              wanted: list[bool]) -> tuple[Tensor, ...]:
     p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, 'backward')
     batch, K, rows, channels, N = p.batch, p.K, p.rows, p.channels, p.N
-    grad_u = _empty(batch, K, rows, channels, dtype=u.dtype, device=u.device)
-    if dt_weight is None:
+    want_u, want_delta, want_A, *want_vectors = wanted[:5]
+    want_vectors = any(want_vectors)  # B or C
+    # What nobody wants is not written; a pointer has to be there all the same.
+    nothing = p.A
+    grad_u = _empty(batch, K, rows, channels, dtype=u.dtype, device=u.device) if want_u else nothing
+    grad_delta = nothing
+    if want_delta and dt_weight is None:
         grad_delta = _empty(batch, K, rows, channels, dtype=delta.dtype, device=u.device)
-    else:  # as declared: all rows of a direction lie together, for the products that follow
+    elif want_delta:  # as declared: all rows of a direction lie together, for the products that follow
         grad_delta = _empty(K, batch, rows, channels, dtype=delta.dtype, device=u.device).transpose(0, 1)
-    grad_A = p.partial(p.segments, batch, K, N, channels)
-    grad_B, grad_C = (p.partial(p.blocks, batch, K, rows, N) for _ in range(2))
+    grad_A = p.partial(p.segments, batch, K, N, channels) if want_A else nothing
+    grad_B, grad_C = (p.partial(p.blocks, batch, K, rows, N) if want_vectors else nothing for _ in range(2))
     grad_D, grad_bias = (p.partial(p.segments, batch, K, channels) for _ in range(2))
     if p.empty:
         for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias):
-            x.zero_()
+            if x is not nothing:
+                x.zero_()
     else:
         if grad_y is not None and grad_y.stride(-1) != 1:
             grad_y = grad_y.contiguous()
@@ -229,11 +236,18 @@ def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta:
                     *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C), *p.strides(dy),
                     *grad_delta.stride()[:2],
                     BLOCK_N1=p.block_N // block_N2, BLOCK_N2=block_N2, CHUNK=library.CHUNK, HAS_D=p.has_D,
-                    HAS_GRAD_Y=grad_y is not None, HAS_LEAVE=leave is not None, **p.flags)
-    return (grad_u.sum(1) if u.dim() == 3 else grad_u, grad_delta,
-            grad_A.sum((0, 1)).transpose(1, 2).contiguous().to(A.dtype),
-            grad_B.sum(0).to(B.dtype), grad_C.sum(0).to(C.dtype),
-            grad_D.sum((0, 1)).to(A.dtype), grad_bias.sum((0, 1)).to(A.dtype))
+                    HAS_GRAD_Y=grad_y is not None, HAS_LEAVE=leave is not None, WANT_U=want_u, WANT_DELTA=want_delta,
+                    WANT_A=want_A, WANT_VECTORS=want_vectors, **p.flags)
+    results = (lambda: grad_u.sum(1) if u.dim() == 3 else grad_u,
+               lambda: grad_delta,
+               lambda: grad_A.sum((0, 1)).transpose(1, 2).contiguous().to(A.dtype),
+               lambda: grad_B.sum(0).to(B.dtype),
+               lambda: grad_C.sum(0).to(C.dtype),
+               lambda: grad_D.sum((0, 1)).to(A.dtype),
+               lambda: grad_bias.sum((0, 1)).to(A.dtype))
+    likes = (u, delta, A, B, C, A, A)
+    return tuple(result() if needed else like.new_empty(0)
+                 for result, needed, like in zip(results, wanted, likes, strict=True))
 
 
 # Steps and channels of a program of the convolution.
@@ -265,42 +279,50 @@ class _Convolution:
     def grid(self, sequences: int, rows: int) -> tuple[int]:
         return (sequences * -(-rows // _CONV['BLOCK_T']) * -(-self.channels // _CONV['BLOCK_D']), )
 
-    def forward(self, out: Tensor, grad: Tensor | None, sums: Tensor | None) -> None:
+    def forward(self, out: Tensor, grad: Tensor | None = None, sums: Tensor | None = None) -> None:
         strides = (0, 0, 0) if grad is None else grad.stride()[:3]
         with _on(self.x.device):
             _kernels().conv_forward[self.grid(self.batch * self.K, self.steps)](
                 self.x, self.weight, self.bias, self.src, out, out if grad is None else grad,
                 out if sums is None else sums, self.batch, self.K, self.steps, self.channels, *self.x.stride()[:2],
-                *strides, BACKWARD=grad is not None, **self.given, **self.flags)
+                *strides, BACKWARD=grad is not None, WANT_WEIGHT=sums is not None, **self.given, **self.flags)
 
 
-def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None) -> Tensor:
+def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None, inv: Tensor | None) -> Tensor:
     p = _Convolution(x, weight, bias, src)
     out = _empty(p.K, p.batch, p.steps, p.channels, dtype=x.dtype, device=x.device)
     if not p.empty:
-        p.forward(out, None, None)
+        p.forward(out)
     return out.transpose(0, 1)
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-                   src: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, src: Tensor | None,
+                   inv: Tensor | None, wanted: list[bool]) -> tuple[Tensor, ...]:
     p = _Convolution(x, weight, bias, src)
+    want_x, want_weight, want_bias = wanted
+    grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if p.empty:
-        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
+        return (torch.zeros_like(x) if want_x else grad_x, torch.zeros_like(weight) if want_weight else grad_weight,
+                weight.new_zeros(weight.shape[:2]) if want_bias else grad_bias)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     inner = _empty(p.K, p.batch, p.steps, p.channels, dtype=x.dtype, device=x.device)
-    parts = -(-p.steps // _CONV['BLOCK_T'])
-    sums = _empty(parts, p.batch, p.K, p.taps + 1, p.channels, dtype=torch.float32, device=x.device)
+    sums = None
+    if want_weight or want_bias:
+        parts = -(-p.steps // _CONV['BLOCK_T'])
+        sums = _empty(parts, p.batch, p.K, p.taps + 1, p.channels, dtype=torch.float32, device=x.device)
     p.forward(inner, grad, sums)
-    steps = torch.arange(p.steps, dtype=torch.int32, device=x.device).expand(p.K, -1)
-    inverse = steps if src is None else steps.new_empty(p.K, p.tokens + 1).scatter_(
-        1, torch.where(src < 0, p.tokens, src).long(), steps)[:, :-1]
-    grad_x = _empty(p.batch, p.tokens, p.channels, dtype=x.dtype, device=x.device)
-    with _on(x.device):
-        _kernels().conv_backward[p.grid(p.batch, p.tokens)](
-            inner, p.weight, inverse.contiguous(), grad_x, p.batch, p.K, p.steps, p.tokens, p.channels, **p.flags)
-    sums = sums.sum((0, 1)).to(weight.dtype)
-    return grad_x, sums[:, :-1].transpose(1, 2).contiguous(), sums[:, -1].contiguous()
+    if want_x:
+        if inv is None:  # step t is token t
+            inv = torch.arange(p.steps, dtype=torch.int32, device=x.device).expand(p.K, -1)
+        grad_x = _empty(p.batch, p.tokens, p.channels, dtype=x.dtype, device=x.device)
+        with _on(x.device):
+            _kernels().conv_backward[p.grid(p.batch, p.tokens)](
+                inner, p.weight, inv.contiguous(), grad_x, p.batch, p.K, p.steps, p.tokens, p.channels, **p.flags)
+    if sums is not None:
+        sums = sums.sum((0, 1)).to(weight.dtype)
+        grad_weight = sums[:, :-1].transpose(1, 2).contiguous() if want_weight else grad_weight
+        grad_bias = sums[:, -1].contiguous() if want_bias else grad_bias
+    return grad_x, grad_weight, grad_bias
 
 
 _IMPLEMENTATIONS = {
@@ -319,15 +341,20 @@ for _name, _function in _IMPLEMENTATIONS.items():
         torch.library.impl(f'mmlocalmamba::{_name}{_SUFFIX}', 'CPU')(_function)
 
 
-def _operator(name: str, x: Tensor):
-    return getattr(torch.ops.mmlocalmamba, name + _SUFFIX if x.device.type == 'cpu' else name)
+def _suffix(x: Tensor) -> str:
+    return _SUFFIX if x.device.type == 'cpu' else ''
+
+
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables) -> Tensor:
+    """See :func:`mmlocalmamba.ops.directional_conv`."""
+    return library.call(f'directional_conv{_suffix(x)}', x, weight, bias, *tables)
 
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`."""
     if inputs.dt_weight is not None and inputs.dt_weight.shape[-1] > _MAX_RANK:
         inputs = inputs._replace(delta=inputs.delta.to(compute_dtype(inputs.delta))).with_all_step_sizes()
-    return library.run_scan(_operator('directional_scan', inputs.u), inputs)
+    return library.run_scan(inputs, _suffix(inputs.u))
 
 
 BACKEND = Backend(
@@ -338,4 +365,4 @@ BACKEND = Backend(
     dtypes=_DTYPES,
     mixed_dtypes=True,
     low_rank_steps=True,
-    directional_conv=lambda x, weight, bias, tables: _operator('directional_conv', x)(x, weight, bias, tables.src))
+    directional_conv=directional_conv)

@@ -246,9 +246,11 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
                   N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N1: tl.constexpr,
                   BLOCK_N2: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
                   HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
-                  SOFTPLUS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, HAS_LEAVE: tl.constexpr):
-    """All gradients, backwards through the chunks of CHUNK steps. In each, the states at the starts of its groups are
-    found first, from the saved one at its own start, and put into ``starts``, which is small enough to stay in cache.
+                  SOFTPLUS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, HAS_LEAVE: tl.constexpr, WANT_U: tl.constexpr,
+                  WANT_DELTA: tl.constexpr, WANT_A: tl.constexpr, WANT_VECTORS: tl.constexpr):
+    """All gradients that are wanted (WANT_VECTORS: of B and C), backwards through the chunks of CHUNK steps. In each,
+    the states at the starts of its groups are found first, from the saved one at its own start, and put into
+    ``starts``, which is small enough to stay in cache.
 
     States are (BLOCK_N1, BLOCK_D, BLOCK_N2): this way the default layout puts a few states and a few channels into
     each thread, which keeps sums over states and sums over channels, of which there are two each, equally short.
@@ -334,12 +336,15 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
             for s in tl.static_range(GROUP - 1, -1, -1):
                 dy, input = dys[s], dts[s] * xs[s]
                 h = decayed[s] + input[None, :, None] * Bs[s][:, None, :]
-                dCs = dCs + (tl.sum(h * dy[None, :, None], axis=1), )
+                if WANT_VECTORS:
+                    dCs = dCs + (tl.sum(h * dy[None, :, None], axis=1), )
                 dh += dy[None, :, None] * Cs[s][:, None, :]
-                dBs = dBs + (tl.sum(dh * input[None, :, None], axis=1), )
+                if WANT_VECTORS:
+                    dBs = dBs + (tl.sum(dh * input[None, :, None], axis=1), )
                 dinput = tl.sum(tl.sum(dh * Bs[s][:, None, :], axis=2), axis=0)
                 da = dh * decayed[s]
-                dA += da * dts[s][None, :, None]
+                if WANT_A:
+                    dA += da * dts[s][None, :, None]
                 ddelta = (tl.sum(tl.sum(da * rate, axis=2), axis=0) * _LN2 + dinput * xs[s]) * slopes[s]
                 dh *= decays[s]
                 dus, ddeltas = dus + (dinput * dts[s] + dy * skip, ), ddeltas + (ddelta, )
@@ -348,11 +353,15 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
             for i in tl.static_range(GROUP):
                 read = reads[GROUP - 1 - i]
                 kept = valid & (read >= 0)
-                tl.store(grad_u + read * channels + d, dus[i].to(grad_u.dtype.element_ty), mask=kept)
-                tl.store(grad_delta + read * channels + d, ddeltas[i].to(grad_delta.dtype.element_ty), mask=kept)
-                tl.store(grad_B + read * N + n, dBs[i], mask=(n < N) & (read >= 0))
-                tl.store(grad_C + read * N + n, dCs[i], mask=(n < N) & (read >= 0))
-    tl.store(grad_A + own * N * channels + tile, dA, mask=mask)
+                if WANT_U:
+                    tl.store(grad_u + read * channels + d, dus[i].to(grad_u.dtype.element_ty), mask=kept)
+                if WANT_DELTA:
+                    tl.store(grad_delta + read * channels + d, ddeltas[i].to(grad_delta.dtype.element_ty), mask=kept)
+                if WANT_VECTORS:
+                    tl.store(grad_B + read * N + n, dBs[i], mask=(n < N) & (read >= 0))
+                    tl.store(grad_C + read * N + n, dCs[i], mask=(n < N) & (read >= 0))
+    if WANT_A:
+        tl.store(grad_A + own * N * channels + tile, dA, mask=mask)
     tl.store(grad_D + own * channels + d, dD, mask=valid)
     tl.store(grad_bias + own * channels + d, dbias, mask=valid)
 
@@ -383,9 +392,11 @@ def _tap(x, src, t, d, valid, steps, x_row, HAS_SRC: tl.constexpr):
 @triton.jit
 def conv_forward(x, weight, bias, src, out, grad, sums, batch, K, steps, channels, x_batch, x_row,
                  grad_batch, grad_direction, grad_row, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
-                 BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, BACKWARD: tl.constexpr):
+                 BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, BACKWARD: tl.constexpr,
+                 WANT_WEIGHT: tl.constexpr):
     """out (K, batch, steps, channels): SiLU of the convolution. BACKWARD: the gradient of what SiLU was applied to,
-    and this program's share of the gradients of weights and bias, sums (parts, batch, K, TAPS + 1, channels)."""
+    and (WANT_WEIGHT) this program's share of the gradients of weights and bias, sums (parts, batch, K, TAPS + 1,
+    channels)."""
     part, parts, b, k, t, d, valid = _conv_tile(K, steps, channels, BLOCK_T, BLOCK_D)
     x += b * x_batch
     src += k * steps
@@ -402,11 +413,12 @@ def conv_forward(x, weight, bias, src, out, grad, sums, batch, K, steps, channel
         row = b * grad_batch + k * grad_direction + t[:, None].to(tl.int64) * grad_row
         value = tl.load(grad + row + d[None, :], mask=mask, other=0).to(tl.float32) * (
             sigmoid + value * sigmoid * (1. - sigmoid))
-        sums += ((part * batch + b) * K + k) * (TAPS + 1) * channels
-        for j in tl.static_range(TAPS):
-            product = value * _tap(x, src, t - (TAPS - 1) + j, d, valid, steps, x_row, HAS_SRC)
-            tl.store(sums + j * channels + d, tl.sum(product, axis=0), mask=valid)
-        tl.store(sums + TAPS * channels + d, tl.sum(value, axis=0), mask=valid)
+        if WANT_WEIGHT:
+            sums += ((part * batch + b) * K + k) * (TAPS + 1) * channels
+            for j in tl.static_range(TAPS):
+                product = value * _tap(x, src, t - (TAPS - 1) + j, d, valid, steps, x_row, HAS_SRC)
+                tl.store(sums + j * channels + d, tl.sum(product, axis=0), mask=valid)
+            tl.store(sums + TAPS * channels + d, tl.sum(value, axis=0), mask=valid)
     else:
         value *= sigmoid
     tl.store(out + to, value.to(out.dtype.element_ty), mask=mask)

@@ -72,12 +72,17 @@ def path() -> str:
     return os.environ.get(CACHE_VARIABLE) or os.path.join(home, 'mmlocalmamba', 'tuning.json')
 
 
-@cache
 def gpu(device: torch.device) -> str:
+    """Its name and capability; without an index it is the current one, which changes."""
     if device.type != 'cuda':
         return 'interpreter'
-    major, minor = torch.cuda.get_device_capability(device)
-    return f'{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}'
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _gpu(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f'{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}'
 
 
 def _read(name: str) -> dict[Key, Choice]:

@@ -1,0 +1,107 @@
+"""Which backend runs, and in which precision."""
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from test_ops import ALL_BACKENDS, directional_inputs
+from test_ops_cpu import built
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmlocalmamba import ops
+from mmlocalmamba.ops import directional_scan, dispatch
+from mmlocalmamba.ops.triton import host
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('backend', ALL_BACKENDS)
+def test_step_sizes_are_never_multiplied_in_16_bits(backend, autocast):
+    """Activations in 16 bits and weights in 32, as a model under autocast has them: the low-rank product, too, is
+    computed in 32. Last states tell, since outputs are rounded."""
+    inputs, tables = directional_inputs(rank=24, D=8)
+    inputs = {name: x.detach().to(torch.bfloat16 if name in ('u', 'delta', 'B', 'C') else torch.float32)
+              for name, x in inputs.items()}
+    exact = directional_scan(**{name: x.double() for name, x in inputs.items()}, tables=tables, delta_softplus=True,
+                             return_last_state=True, backend='reference')[1]
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+        y, last = directional_scan(**inputs, tables=tables, delta_softplus=True, return_last_state=True,
+                                   backend=backend)
+    assert y.dtype == torch.bfloat16 and last.dtype == torch.float32
+    assert (last - exact).norm() / exact.norm() < 1e-5
+
+
+def fake(dtype=torch.float32, device='cuda', size=1 << 16):
+    with FakeTensorMode():
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize('case,reason', [('old', 'compute capability 8.0'), ('none', 'triton is not installed'),
+                                         ('float64', 'does not take torch.float64')])
+def test_slow_paths_on_a_gpu_are_said_once(case, reason, monkeypatch):
+    dispatch._warn_of_slow_scan.cache_clear()
+    monkeypatch.setattr(host, '_INSTALLED', case != 'none')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5) if case == 'old' else (9, 0))
+    u = fake(torch.float64 if case == 'float64' else torch.float16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        assert dispatch.choose(fake(u.dtype, size=10)).name == 'chunked' and not caught
+        assert dispatch.choose(u).name == dispatch.choose(u).name == 'chunked'
+        dispatch.choose(u, 'chunked'), dispatch.choose(fake(device='meta'))
+    assert len(caught) == 1 and reason in str(caught[0].message) and "'triton'" in str(caught[0].message)
+    dispatch._warn_of_slow_scan.cache_clear()
+
+
+def test_the_argument_names_a_backend_of_every_op():
+    x, weight = torch.ones(1, 2, 4), torch.ones(4)
+    for op, args in ((ops.linear, (x, x[0])), (ops.add_rms_norm, (x, None, weight, 1e-5)),
+                     (ops.scattn_sum, (x[None], None, weight, weight, 1e-5, x[0], weight[:2], x[0].t(), weight))):
+        op(*args, backend='reference')
+        with pytest.raises(ValueError, match="unknown backend 'fast'"):
+            op(*args, backend='fast')
+        with pytest.raises(RuntimeError, match="'cuda' cannot run here"):
+            op(*args, backend='cuda')
+
+
+def test_a_device_without_autocast():
+    """Shapes of a model are looked at on the meta device, also under autocast."""
+    inputs, tables = directional_inputs(H=2, W=2)
+    inputs = {name: x.to('meta') for name, x in inputs.items()}
+    tables = type(tables)(*(table.to('meta') for table in tables))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = directional_scan(**inputs, tables=tables)
+        assert ops.linear(y, torch.empty(3, 5, 3, device='meta')[0].to(y.dtype)).shape == (*y.shape[:-1], 5)
+    assert y.shape == inputs['delta'].shape and y.device.type == 'meta'
+
+
+def version_of(code, version):
+    """What is said of the native kernel where torch has another version's name."""
+    code = (f'import torch\ntorch.__version__ = {version!r}\n{code}\n'
+            'from mmlocalmamba import ops\nprint(ops.available_backends(torch.empty(0))["cpu"])')
+    return subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@built
+@pytest.mark.parametrize('suffix', ['.0a0+1234567.nv26.01', '.0.dev20260101+cu130', '.1', '.0'])
+def test_the_native_kernel_runs_with_every_build_of_its_torch(suffix):
+    """NVIDIA's containers and nightly builds have the same interface under longer names."""
+    release = '.'.join(torch.__version__.split('.')[:2])
+    assert version_of('', release + suffix) == 'None'
+
+
+@built
+def test_the_native_kernel_is_not_used_with_another_torch():
+    assert 'this is 1.13.0: install the package again' in version_of('', '1.13.0')
+
+
+@built
+def test_a_native_kernel_that_fails_is_not_used():
+    """Its first call shows what versions do not tell."""
+    code = '''
+import sys
+from types import ModuleType
+broken = ModuleType('mmlocalmamba.ops._cpu')  # loads, and brings no operators
+broken.TORCH_VERSION = torch.__version__
+sys.modules['mmlocalmamba.ops._cpu'] = broken
+'''
+    assert 'the extension does not run, install the package again' in version_of(code, torch.__version__)
