@@ -305,6 +305,7 @@ def main():
     parser.add_argument('--processes', type=int, default=1, help='of the training (default: 1)')
     parser.add_argument('--patience', type=float,
                         help='seconds between a signal and SIGKILL (default: half of a validation)')
+    parser.add_argument('--no-sizes', action='store_true', help='without the first part')
     parser.add_argument('--seed', type=int, default=0, help='of the training, the sizes and the moments (default: 0)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/soak'), help='emptied first')
     args = parser.parse_args()
@@ -315,8 +316,9 @@ def main():
     for folder in ('pilot', 'interrupted', 'undisturbed'):
         shutil.rmtree(work_dir / folder, ignore_errors=True)
 
-    sizes = through_sizes(args.seed)
-    print(f'{SIZES} sizes: {json.dumps(sizes["rss_mb"])} MB, growth {percent(sizes["growth"])}', flush=True)
+    sizes = None if args.no_sizes else through_sizes(args.seed)
+    if sizes:
+        print(f'{SIZES} sizes: {json.dumps(sizes["rss_mb"])} MB, growth {percent(sizes["growth"])}', flush=True)
 
     pilot = Job(config, work_dir / 'pilot', VAL_INTERVAL, args)
     undisturbed(pilot)
@@ -350,9 +352,10 @@ def main():
               f'{cycles} interruptions': sum(signals.values()) >= cycles,
               'a validation takes longer than the patience': min(validations, default=0.) > args.patience,
               'no partial file is left': not list(job.folder.glob('*.tmp')),
-              'the caches are bounded': sizes['bounded'],
-              'the memory is flat over the sizes': flat(sizes['growth']),
               'the memory is flat over the training': flat(memory['training']['growth'])}
+    if sizes:
+        checks.update({'the caches are bounded': sizes['bounded'],
+                       'the memory is flat over the sizes': flat(sizes['growth'])})
     summary = dict(config=config.name, seed=args.seed, epochs=epochs, processes=args.processes,
                    patience=args.patience, validations=validations, killed_after_patience=impatient,
                    seconds_interrupted=sum(life['seconds'] for life in lives), seconds_undisturbed=seconds,
