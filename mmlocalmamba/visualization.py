@@ -1,5 +1,6 @@
 """Pictures of scan orders (the paper's Fig. 1), of the direction search (Figs. 4 and 5), and of what a trained
 backbone does: its effective receptive fields and the gates of its SCAttn modules."""
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,32 @@ from torch import Tensor, nn
 from mmlocalmamba.layers import SCAttn
 from mmlocalmamba.scans import scan_index
 from mmlocalmamba.search import CANDIDATES
+
+
+def _panels(names: Sequence[str], H: int, W: int, columns: int, side: float):
+    """A figure, and axes with a frame of H x W tokens for each scan; borders of its windows are drawn."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(side * columns, (side * H / W + 0.35) * rows), layout='constrained')
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, name in zip(panels, names):
+        axes.set_xticks(np.arange(W + 1) - 0.5, labels=[])
+        axes.set_yticks(np.arange(H + 1) - 0.5, labels=[])
+        axes.grid(color='white', linewidth=0.4, alpha=0.5)
+        axes.tick_params(length=0)
+        axes.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), aspect='equal')
+        axes.set_title(name, fontsize=12, family='monospace')
+        if window := re.fullmatch(r'w(\d+)(_flip)?', name):
+            side_of_window = int(window.group(1))
+            for edge in range(0, W, side_of_window):
+                axes.axvline(edge - 0.5, color='black', linewidth=1.4, alpha=0.8)
+            for edge in range(0, H, side_of_window):
+                axes.axhline(edge - 0.5, color='black', linewidth=1.4, alpha=0.8)
+    for axes in figure.axes[len(names):]:
+        axes.set_axis_off()
+    return figure
 
 
 def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | None = None, columns: int = 4):
@@ -21,31 +48,51 @@ def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | N
         columns: panels per row.
 
     Returns:
-        A matplotlib Figure; the path runs from dark (first step) to bright (last), a dot marks where it starts.
+        A matplotlib Figure; the path runs from dark (first step) to bright (last), a dot marks where it starts. Black
+        lines are the borders of windows.
     """
+    from matplotlib import patheffects
     from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
 
-    columns = min(columns, len(names))
-    rows = -(-len(names) // columns)
-    side = 2.6
-    figure = Figure(figsize=(side * columns, (side * H / W + 0.35) * rows), layout='constrained')
-    for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
+    figure = _panels(names, H, W, columns, side=3.2)
+    for axes, name in zip(figure.axes, names):
         order = scan_index(name, H, W, pad=False).numpy()
         points = np.stack([order % W, order // W], axis=-1).astype(float)
         if image is not None:
-            axes.imshow(image, extent=(-0.5, W - 0.5, H - 0.5, -0.5), alpha=0.45, interpolation='bilinear')
-        axes.set_xticks(np.arange(W + 1) - 0.5, labels=[])
-        axes.set_yticks(np.arange(H + 1) - 0.5, labels=[])
-        axes.grid(color='0.8', linewidth=0.5)
-        axes.tick_params(length=0)
-        axes.add_collection(LineCollection(np.stack([points[:-1], points[1:]], axis=1), cmap='viridis',
-                                           array=np.arange(len(points) - 1), linewidths=1.8))
-        axes.plot(*points[0], 'o', color='tab:red', markersize=5)
-        axes.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), aspect='equal')
-        axes.set_title(name, fontsize=11, family='monospace')
-    for axes in figure.axes[len(names):]:
-        axes.set_axis_off()
+            axes.imshow(image, extent=(-0.5, W - 0.5, H - 0.5, -0.5), alpha=0.8, interpolation='bilinear')
+        axes.add_collection(LineCollection(
+            np.stack([points[:-1], points[1:]], axis=1), cmap='plasma', array=np.arange(len(points) - 1),
+            linewidths=1.6, path_effects=[patheffects.Stroke(linewidth=2.8, foreground='white', alpha=0.7),
+                                          patheffects.Normal()]))
+        axes.plot(*points[0], 'o', color='tab:red', markeredgecolor='white', markersize=7)
+    return figure
+
+
+def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, int] | None = None,
+                        columns: int = 4):
+    """Draw how many steps of each scan lie between the tokens and one of them.
+
+    Args:
+        names: scan names.
+        H, W: token grid.
+        token: its row and column; by default at 5/7 of both, on 14x14 tokens the middle of a window of 7x7.
+        columns: panels per row.
+
+    Returns:
+        A matplotlib Figure; the scale is logarithmic, the token has a cross.
+    """
+    from matplotlib.colors import LogNorm
+
+    figure = _panels(names, H, W, columns, side=3.2)
+    row, column = token or (5 * H // 7, 5 * W // 7)
+    norm = LogNorm(1, max(2, H * W))
+    for axes, name in zip(figure.axes, names):
+        step = np.empty(H * W)
+        step[scan_index(name, H, W, pad=False).numpy()] = np.arange(H * W)
+        away = np.maximum(abs(step - step[row * W + column]), 1).reshape(H, W)
+        shown = axes.imshow(away, norm=norm, cmap='viridis_r', extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+        axes.plot(column, row, 'x', color='tab:red', markersize=9, markeredgewidth=2.5)
+    figure.colorbar(shown, ax=figure.axes[:len(names)], label='steps away', shrink=0.8)
     return figure
 
 

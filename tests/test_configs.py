@@ -145,6 +145,16 @@ def test_builds(name):
         assert count == expected
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_the_model_zoo_says_how_it_is_trained(name):
+    cfg, entry = load(name), metafile()[name]['Metadata']
+    assert entry['Batch Size'] == cfg.train_dataloader.batch_size * (1 if name.endswith('digits') else 8)
+    length = {key: cfg.train_cfg.get(setting) for key, setting in (
+        ('Epochs', 'max_epochs'), ('Iterations', 'max_iters'))}
+    assert {key: entry[key] for key in length if key in entry} == {
+        key: value for key, value in length.items() if value is not None}
+
+
 def predict(model, size):
     """Predictions for one black image."""
     from mmdet.structures import DetDataSample

@@ -19,6 +19,8 @@ CONFIG = r'[\w{},*-]+_(?:in1k|coco|ade20k-512x512|digits)\b'
 OPTION = r'(?<![\w-])--[a-z][a-z_-]*'
 # Their programs are not installed here.
 DOCKER_AND_SLURM = {'--build-arg', '--ipc', '--shm-size', '--signal', '--user'}
+# Of globox, whose commands tests/test_pages.py runs.
+GLOBOX = {'--img_ext'}
 PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 
@@ -126,7 +128,7 @@ def test_options_exist(page):
             for option in re.findall(OPTION, arguments):
                 assert option in known | {'--help'}, f'{name} has no {option}: {command}'
         if command.startswith('--'):
-            assert re.match(OPTION, command)[0] in every_option() | DOCKER_AND_SLURM, command
+            assert re.match(OPTION, command)[0] in every_option() | DOCKER_AND_SLURM | GLOBOX, command
         for target in re.findall(r'^(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z]+)', command):
             assert re.search(rf'^{target}:', makefile, flags=re.M), command
 

@@ -155,7 +155,7 @@ def test_the_report_counts_and_groups(tmp_path, log, arch):
     assert len([line for line in message.splitlines() if 'scattn' in line]) == 6
 
 
-def test_which_weights_are_taken_is_said(tmp_path, log):
+def test_which_weights_are_taken_is_said(tmp_path, log, capsys):
     official, ours = official_of(SMALL['LocalVim']())
     average = {f'module.{name}': value + 1 for name, value in official.items() if not name.startswith('rope.')}
     checkpoint = dict(model=official, model_ema=average, optimizer=dict(state={}), epoch=3, ema_model=None)
@@ -164,6 +164,13 @@ def test_which_weights_are_taken_is_said(tmp_path, log):
         assert torch.equal(model.pos_embed, ours['backbone.pos_embed'] + shift)
         taken, other = ('model', 'model_ema')[::1 - 2 * shift]
         assert f"taken from the entry '{taken}'; another is taken with key='{other}'" in log[-1][0]
+    torch.save(checkpoint, tmp_path / 'theirs.pth')
+    for options, shift in (((), 0), (('--key', 'model_ema'), 1)):
+        capsys.readouterr()
+        assert run(*options, tmp_path / 'theirs.pth', tmp_path / 'ours.pth').returncode == 0
+        assert "another is taken with key='model" in capsys.readouterr().out
+        converted = torch.load(tmp_path / 'ours.pth')['state_dict']
+        assert torch.equal(converted['backbone.pos_embed'], ours['backbone.pos_embed'] + shift)
     model = load(SMALL['LocalVim'](), tmp_path, dict(model_ema=average))
     assert torch.equal(model.pos_embed, ours['backbone.pos_embed'] + 1) and 'another is taken' not in log[-1][0]
     with pytest.raises(ValueError, match="x.pth: .* no entry 'ema'; state dicts are under model, model_ema"):

@@ -36,11 +36,11 @@ def draw_image(axes, image, instances, classes):
         color = colors[label % len(colors)]
         left, top, right, bottom = box
         axes.add_patch(Rectangle(
-            (left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.5))
+            (left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=2))
         # Above the box, or inside it at the upper edge of the image.
         above = top > 0.07 * len(image)
         axes.text(
-            left, top, f'{classes[label]}  {score:.2f}', color='white', fontsize=7,
+            left, top, f'{classes[label]}  {score:.2f}', color='white', fontsize=10,
             verticalalignment='bottom' if above else 'top',
             bbox=dict(facecolor=color, edgecolor='none', pad=1))
     axes.axis('off')
@@ -50,7 +50,7 @@ def draw_image(axes, image, instances, classes):
 def draw_detections(runner, out, rows=3, columns=4, threshold=0.5):
     """Draws the first validation images with what the model finds in them."""
     dataset = runner.test_dataloader.dataset
-    figure, grid = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.4 * rows), squeeze=False)
     for axes in grid.flat:
         axes.axis('off')
     for index, axes in zip(range(len(dataset)), grid.flat, strict=False):

@@ -6,9 +6,11 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from mmengine.analysis import complexity_analysis
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmlocalmamba.ops.flops import HANDLES
 from mmlocalmamba.registry import MODELS, WEIGHT_INITIALIZERS
 from mmlocalmamba.scans import check_scan
 
@@ -161,6 +163,8 @@ class LocalMambaBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.register_state_dict_post_hook(_tell_facts)
         self.register_load_state_dict_pre_hook(_prepare_to_load)
+        # Or the packages' own get_flops would leave out our ops without a word.
+        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(HANDLES)
 
     def init_weights(self) -> None:
         """Initialise every parameter anew, also of a model that was built on the meta device, then as ``init_cfg``

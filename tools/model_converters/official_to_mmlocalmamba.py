@@ -22,7 +22,7 @@ from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.compat import load_checkpoint
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.weights import STATE_DICT_KEYS, architecture, find_state_dict, from_official, to_official
-from mmlocalmamba.weights.families import implied_facts, remarks
+from mmlocalmamba.weights.contents import read
 
 
 def expected_shapes(weights):
@@ -97,16 +97,18 @@ def main():
     args = parser.parse_args()
     notes = []
     try:
-        weights = find_state_dict(load_checkpoint(args.src), args.key)
+        checkpoint = load_checkpoint(args.src)
+        weights = find_state_dict(checkpoint, args.key)
         if args.to_official:
             converted, unmatched = to_official(weights)
             check = weights if any(name.startswith('backbone.') for name in weights) else \
                 {f'backbone.{name}': value for name, value in weights.items()}
         else:
             converted, unmatched = from_official(weights)
-            check, notes = converted, remarks(weights)
-            converted = OrderedDict(converted)  # with what the weights need, as far as their names say
-            converted._metadata = OrderedDict(backbone=implied_facts(weights))
+            contents = read(checkpoint, args.key)
+            check, notes = converted, contents.remarks
+            converted = OrderedDict(converted)
+            converted._metadata = OrderedDict(backbone=contents.facts)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f'{args.src}: {error}')
     lines = [f'not understood: {name}' for name in unmatched] + problems(check)

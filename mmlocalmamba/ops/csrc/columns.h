@@ -54,5 +54,13 @@ void store_columns(T* to, int64_t stride, int64_t steps, int lanes, const V<T>* 
   }
 }
 
+// A chunk of channels: no hardware prefetcher follows that many of them.
+template <typename T, bool for_writing>
+INLINE void prefetch_columns(const T* chunk, int64_t stride, int lanes) {
+  for (int i = 0; i < lanes; ++i) {
+    for (int64_t t = 0; t < kChunk; t += 64 / int64_t(sizeof(T))) __builtin_prefetch(chunk + i * stride + t, for_writing);
+  }
+}
+
 }  // namespace
 }  // namespace mmlocalmamba

@@ -54,27 +54,17 @@ INLINE int64_t token(const ScanProblem<T>& p, Item item, int64_t step) {
 }
 
 // Tables jump through memory in ways that no hardware prefetcher follows, so the rows of the chunk that comes next are
-// asked for one by one; of columns, lines of one channel after the other. A step outside the sequence asks for nothing.
+// asked for one by one. A step outside the sequence asks for nothing.
 struct Next {
-  int64_t read = -1, write = -1, column = 0, line = 0;
+  int64_t read = -1, write = -1;
 
   template <typename T>
-  INLINE Next(const ScanProblem<T>& p, Item item, int64_t step, int64_t t, int lanes) {
+  INLINE Next(const ScanProblem<T>& p, Item item, int64_t step) {
     if (step < 0 || step >= p.steps) return;
     write = token(p, item, step);
     read = p.in_scan_order ? step : write;
-    // A chunk of a column takes kChunk / kPerLine lines, and as many and one if it does not begin with a line.
-    constexpr int64_t kPerLine = 64 / sizeof(T), kLines = kChunk / kPerLine;
-    column = t / kLines < lanes ? t / kLines : lanes - 1;
-    line = step - t + t % kLines * kPerLine;
   }
 };
-
-#define PREFETCH_NEXT(array, next, which, strides, for_writing)                                              \
-  if ((next).which >= 0) {                                                                                   \
-    __builtin_prefetch((array) + ((strides).columns() ? (next).column * (strides).channel + (next).line      \
-                                                      : (next).which * (strides).row), for_writing);         \
-  }
 
 // Rows of the chunk's steps, B, C and the factor of delta.
 template <typename T>
@@ -220,24 +210,41 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
         for (int64_t n = 0; n < N; ++n) store(to + n * p.channels, c.h[block * N + n], lanes);
       }
       load_steps(p, c, item, steps, block, channel, lanes, bias);
-      const bool u_columns = p.u_strides.columns();
+      const bool u_columns = p.u_strides.columns(), delta_columns = p.delta_strides.columns();
+      const bool y_columns = p.y_strides.columns();
       if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, c.dtu);
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t row = c.read[t];
-        const Next next(p, item, start + kChunk + t, t, lanes);
-        PREFETCH_NEXT(u, next, read, p.u_strides, 0);
-        if (!p.dt_rank) PREFETCH_NEXT(delta, next, read, p.delta_strides, 0);
-        PREFETCH_NEXT(y, next, write, p.y_strides, 1);
-        const V<T> input = u_columns ? c.dtu[t] : row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
-        if (p.softplus) c.dt[t] = softplus<T>(c.dt[t]);
-        c.dtu[t] = c.dt[t] * input;
-        c.y[t] = D * input;
+      if (start + kChunk < p.steps) {
+        const int64_t ahead = start + kChunk;
+        if (u_columns) prefetch_columns<T, false>(u + ahead, p.u_strides.channel, lanes);
+        if (delta_columns && !p.dt_rank) prefetch_columns<T, false>(delta + ahead, p.delta_strides.channel, lanes);
+        if (y_columns) prefetch_columns<T, true>(y + ahead, p.y_strides.channel, lanes);
+      }
+      // Known when it is compiled: with few states a test for each step shows.
+      const auto open_steps = [&](auto any_columns) __attribute__((always_inline)) {
+        for (int64_t t = 0; t < steps; ++t) {
+          const int64_t row = c.read[t];
+          const Next next(p, item, start + kChunk + t);
+          if (!any_columns || !u_columns) PREFETCH(u, next.read, p.u_strides.row, 0);
+          if ((!any_columns || !delta_columns) && !p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
+          if (!any_columns || !y_columns) PREFETCH(y, next.write, p.y_strides.row, 1);
+          const V<T> input = any_columns && u_columns ? c.dtu[t]
+                             : row < 0                ? V<T>{}
+                                                      : load(u + row * p.u_strides.row, lanes);
+          if (p.softplus) c.dt[t] = softplus<T>(c.dt[t]);
+          c.dtu[t] = c.dt[t] * input;
+          c.y[t] = D * input;
+        }
+      };
+      if (u_columns || delta_columns || y_columns) {
+        open_steps(std::true_type{});
+      } else {
+        open_steps(std::false_type{});
       }
       int64_t n = advance_groups<T, ISA_STATES>(0, steps, N, c, block);
       n = advance_groups<T, 4>(n, steps, N, c, block);
       n = advance_groups<T, 2>(n, steps, N, c, block);
       advance_groups<T, 1>(n, steps, N, c, block);
-      if (p.y_strides.columns()) {
+      if (y_columns) {
         store_columns(y + start, p.y_strides.channel, steps, lanes, c.y);
         continue;
       }
@@ -438,16 +445,25 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       load_steps(p, c, item, steps, block, channel, lanes, bias);
       const bool u_columns = p.u_strides.columns(), dy_columns = p.dy_strides.columns();
       const bool du_columns = p.du_strides.columns(), ddelta_columns = p.ddelta_strides.columns();
+      const bool delta_columns = p.delta_strides.columns();
       if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, g.u);
       if (dy_columns) load_columns(dy + start, p.dy_strides.channel, steps, lanes, g.dy);
+      if (start) {
+        const int64_t ahead = start - kChunk;
+        if (u_columns) prefetch_columns<T, false>(u + ahead, p.u_strides.channel, lanes);
+        if (delta_columns && !p.dt_rank) prefetch_columns<T, false>(delta + ahead, p.delta_strides.channel, lanes);
+        if (dy_columns) prefetch_columns<T, false>(dy + ahead, p.dy_strides.channel, lanes);
+        if (du_columns) prefetch_columns<T, true>(du + ahead, p.du_strides.channel, lanes);
+        if (ddelta_columns) prefetch_columns<T, true>(ddelta + ahead, p.ddelta_strides.channel, lanes);
+      }
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
-        const Next next(p, item, start - kChunk + t, t, lanes);
-        PREFETCH_NEXT(u, next, read, p.u_strides, 0);
-        if (!p.dt_rank) PREFETCH_NEXT(delta, next, read, p.delta_strides, 0);
-        PREFETCH_NEXT(dy, next, write, p.dy_strides, 0);
-        if (du) PREFETCH_NEXT(du, next, read, p.du_strides, 1);
-        if (ddelta) PREFETCH_NEXT(ddelta, next, read, p.ddelta_strides, 1);
+        const Next next(p, item, start - kChunk + t);
+        if (!u_columns) PREFETCH(u, next.read, p.u_strides.row, 0);
+        if (!delta_columns && !p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
+        if (!dy_columns) PREFETCH(dy, next.write, p.dy_strides.row, 0);
+        if (du && !du_columns) PREFETCH(du, next.read, p.du_strides.row, 1);
+        if (ddelta && !ddelta_columns) PREFETCH(ddelta, next.read, p.ddelta_strides.row, 1);
         V<T> slope = splat(T(1));
         if (!u_columns) g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
         if (!dy_columns) {
