@@ -330,6 +330,18 @@ def test_the_previous_checkpoint_outlives_the_writing_of_the_next(tmp_path, monk
     assert checkpoints(tmp_path) == ['epoch_2.pth']
 
 
+def test_what_was_outdated_when_it_was_killed_is_removed(tmp_path, monkeypatch):
+    def killed(path):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, 'remove', killed)
+        train(tmp_path, epochs=2)
+    assert checkpoints(tmp_path) == ['epoch_1.pth', 'epoch_2.pth']
+    train(tmp_path, epochs=2, resume=True)
+    assert checkpoints(tmp_path) == ['epoch_2.pth']
+
+
 @pytest.mark.parametrize('record', ['', 'epoch_2.pth', 'gone.pth', None])
 def test_resumption_takes_the_newest_whole_checkpoint(tmp_path, record):
     train(tmp_path, epochs=1)
