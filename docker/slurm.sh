@@ -7,6 +7,8 @@
 #   CONTAINER  an Apptainer image made from docker/Dockerfile (default: the environment in which sbatch was called).
 #              DATA and WORK_DIRS are then the folders that it sees as data and work_dirs.
 #   PROCESSES  on each node (default: one for each GPU)
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME  the network interface between nodes (default: tools/launch.py and NCCL find
+#              it)
 #
 #SBATCH --job-name=mmlocalmamba
 #SBATCH --nodes=2
@@ -33,11 +35,17 @@ if [ -n "${CONTAINER:-}" ]; then
 fi
 
 # All processes leave by themselves once one of them was told to. A node that is through must not take the others along.
+# srun's exit code is the highest of the nodes', and one that had to be killed (137) must not hide that another left with
+# 75 and a checkpoint: 75 becomes the highest that there is.
 code=0
-srun --kill-on-bad-exit=0 "${container[@]}" python tools/launch.py \
+# shellcheck disable=SC2016  # for the shell on the node
+srun --kill-on-bad-exit=0 \
+    bash -c '"$@"; code=$?; case $code in 75) exit 255 ;; 255) exit 1 ;; *) exit $code ;; esac' node \
+    "${container[@]}" python tools/launch.py \
     --nnodes "${#nodes[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${nodes[0]}:$port" "$@" || code=$?
-if [ "$code" = 75 ]; then
+if [ "$code" = 255 ]; then
+    code=75
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

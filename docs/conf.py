@@ -22,5 +22,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 html_theme = 'furo'
+html_static_path = ['_static']
+html_css_files = ['wide.css']
 html_title = f'mmlocalmamba {release}'
 copybutton_exclude = '.linenos, .gp'

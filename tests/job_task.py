@@ -98,8 +98,8 @@ def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infi
     return Runner(
         model=model or Classifier(), work_dir=str(work_dir), experiment_name=f'{os.path.basename(work_dir)}{resume}',
         default_scope='mmengine', train_dataloader=loader, train_cfg=train_cfg,
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.02), clip_grad=dict(max_norm=5.),
-                           accumulative_counts=accumulate, **(wrapper or {})),
+        optim_wrapper={**dict(optimizer=dict(type='AdamW', lr=0.02), clip_grad=dict(max_norm=5.),
+                              accumulative_counts=accumulate), **(wrapper or {})},
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),
                          dict(type='MultiStepLR', by_epoch=by_epoch, milestones=[2])],
         default_hooks=default_hooks, custom_hooks=custom_hooks, resume=resume, load_from=load_from,

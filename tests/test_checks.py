@@ -196,6 +196,14 @@ def test_misspelt_class_names(boxes):
         runner(boxes('faster-rcnn_localvmamba-nano_digits', rename)).train()
 
 
+def test_no_name_is_right(configuration):
+    """Nothing is left of the data."""
+    cfg = configuration('faster-rcnn_localvmamba-nano_digits')
+    cfg.train_dataloader.dataset.metainfo = dict(classes=tuple('abcdefghij'))
+    with pytest.raises(RuntimeError, match=r"instances_train.json is of the classes \('a', 'b'"):
+        runner(cfg).train()
+
+
 def test_classes_in_another_order(boxes):
     """MMDetection numbers them by the file: names would belong to other boxes."""
     def swap(content):
@@ -247,6 +255,15 @@ def no_polygons(content):
 def test_boxes_without_polygons_are_named(boxes):
     with pytest.raises(ValueError, match="has a box but no polygon .*faster-rcnn_localvmamba"):
         runner(boxes('mask-rcnn_localvmamba-nano_digits', no_polygons)).train()
+
+
+def test_a_sample_without_polygons_is_named(boxes):
+    """Of a later one than those that are looked at before training."""
+    cfg = boxes('mask-rcnn_localvmamba-nano_digits', no_polygons)
+    cfg.default_hooks.pop('checks')
+    cfg.train_cfg.update(max_epochs=1)
+    with pytest.raises(RuntimeError, match="has a box but no polygon"):
+        Runner.from_cfg(Config({**cfg.to_dict(), 'param_scheduler': None})).train()
 
 
 @pytest.mark.parametrize('name', ['faster-rcnn_localvmamba-nano_digits', 'retinanet_localvmamba-nano_digits'])

@@ -163,3 +163,13 @@ def test_a_scope_of_configurations_is_not_promised(tmp_path):
         Config.fromfile(path)
     path.write_text(f"_base_ = __import__('mmlocalmamba').config_path('{name}')\n")
     assert Config.fromfile(path).model == Config.fromfile(config_path(name)).model
+
+
+def test_scope_is_found_without_custom_imports():
+    code = ('from mmengine.registry import MODELS, HOOKS\n'
+            "model = MODELS.build(dict(type='mmlocalmamba.LocalVMamba', arch='nano'))\n"
+            "MODELS.build(dict(type='mmlocalmamba.SCAttn', channels=16))\n"
+            "HOOKS.build(dict(type='mmlocalmamba.OfficialCheckpointHook'))\n"
+            'print(type(model).__module__)')
+    result = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip().endswith('mmlocalmamba.backbones.local_vmamba')

@@ -8,10 +8,12 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import cluster
 import pytest
 import torch
 import yaml
@@ -242,6 +244,107 @@ def test_kubernetes_nodes_meet(monkeypatch):
     assert host == f'{name}-0.{POD["subdomain"]}' and int(port) and launcher.rdzv_backend == 'c10d'
 
 
+class Network:
+    """Names, addresses and interfaces of a machine."""
+
+    def __init__(self, monkeypatch, names, interfaces, routes):
+        def resolve(name):
+            if name not in names:
+                raise socket.gaierror(name)
+            return names[name]
+
+        class Socket:
+            __enter__ = lambda self: self  # noqa: E731
+            __exit__ = lambda self, *args: None  # noqa: E731
+
+            def connect(self, address):
+                self.to = address[0] if address[0][0].isdigit() else resolve(address[0])
+                if self.to not in routes:
+                    raise OSError('Network is unreachable')
+
+            def getsockname(self):
+                return routes[self.to], 1
+
+        monkeypatch.setattr(socket, 'gethostname', lambda: 'node0')
+        monkeypatch.setattr(socket, 'gethostbyname', resolve)
+        monkeypatch.setattr(socket, 'socket', lambda *args: Socket())
+        monkeypatch.setattr(socket, 'if_nameindex', lambda: list(enumerate(interfaces)))
+
+        def address_of(name):
+            if interfaces[name] is None:
+                raise OSError(name)
+            return interfaces[name]
+
+        monkeypatch.setattr(cluster, '_address_of', address_of)
+        monkeypatch.setenv('GLOO_SOCKET_IFNAME', '')  # so that it is undone whoever sets it
+        monkeypatch.delenv('GLOO_SOCKET_IFNAME')
+
+
+LINKS = dict(lo='127.0.0.1', down=None, eth0='10.0.0.5', ib0='10.1.0.5')
+ROUTES = {'127.0.1.1': '127.0.0.1', '10.1.0.4': '10.1.0.5', '192.0.2.1': '10.0.0.5'}
+DEBIAN = dict(node0='127.0.1.1', other='10.1.0.4')
+MACHINES = {
+    'other-node': (DEBIAN, ROUTES, 'other:29400', 'ib0'),
+    'first-node': (DEBIAN, ROUTES, 'node0:29400', 'eth0'),  # its own name leads to itself
+    'by-address': (DEBIAN, ROUTES, '10.1.0.4:29400', 'ib0'),
+    'no-port': (DEBIAN, ROUTES, 'other', 'ib0'),
+    'no-endpoint': (DEBIAN, ROUTES, '', 'eth0'),
+    'endpoint-does-not-resolve': (DEBIAN, ROUTES, 'nobody:1', 'eth0'),
+    'good-name': (dict(DEBIAN, node0='10.0.0.5'), ROUTES, 'other:29400', None),  # gloo finds it
+    'name-does-not-resolve': (dict(other='10.1.0.4'), ROUTES, 'other:29400', 'ib0'),
+    'no-route': (DEBIAN, {}, 'other:29400', None),
+    'unknown-interface': (DEBIAN, {'192.0.2.1': '10.9.9.9'}, 'node0:1', None)}
+
+
+@pytest.mark.parametrize('machine', MACHINES)
+def test_gloo_takes_the_interface_to_the_others(machine, monkeypatch):
+    names, routes, endpoint, interface = MACHINES[machine]
+    Network(monkeypatch, names, LINKS, routes)
+    assert cluster.gloo_interface(endpoint) == interface
+
+
+def test_interfaces_of_this_machine():
+    """The one that all have."""
+    assert cluster._address_of('lo') == '127.0.0.1'
+    assert cluster._interface_to('127.0.0.1') is None
+    with pytest.raises(OSError):
+        cluster._address_of('nothing')
+
+
+@pytest.mark.parametrize('arguments,interface', [
+    (['--nnodes', '2'], 'ib0'), (['--nnodes', '1:4'], 'ib0'), (['--nnodes', '1'], None), (['--nnodes', '1:1'], None),
+    (['--standalone'], None)])
+def test_the_launcher_names_the_interface(arguments, interface, monkeypatch):
+    Network(monkeypatch, DEBIAN, LINKS, ROUTES)
+    args = torchrun.parse_args([*arguments, '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'other:29400', 'x.py'])
+    cluster.prepare(args)
+    assert os.environ.get('GLOO_SOCKET_IFNAME') == interface and args.rdzv_conf == ''
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'mine')
+    cluster.prepare(args)
+    assert os.environ['GLOO_SOCKET_IFNAME'] == 'mine'
+
+
+@pytest.mark.parametrize('index,conf,extra', [
+    ('0', '', 'is_host=true'), ('1', '', 'is_host=false'), ('10', 'join_timeout=9', 'join_timeout=9,is_host=false'),
+    (None, '', ''), ('0', 'is_host=false', 'is_host=false')])
+def test_the_first_pod_hosts_the_store(index, conf, extra, monkeypatch):
+    """By its number, and not by its name, which it may not know yet."""
+    monkeypatch.delenv('JOB_COMPLETION_INDEX', raising=False)
+    if index is not None:
+        monkeypatch.setenv('JOB_COMPLETION_INDEX', index)
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'eth0')
+    endpoint = CONTAINER['args'][[a.startswith('--rdzv-endpoint') for a in CONTAINER['args']].index(True)]
+    options = ['--nnodes', '2', '--rdzv-conf', conf, '--rdzv-backend']
+    args = torchrun.parse_args([*options, 'c10d', endpoint, 'x.py'])
+    cluster.prepare(args)
+    assert args.rdzv_conf == extra
+    # Elsewhere torchrun decides.
+    for other in ([*options, 'etcd-v2', endpoint, 'x.py'], [*options, 'c10d', '--rdzv-endpoint=store.lan:1', 'x.py']):
+        args = torchrun.parse_args(other)
+        cluster.prepare(args)
+        assert args.rdzv_conf == conf
+
+
 def test_kubernetes_tries_again_after_preemption():
     spec = JOB['spec']
     codes = [rule['onExitCodes'] for rule in spec['podFailurePolicy']['rules']
@@ -296,13 +399,15 @@ def slurm(tmp_path):
     return submit
 
 
-NOTE = '#!/usr/bin/env bash\necho "$*" >>"$CALLS"\nexit $((CODE * (SLURM_NODEID == CODE % 2)))\n'
+NOTE = '#!/usr/bin/env bash\necho "$*" >>"$CALLS"\ncodes=($CODE)\nexit "${codes[SLURM_NODEID]}"\n'
 
 
-@pytest.mark.parametrize('code', [0, 1, EXIT_PREEMPTED])
-def test_slurm_requeues_what_was_preempted(slurm, code):
-    """Nothing else, and the exit code is that of the worst node."""
-    finish(slurm('tools/train.py', 'CONFIG', '--resume', programs=dict(python=NOTE), env=dict(CODE=str(code))),
+@pytest.mark.parametrize('codes,code', [
+    ('0 0', 0), ('0 1', 1), ('1 0', 1), ('137 0', 137), ('0 255', 1), ('75 75', 75), ('0 75', 75), ('75 0', 75),
+    ('137 75', 75), ('75 137', 75), ('75 255', 75)])
+def test_slurm_requeues_what_was_preempted(slurm, codes, code):
+    """Whatever the other node says, which may have been killed for being slow: and nothing else."""
+    finish(slurm('tools/train.py', 'CONFIG', '--resume', programs=dict(python=NOTE), env=dict(CODE=codes)),
            returncode=code)
     launches, others = slurm.calls()[:2], slurm.calls()[2:]
     assert others == ([f'requeue {JOB_ID}'] if code == EXIT_PREEMPTED else [])
@@ -315,7 +420,7 @@ def test_slurm_requeues_what_was_preempted(slurm, code):
 
 
 def test_slurm_in_a_container(slurm):
-    env = dict(CODE='0', CONTAINER='image.sif', DATA='/datasets')
+    env = dict(CODE='0 0', CONTAINER='image.sif', DATA='/datasets')
     finish(slurm('tools/train.py', 'CONFIG', programs=dict(apptainer=NOTE), env=env))
     call, same_call = slurm.calls()
     assert call == same_call

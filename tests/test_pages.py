@@ -13,7 +13,7 @@ from mmengine.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 # Page: what must exist at the end.
 PAGES = {
-    'own_classification': ['found/classes/*.png', 'work_dirs/my_classes/epoch_2.pth'],
+    'own_classification': ['found_classes/*.png', 'work_dirs/my_classes/epoch_2.pth'],
     'own_boxes': ['found/boxes/vis/*.png', 'data/converted/from_yolo.json', 'data/converted/from_voc.json'],
     'own_masks': ['found/masks/vis/*.png'],
     'own_segmentation': ['found/pixels/vis/*.png'],

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import cluster
+
 # As mmlocalmamba.engine.EXIT_PREEMPTED, whose import would take seconds.
 EXIT_PREEMPTED = 75
 # For the other processes, once one has failed.
@@ -61,9 +63,11 @@ def main():
     os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     from torch.distributed import run  # after the handlers, since it takes seconds
     from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    args = run.parse_args(sys.argv[1:])
+    cluster.prepare(args)
     try:
-        run.main()
+        record(run.run)(args)
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:

@@ -71,6 +71,9 @@ class _Reader:
             message = (f'{" and ".join(broken)} cannot be read: {sample}' if broken
                        else f'{sample} cannot be made of {" and ".join(files)}')
             message += f' ({type(error).__name__}: {error})'
+            if isinstance(error, KeyError) and error.args == ('mask', ):
+                message += (": one of its objects has a box but no polygon ('segmentation'). For boxes alone there are "
+                            'configurations without masks, faster-rcnn_localvmamba-* and retinanet_localvmamba-*')
             if not broken or not self.limit:
                 raise RuntimeError(message) from error
             allowed, new = self.skipped.add(broken, self.limit)

@@ -49,17 +49,24 @@ def random_numbers_kept() -> Iterator[None]:
 
 @contextmanager
 def annotations_named() -> Iterator[None]:
-    """While datasets are built, an error in an annotation file names the file, which a JSON parser does not know.
+    """While datasets are built, an error in an annotation file names the file, which a JSON parser does not know; and a
+    dataset without samples says so, of which numpy only says that it has nothing to concatenate.
 
     Raises:
-        RuntimeError: the file was not read.
+        RuntimeError: the file was not read, or nothing is left of it.
     """
     try:
         yield
     except Exception as error:
         for frame, _ in traceback.walk_tb(error.__traceback__):
+            dataset = frame.f_locals.get('self')
+            if frame.f_code.co_name == '_serialize_data' and not getattr(dataset, 'data_list', True):
+                source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_prefix', '')
+                raise RuntimeError(f'{type(dataset).__name__} has no sample: nothing in {source} is of the classes '
+                                   f'{dataset.metainfo.get("classes")}, or no file has the ending that it looks for '
+                                   '(img_suffix)') from error
             if frame.f_code.co_name == 'load_data_list':
-                path = getattr(frame.f_locals.get('self'), 'ann_file', None)
+                path = getattr(dataset, 'ann_file', None)
                 if path and path not in str(error):
                     raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
                                        f'{error})') from error
