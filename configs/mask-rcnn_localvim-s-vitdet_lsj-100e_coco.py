@@ -7,4 +7,4 @@ _base_ = './mask-rcnn_localvim-t-vitdet_lsj-100e_coco.py'
 pretrained = None  # weights of LocalVim-S are not released
 model = dict(
     backbone=dict(arch='small'),
-    neck=dict(backbone_channel=384, in_channels=[96, 192, 384, 384]))
+    neck=dict(backbone_channel=384))

@@ -1,6 +1,4 @@
 """Necks for plain backbones."""
-from collections.abc import Sequence
-
 from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -17,25 +15,21 @@ class SimpleFPN(BaseModule):
 
     Args:
         backbone_channel: channels C of the backbone's map.
-        in_channels: channels after resampling, ``[C // 4, C // 2, C, C]``.
         out_channels: channels of every level.
         num_outs: number of levels, >= 4.
         conv_cfg, norm_cfg, act_cfg: of the lateral and output convolutions; norm_cfg also between the deconvolutions.
         init_cfg: as in BaseModule.
     """
 
-    def __init__(self, backbone_channel: int, in_channels: Sequence[int], out_channels: int, num_outs: int,
+    def __init__(self, backbone_channel: int, out_channels: int, num_outs: int,
                  conv_cfg: dict | None = None, norm_cfg: dict | None = None, act_cfg: dict | None = None,
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
-        expected = [backbone_channel // 4, backbone_channel // 2, backbone_channel, backbone_channel]
-        if list(in_channels) != expected:
-            raise ValueError(f'in_channels must be {expected} for backbone_channel={backbone_channel}, '
-                             f'got {list(in_channels)}')
-        if num_outs < len(expected):
-            raise ValueError(f'num_outs must be at least {len(expected)}, got {num_outs}')
-        self.num_outs = num_outs
         C = backbone_channel
+        widths = (C // 4, C // 2, C, C)  # after resampling
+        if num_outs < len(widths):
+            raise ValueError(f'num_outs must be at least {len(widths)}, got {num_outs}')
+        self.num_outs = num_outs
         norm = [build_norm_layer(norm_cfg, C // 2)[1]] if norm_cfg else []
         self.resample = nn.ModuleList([
             nn.Sequential(nn.ConvTranspose2d(C, C // 2, 2, 2), *norm, nn.GELU(),
@@ -45,9 +39,9 @@ class SimpleFPN(BaseModule):
             nn.MaxPool2d(2, 2),
         ])
         common = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
-        self.lateral_convs = nn.ModuleList([ConvModule(width, out_channels, 1, **common) for width in in_channels])
+        self.lateral_convs = nn.ModuleList([ConvModule(width, out_channels, 1, **common) for width in widths])
         self.fpn_convs = nn.ModuleList([ConvModule(out_channels, out_channels, 3, padding=1, **common)
-                                        for _ in in_channels])
+                                        for _ in widths])
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Maps of a plain backbone, the last (B, C, H, W) is used -> num_outs maps (B, out_channels, H_i, W_i)."""

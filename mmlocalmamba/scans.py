@@ -205,7 +205,6 @@ def _stack(rows: Sequence[ScanTables]) -> ScanTables:
 def _make(sets: Iterable[tuple[str, ...]], H: int, W: int, pad: bool, middle_token: bool | str, device: torch.device,
           traced: bool) -> dict[tuple[str, ...], ScanTables]:
     """Each direction once, however many sets name it."""
-    sets = list(dict.fromkeys(sets))
     rows: dict[str, ScanTables] = {}
     for name in dict.fromkeys(name for names in sets for name in names):
         base = _base(name)
@@ -224,10 +223,47 @@ def _make(sets: Iterable[tuple[str, ...]], H: int, W: int, pad: bool, middle_tok
 def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = True, middle_token: bool | str = False,
                    device: str | torch.device = 'cpu') -> dict[tuple[str, ...], ScanTables]:
     """:func:`scan_tables` of several sets of directions over the same tokens, e.g. of the blocks of a stage."""
+    sets = tuple(dict.fromkeys(map(tuple, sets)))
+    symbolic = not (isinstance(H, int) and isinstance(W, int))
+    if symbolic or torch.compiler.is_dynamo_compiling():
+        # One node of a compiled graph, which finds the tables in the cache when it runs; expressions for the sizes of
+        # later stages would take minutes to trace. A graph that is exported for one size (torch.export's default way)
+        # holds plain operations instead, which need nothing of this package.
+        joined = ';'.join(','.join(names) for names in sets)
+        tables = _scan_tables(joined, H, W, pad, str(middle_token), torch.device(device))
+        return {names: ScanTables(*tables[2 * i:2 * i + 2]) for i, names in enumerate(sets)}
     _check_size(H, W)
-    sets = tuple(map(tuple, sets))
     return of_size(lambda device, traced: _make(sets, H, W, pad, middle_token, device, traced), device,
                    'scan_tables', sets, H, W, pad, middle_token)
+
+
+@torch.library.custom_op('mmlocalmamba::scan_tables', mutates_args=())
+def _scan_tables(sets: str, H: int, W: int, pad: bool, middle_token: str, device: torch.device) -> list[Tensor]:
+    token = {str(value): value for value in (False, True, FLIPPED)}[middle_token]
+    made = scan_tables_of([names.split(',') for names in sets.split(';')], H, W, pad, token, device)
+    # Whoever has compiled the graph may write to what an operator returns.
+    return [table.clone() for tables in made.values() for table in tables]
+
+
+@_scan_tables.register_fake
+def _fake_scan_tables(sets: str, H: int, W: int, pad: bool, middle_token: str, device: torch.device) -> list[Tensor]:
+    extra = int(middle_token != str(False))
+    tables = []
+    for names in (names.split(',') for names in sets.split(';')):
+        steps = reduce(torch.sym_max, (_count_steps(_base(name), H, W, pad) for name in names)) + extra
+        tables += [torch.empty(len(names), length, dtype=torch.int32, device=device)
+                   for length in (steps, H * W + extra)]
+    return tables
+
+
+def _count_steps(base: str, H: int, W: int, pad: bool) -> int:
+    function, built_in = _resolve(base)
+    if not pad or built_in and not isinstance(function, partial):
+        return H * W
+    if built_in:  # windows
+        K = function.args[1]
+        return -(-H // K) * K * (-(-W // K) * K)
+    return function(H, W).shape[0]
 
 
 def scan_tables(names: Sequence[str],

@@ -1,7 +1,8 @@
 """Pictures of scan orders (the paper's Fig. 1), of the direction search (Figs. 4 and 5), and of what a trained
 backbone does: its effective receptive fields and the gates of its SCAttn modules."""
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -206,8 +207,24 @@ def receptive_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
     Raises:
         ValueError: an output is no map.
     """
-    training = backbone.training
-    backbone.eval()
+    with _evaluating(backbone):
+        fields = _sum_of_fields(backbone, images)
+    return [field / field.sum() for field in fields]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each submodule's own mode again afterwards, whatever happens."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _sum_of_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
     generator = torch.Generator().manual_seed(0)
     fields = None
     for image in images:  # one at a time: the graph of a large backbone is held for one image only
@@ -222,8 +239,7 @@ def receptive_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
             direction = torch.randn(len(centre), generator=generator).to(centre)
             gradient, = torch.autograd.grad(centre @ direction, image, retain_graph=index < len(outs) - 1)
             fields[index] = fields[index] + gradient[0].abs().sum(0).double().cpu().numpy()
-    backbone.train(training)
-    return [field / field.sum() for field in fields]
+    return fields
 
 
 def square_of_share(field: np.ndarray, share: float, stride: int = 1) -> tuple[int, int, int]:
@@ -303,8 +319,6 @@ def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[st
     Raises:
         ValueError: the backbone has no SCAttn.
     """
-    training = backbone.training
-    backbone.eval()
     mixers = {name: module for name, module in backbone.named_modules() if hasattr(module, 'directions')
               and isinstance(getattr(module, 'scattn', None), SCAttn)}
     if not mixers:
@@ -318,12 +332,12 @@ def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[st
 
     hooks = [mixer.scattn.register_forward_pre_hook(add(name)) for name, mixer in mixers.items()]
     try:
-        for image in images:
-            backbone(image[None])
+        with _evaluating(backbone):
+            for image in images:
+                backbone(image[None])
     finally:
         for hook in hooks:
             hook.remove()
-        backbone.train(training)
     return [(name.removesuffix('.mixer'), dict(zip(mixer.directions, sums[name] / len(images))))
             for name, mixer in mixers.items()]
 

@@ -101,6 +101,7 @@ def test_forward_writes_nothing_and_threads_agree(build):
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(results) == len(threads)  # an exception in a thread is nobody else's
     for i, outs in results.items():
         for out, reference in zip(outs, expected[i % 2]):
             torch.testing.assert_close(out, reference)

@@ -140,3 +140,16 @@ def test_commands(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [str(script), *arguments, '--out', 'picture.png'])
     runpy.run_path(str(script), run_name='__main__')
     assert min(Image.open('picture.png').size) > 200
+
+
+@pytest.mark.parametrize('draw', [receptive_fields, scattn_gates])
+def test_a_backbone_keeps_its_modes_also_after_an_error(draw):
+    backbone = LocalVMamba(dict(embed_dims=[8, 16], depths=[1, 1], d_state=1), directions=['h', 'v']).train()
+    backbone.stages[0].eval()
+    modes = [module.training for module in backbone.modules()]
+    draw(backbone, torch.randn(1, 3, 8, 8))
+    assert [module.training for module in backbone.modules()] == modes
+    backbone.stages[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(backbone, torch.randn(1, 3, 8, 8))
+    assert [module.training for module in backbone.modules()] == modes

@@ -195,7 +195,8 @@ class LocalVim(LocalMambaBackbone):
         if min(x.shape[-2:]) < self.patch_size:
             raise ValueError(f'LocalVim: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
                              f'{self.patch_size}')
-        bottom, right = (-(side - self.patch_size) % self.stride for side in x.shape[-2:])
+        grid = self.token_grid(*x.shape[-2:])
+        bottom, right = ((count - 1) * self.stride + self.patch_size - side for count, side in zip(grid, x.shape[-2:]))
         x, size = self.patch_embed(F.pad(x, (0, right, 0, bottom)))
         middle = x.shape[1] // 2
         if self.num_cls_tokens:
@@ -225,7 +226,8 @@ class LocalVim(LocalMambaBackbone):
 
     def token_grid(self, H: int, W: int) -> tuple[int, int]:
         """(rows, columns) of tokens that an image of H x W pixels has."""
-        rows, columns = (-(-(side - self.patch_size) // self.stride) + 1 for side in (H, W))
+        # No remainders of negative numbers, which graphs of symbolic sizes do not know.
+        rows, columns = ((side - self.patch_size + self.stride - 1) // self.stride + 1 for side in (H, W))
         return rows, columns
 
     def facts(self) -> dict[str, Any]:

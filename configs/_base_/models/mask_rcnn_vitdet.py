@@ -14,7 +14,6 @@ model = dict(
         _delete_=True,
         type='mmlocalmamba.SimpleFPN',
         backbone_channel=192,
-        in_channels=[48, 96, 192, 192],
         out_channels=256,
         num_outs=5,
         norm_cfg=norm_cfg),
