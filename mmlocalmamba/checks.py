@@ -17,8 +17,9 @@ from mmlocalmamba.backbones.base import LocalMambaBackbone
 from mmlocalmamba.engine.broken_files import parts
 from mmlocalmamba.registry import HOOKS
 
-# Modules whose num_classes is not that of the data: proposals are of one class, a semantic branch has its own.
-_OTHER_CLASSES = ('RPNHead', 'CascadeRPNHead', 'FusedSemanticHead', 'VGG')
+# Modules whose num_classes is not that of the data: proposals are of one class, a semantic branch has its own, so have
+# borders.
+_OTHER_CLASSES = ('RPNHead', 'CascadeRPNHead', 'FusedSemanticHead', 'STDCHead', 'VGG')
 # So many samples are looked at: annotations that lack masks lack them in most of them.
 _SAMPLES = 1000
 
@@ -169,13 +170,17 @@ class TrainingChecksHook(Hook):
     do not agree. At the end of start-up and in the last line of the log: says if the backbone starts from scratch, or
     if there was nothing to train.
 
+    Args:
+        strict: False warns of what does not agree and goes on.
+
     Raises:
         ValueError: before training, with everything that is wrong and what to do.
     """
 
     priority = 'LOWEST'
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
         self.remarks: list[str] = []
 
     def before_run(self, runner: Any) -> None:
@@ -186,8 +191,12 @@ class TrainingChecksHook(Hook):
         val, evaluator = (val_loop.dataloader.dataset, val_loop.evaluator) if isinstance(val_loop, BaseLoop) else (
             None, None)
         wrong = problems(runner.model, loop.dataloader.dataset, val, evaluator)
-        if wrong:
-            raise ValueError('this training would not do what it shall:\n  ' + '\n  '.join(wrong))
+        if not wrong:
+            return
+        message = '\n  '.join(['this training would not do what it shall:', *wrong])
+        if self.strict:
+            raise ValueError(f'{message}\nIf it is meant so, TrainingChecksHook(strict=False) only warns.')
+        print_log(message, logger='current', level=logging.WARNING)
 
     def before_train(self, runner: Any) -> None:
         self.remarks = []

@@ -122,6 +122,12 @@ def test_a_wrong_number_of_classes_stops(name, configuration):
         runner(configuration(name, HEADS[name])).train()
 
 
+def test_what_is_meant_so_is_a_warning(configuration, messages):
+    runner(configuration('localvmamba-nano_digits', HEADS['localvmamba-nano_digits'] +
+                         '\ndefault_hooks = dict(checks=dict(strict=False))')).train()
+    assert messages[0][0] == logging.WARNING and 'head num_classes=7' in messages[0][1]
+
+
 def test_the_preprocessor_counts_classes_too(configuration):
     with pytest.raises(ValueError, match='data_preprocessor num_classes=12'):
         runner(configuration('localvmamba-nano_digits', 'data_preprocessor = dict(num_classes=12)')).train()
