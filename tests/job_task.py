@@ -73,7 +73,7 @@ class Log(Images):
 def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infinite=True, accumulate=1, ema=False,
           val_interval=1, resume=False, kill_at=None, signal_at=None, signal_group=False, interrupt=None, guard=None,
           data=None, slow=0., launcher='none', batch=2, interval=1, model=None, hooks=(),
-          load_from=None, wrapper=None, poison=None, **loop):
+          load_from=None, wrapper=None, poison=None, checkpoint=None, **loop):
     os.makedirs(work_dir, exist_ok=True)
     torch.manual_seed(0)
     if kill_at:
@@ -90,15 +90,14 @@ def build(work_dir, epochs=3, iterations=None, workers=0, persistent=False, infi
                   sampler=dict(type='DefaultSampler' if by_epoch or not infinite else 'InfiniteSampler', shuffle=True))
     default_hooks = dict(
         checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=interval if by_epoch else 5 * interval,
-                        by_epoch=by_epoch, max_keep_ckpts=1),
+                        by_epoch=by_epoch, max_keep_ckpts=1, **(checkpoint or {})),
         numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook', **(guard or {})))
     custom_hooks = [dict(type='mmlocalmamba.OfficialCheckpointHook'), *([Interrupt(*interrupt)] if interrupt else []),
                     *([dict(type='EMAHook', momentum=0.3)] if ema else []), *([Poison(*poison)] if poison else []),
                     *hooks]
     return Runner(
         model=model or Classifier(), work_dir=str(work_dir), experiment_name=f'{os.path.basename(work_dir)}{resume}',
-        default_scope='mmengine', train_dataloader=loader,
-        train_cfg=train_cfg,
+        default_scope='mmengine', train_dataloader=loader, train_cfg=train_cfg,
         optim_wrapper={**dict(optimizer=dict(type='AdamW', lr=0.02), clip_grad=dict(max_norm=5.),
                               accumulative_counts=accumulate), **(wrapper or {})},
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5),

@@ -99,9 +99,7 @@ def build(work_dir, mode='joint', directions=None, hook=None, epochs=3, workers=
     return Runner(
         model=Classifier(directions=directions, drop_path_rate=0.2), work_dir=str(work_dir),
         experiment_name=f'{os.path.basename(work_dir)}{resume}', default_scope='mmengine',
-        train_dataloader=loader(workers, noise),
-        train_cfg=train_cfg,
-        optim_wrapper=wrapper,
+        train_dataloader=loader(workers, noise), train_cfg=train_cfg, optim_wrapper=wrapper,
         param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=30),
         default_hooks=dict(checkpoint=dict(type='mmlocalmamba.CheckpointHook', interval=1 if by_epoch else 4,
                                            by_epoch=by_epoch, max_keep_ckpts=2)),

@@ -178,6 +178,15 @@ def exists(name):
 
 
 @each_page
+def test_tests_exist(page):
+    """Those that a page names, as test_x.py::test_y or, further on in the row, as ::test_z."""
+    tests = '\n'.join(path.read_text() for path in (ROOT / 'tests').glob('test_*.py'))
+    text = page.read_text()
+    assert all((ROOT / 'tests' / name).exists() for name in re.findall(r'\btest_\w+\.py', text))
+    assert not [name for name in re.findall(r'::(test_\w+)', text) if f'def {name}(' not in tests]
+
+
+@each_page
 def test_names_of_the_package_exist(page):
     names = set(re.findall(r'\bmmlocalmamba(?:\.[A-Za-z_]\w*)+', without_examples(page.read_text())))
     assert not [name for name in names if not exists(name) and not name.endswith(('.git', '.py'))]

@@ -57,7 +57,7 @@ def images(stream, count):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('kind', ['default', 'infinite', 'shuffle', 'generator', 'aspect'])
+@pytest.mark.parametrize('kind', ['default', 'infinite', 'endless', 'shuffle', 'generator', 'aspect'])
 def test_data_start_at_any_batch(kind, workers):
     """Noise on the images is drawn by the dataset: that, too, is the same. Samplers without epochs, torch's own, and
     one that collects images of a kind go on where they were."""
@@ -71,12 +71,26 @@ def test_data_start_at_any_batch(kind, workers):
             return stream(shuffle=True, **options)
         if kind == 'generator':
             return stream(shuffle=True, generator=torch.Generator(), **options)
+        if kind == 'endless':
+            return stream(Endless(), **options)
         return stream(dict(default=DefaultSampler, infinite=InfiniteSampler)[kind](Images(), seed=1), **options)
 
     whole = images(make(), 11)
-    at = (0, 7) if kind == 'infinite' else (1, 3)
+    at = (0, 7) if kind in ('infinite', 'endless') else (1, 3)
     assert same(whole[7:], images(make(at, workers), 4))
     assert not same(whole[:4], whole[4:8])
+
+
+class Endless(torch.utils.data.Sampler):
+    """Says that it has 12 images, as those of several sources do."""
+
+    def __len__(self):
+        return 12
+
+    def __iter__(self):
+        numbers = np.random.RandomState(1)
+        while True:
+            yield int(numbers.randint(12))
 
 
 class Shapes(Images):
@@ -313,6 +327,18 @@ def test_the_previous_checkpoint_outlives_the_writing_of_the_next(tmp_path, monk
     left = checkpoints(tmp_path)
     assert left[0] == 'epoch_1.pth' and len(left) == 2 and left[1].endswith('.tmp')
     assert train(tmp_path, epochs=2, resume=True).iter == 12
+    assert checkpoints(tmp_path) == ['epoch_2.pth']
+
+
+def test_what_was_outdated_when_it_was_killed_is_removed(tmp_path, monkeypatch):
+    def killed(path):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, 'remove', killed)
+        train(tmp_path, epochs=2)
+    assert checkpoints(tmp_path) == ['epoch_1.pth', 'epoch_2.pth']
+    train(tmp_path, epochs=2, resume=True)
     assert checkpoints(tmp_path) == ['epoch_2.pth']
 
 

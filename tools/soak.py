@@ -1,11 +1,13 @@
 """Interrupt a training at random moments for some time; at the end it must equal one that nothing interrupted.
 
     python tools/soak.py --minutes 30
+    python tools/soak.py --minutes 30 --processes 2
 
 1. Images of 1,000 sizes go through both backbones: their caches stay bounded, the memory stays flat.
 2. A short training measures how long the start and an epoch take, which sets the number of epochs.
 3. The training is run, and interrupted by SIGTERM, SIGUSR1, SIGKILL, and SIGKILL while a checkpoint is being
-   written; each time it is started again with --resume.
+   written; each time it is started again with --resume. What has not left some time after a signal is killed, as
+   schedulers do; a validation takes longer than that.
 4. The same training is run without interruption, and its memory sampled.
 5. All checkpoints that both leave must be equal bit for bit: weights, optimizer, schedulers, position in the data,
    and every loss since the first iteration.
@@ -36,7 +38,7 @@ from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE, PREEMPTED_FI
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 80  # 10 iterations an epoch, so that there are many checkpoints
-VAL_INTERVAL = 4
+VAL_INTERVAL, VAL_IMAGES = 4, 60
 SIZES = 1000
 # A leak of a few tables per size or iteration is far above it, the allocator's noise is below.
 MAX_GROWTH = 0.05
@@ -118,50 +120,75 @@ def through_sizes(seed):
 class Job:
     """A training in a folder: each ``life`` is a process."""
 
-    def __init__(self, config, folder, epochs, seed):
-        self.folder, self.epochs = folder, epochs
-        options = [f'train_dataloader.dataset.indices={IMAGES}', f'val_dataloader.dataset.indices={IMAGES // 8}',
+    def __init__(self, config, folder, epochs, args):
+        self.folder, self.epochs, self.args = folder, epochs, args
+        options = [f'train_dataloader.dataset.indices={IMAGES}', f'val_dataloader.dataset.indices={VAL_IMAGES}',
                    f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={VAL_INTERVAL}',
-                   f'randomness.seed={seed}']
-        self.command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(folder),
-                        '--resume', '--cfg-options', *options]
+                   f'randomness.seed={args.seed}']
+        launcher, several = [], []
+        if self.args.processes > 1:
+            launcher = [str(ROOT / 'tools/launch.py'), '--standalone', '--nproc-per-node', str(self.args.processes)]
+            several = ['--launcher', 'pytorch']
+            os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+        self.command = [sys.executable, *launcher, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir',
+                        str(folder), '--resume', *several, '--cfg-options', *options]
         self.log = folder / 'output.txt'
         self.samples, self.worker_samples = [], []
         self.used = self.until_checkpoint = 0.  # of processor time, in the longest and the first life
 
+    def trainings(self, process):
+        """Those that a launcher has started, or the process itself."""
+        return [process.pid] if self.args.processes == 1 else list(map(int, children(process.pid)))
+
+    def kill(self, process):
+        """Everything, workers that were left, too."""
+        for group in {*self.trainings(process), process.pid}:
+            try:
+                os.killpg(group, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
     def life(self, end=None, moment=float('inf')):
         """Run until the training ends, or is interrupted after ``moment`` seconds of processor time: (exit code,
-        seconds)."""
+        seconds, seconds from the signal to the end)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
         env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
         with open(self.log, 'ab') as log:
             process = subprocess.Popen(self.command, cwd=ROOT, env=env, stdout=log, stderr=log,
                                        start_new_session=True)
+        left = None
         try:
             if self._watch(process, moment):
                 number, while_writing = ENDS[end]
                 if not while_writing or self._catch_writing(process):
-                    os.killpg(process.pid, number)
+                    left = time.monotonic()
+                    if number == signal.SIGKILL:
+                        self.kill(process)
+                    else:
+                        os.killpg(process.pid, number)
+                    try:
+                        process.wait(self.args.patience)
+                    except subprocess.TimeoutExpired:
+                        self.kill(process)
             self._watch(process)
         finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # workers, if it left some
-            except ProcessLookupError:
-                pass
+            now = time.monotonic()
+            self.kill(process)
             process.wait()
-        return process.returncode, time.monotonic() - begin
+        return process.returncode, now - begin, left and now - left
 
     def _watch(self, process, moment=float('inf')):
         """Sample the memory; whether the moment came before the end."""
         while process.poll() is None:
-            used = processor_seconds(process.pid)
+            used = max(map(processor_seconds, self.trainings(process)), default=0.)
             if used >= moment:
                 return True
             self.used = max(self.used, used)
             if self.until_checkpoint:
-                self.samples.append(rss(process.pid))
-                self.worker_samples.append(sum(map(rss, children(process.pid))))
+                pids = self.trainings(process)
+                self.samples.append(sum(map(rss, pids)))
+                self.worker_samples.append(sum(rss(worker) for pid in pids for worker in children(pid)))
             elif (self.folder / 'last_checkpoint').exists():
                 self.until_checkpoint = used
             try:
@@ -181,13 +208,28 @@ class Job:
         record = self.folder / 'last_checkpoint'
         return Path(record.read_text()).name if record.exists() else ''
 
+    def validation_seconds(self):
+        """From each checkpoint before a validation to its result, by the log."""
+        found, begun = [], None
+        for line in self.log.read_text(errors='replace').splitlines():
+            try:
+                now = time.mktime(time.strptime(f'2000/{line[:14]}', '%Y/%m/%d %H:%M:%S'))
+            except ValueError:
+                continue
+            if 'Saving checkpoint at' in line:
+                begun = now
+            elif 'Epoch(val)' in line and begun is not None:
+                found.append(now - begun)
+                begun = None
+        return found
+
     def fail(self, code):
         lines = self.log.read_text(errors='replace').splitlines()[-30:]
         raise SystemExit('\n'.join([*lines, f'the training ended with {code}; all its output: {self.log}']))
 
 
 def undisturbed(job):
-    code, seconds = job.life()
+    code, seconds, _ = job.life()
     if code:
         job.fail(code)
     return seconds
@@ -201,15 +243,15 @@ def interrupted(job, minutes, cycles, moments):
         over = time.monotonic() - begin > 60 * minutes and len(lives) >= cycles
         end = None if over else list(ENDS)[len(lives) % len(ENDS)]
         moment = float('inf') if over else moments[len(lives) % len(moments)]
-        code, seconds = job.life(end, moment)
+        code, seconds, left = job.life(end, moment)
         lives.append(dict(end=end, moment=None if over else moment, seconds=seconds, exit_code=code,
-                          last_checkpoint=job.last_checkpoint()))
+                          seconds_to_leave=left, last_checkpoint=job.last_checkpoint()))
         print(f'{len(lives):4}  {end or "-":22} {moment:8.1f} s {seconds:8.1f} s {code:5}  '
               f'{lives[-1]["last_checkpoint"]}', flush=True)
         if code == 0:
             return lives
-        # A signal that comes before the hooks are there, in the first seconds, ends the process as any other.
-        if over or code not in (EXIT_PREEMPTED, -ENDS[end][0]):
+        # A signal that comes before the handlers are there, in the first moments, ends the process as any other.
+        if over or code not in (EXIT_PREEMPTED, -ENDS[end][0], -signal.SIGKILL):
             job.fail(code)
 
 
@@ -260,6 +302,10 @@ def main():
     parser.add_argument('--cycles', type=int, help='at least so many interruptions (default: one per 90 s, and four)')
     parser.add_argument('--life', type=float, default=40.,
                         help='mean seconds of processor time from a start to the signal (default: 40)')
+    parser.add_argument('--processes', type=int, default=1, help='of the training (default: 1)')
+    parser.add_argument('--patience', type=float,
+                        help='seconds between a signal and SIGKILL (default: half of a validation)')
+    parser.add_argument('--no-sizes', action='store_true', help='without the first part')
     parser.add_argument('--seed', type=int, default=0, help='of the training, the sizes and the moments (default: 0)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/soak'), help='emptied first')
     args = parser.parse_args()
@@ -270,11 +316,14 @@ def main():
     for folder in ('pilot', 'interrupted', 'undisturbed'):
         shutil.rmtree(work_dir / folder, ignore_errors=True)
 
-    sizes = through_sizes(args.seed)
-    print(f'{SIZES} sizes: {json.dumps(sizes["rss_mb"])} MB, growth {percent(sizes["growth"])}', flush=True)
+    sizes = None if args.no_sizes else through_sizes(args.seed)
+    if sizes:
+        print(f'{SIZES} sizes: {json.dumps(sizes["rss_mb"])} MB, growth {percent(sizes["growth"])}', flush=True)
 
-    pilot = Job(config, work_dir / 'pilot', VAL_INTERVAL, args.seed)
+    pilot = Job(config, work_dir / 'pilot', VAL_INTERVAL, args)
     undisturbed(pilot)
+    if args.patience is None:
+        args.patience = min(pilot.validation_seconds()) / 2
     start = pilot.until_checkpoint  # with one epoch
     epoch = (pilot.used - start) / (VAL_INTERVAL - 1)
     # Even quantiles in random order, so that few lives do not take much more time than they are expected to.
@@ -287,23 +336,28 @@ def main():
     print(f'start and first epoch {start:.1f} s, then {epoch:.1f} s an epoch: {epochs} epochs\n\n'
           'life  end                        moment    seconds  exit  last checkpoint', flush=True)
 
-    job = Job(config, work_dir / 'interrupted', epochs, args.seed)
+    job = Job(config, work_dir / 'interrupted', epochs, args)
     lives = interrupted(job, args.minutes, cycles, moments)
-    plain = Job(config, work_dir / 'undisturbed', epochs, args.seed)
+    plain = Job(config, work_dir / 'undisturbed', epochs, args)
     seconds = undisturbed(plain)
     names, different = compare(job.folder, plain.folder)
 
+    impatient = sum(life['end'] in ('SIGTERM', 'SIGUSR1') and life['exit_code'] == -signal.SIGKILL for life in lives)
+    validations = plain.validation_seconds()
     signals = {end: sum(life['end'] == end and life['exit_code'] != 0 for life in lives) for end in ENDS}
     memory = dict(training=dict(max_mb=max(plain.samples, default=0.), growth=growth(plain.samples)),
                   workers=dict(max_mb=max(plain.worker_samples, default=0.), growth=growth(plain.worker_samples)),
                   max_mb_interrupted=max(job.samples, default=0.))
     checks = {'the checkpoints are equal': not different and len(names) > 0,
               f'{cycles} interruptions': sum(signals.values()) >= cycles,
+              'a validation takes longer than the patience': min(validations, default=0.) > args.patience,
               'no partial file is left': not list(job.folder.glob('*.tmp')),
-              'the caches are bounded': sizes['bounded'],
-              'the memory is flat over the sizes': flat(sizes['growth']),
               'the memory is flat over the training': flat(memory['training']['growth'])}
-    summary = dict(config=config.name, seed=args.seed, epochs=epochs, iterations=epochs * IMAGES // 8,
+    if sizes:
+        checks.update({'the caches are bounded': sizes['bounded'],
+                       'the memory is flat over the sizes': flat(sizes['growth'])})
+    summary = dict(config=config.name, seed=args.seed, epochs=epochs, processes=args.processes,
+                   patience=args.patience, validations=validations, killed_after_patience=impatient,
                    seconds_interrupted=sum(life['seconds'] for life in lives), seconds_undisturbed=seconds,
                    interruptions=signals, compared=names, different=different[:20], memory=memory, sizes=sizes,
                    checks=checks, lives=lives)
@@ -311,6 +365,9 @@ def main():
     rows = [('interrupted training', f'{summary["seconds_interrupted"] / 60:.1f} min, {len(lives)} lives'),
             ('undisturbed training', f'{seconds / 60:.1f} min'),
             *[(f'ended by {end}', count) for end, count in signals.items()],
+            ('killed, for not leaving in time', f'{impatient}, patience {args.patience:.0f} s'),
+            ('validations', f'{len(validations)} of {min(validations, default=0):.0f} to '
+                            f'{max(validations, default=0):.0f} s'),
             ('compared', ', '.join(names)), ('different', ', '.join(different[:5]) or 'nothing'),
             ('memory, growth', f'{memory["training"]["max_mb"]:.0f} MB, {percent(memory["training"]["growth"])}'),
             ('workers, growth', f'{memory["workers"]["max_mb"]:.0f} MB, {percent(memory["workers"]["growth"])}'),

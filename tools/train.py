@@ -3,6 +3,15 @@
 The configuration may belong to mmpretrain, mmdet or mmsegmentation: its
 `default_scope` says which.
 """
+import os
+import signal
+
+# Signals that come before the training can note them: nothing is lost, and 75 says to start again. It is
+# mmlocalmamba.engine.EXIT_PREEMPTED, whose import takes seconds.
+if __name__ == '__main__':
+    for number in (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
+        signal.signal(number, lambda *_: os._exit(75))
+
 from runner import add_common_arguments, build_runner, load_config, parse_args
 
 from mmlocalmamba.engine.data import annotations_named

@@ -46,6 +46,8 @@ def is_whole(path: str) -> bool:
         return False
 
 
+# Entry of a checkpoint's meta: files that were to be removed once it was written.
+_OUTDATED = 'outdated_checkpoints'
 _HISTORY = {'log_history', 'count_history', 'max_length'}
 
 
@@ -102,8 +104,10 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         checkpoint.update({key: plain(checkpoint[key]) for key in ('meta', 'message_hub')})
+        checkpoint['meta'][_OUTDATED] = list(getattr(self, 'outdated', ()))
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        self.outdated: list[str] = checkpoint.get('meta', {}).get(_OUTDATED, []) if runner._resume else []
         hub = checkpoint.get('message_hub')
         if hub:
             hub['log_scalars'] = histories(hub.get('log_scalars', {}))
@@ -139,7 +143,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         if runner._resume:  # or MMEngine would not write it again after a validation with the best score
             self.last_ckpt = runner.message_hub.get_info('last_ckpt', None)
         self.metrics: dict = {}
-        self.outdated: list[str] = []
+        self.outdated = getattr(self, 'outdated', [])
+        self._remove_outdated()
         if isinstance(self.file_backend, WholeFileBackend):
             # MMEngine removes old checkpoints before it writes the new one.
             self.file_backend.remove = self.outdated.append
@@ -169,5 +174,5 @@ class CheckpointHook(MMEngineCheckpointHook):
                    *getattr(self, 'best_ckpt_path_dict', {}).values()}
         while self.outdated:
             path = self.outdated.pop()
-            if path not in current and os.path.isfile(path):
+            if dist.is_main_process() and path not in current and os.path.isfile(path):
                 os.remove(path)

@@ -17,12 +17,34 @@ from torch.utils.data import DataLoader, IterableDataset
 from mmlocalmamba.engine.preemption import shield_worker, signals_held
 
 
-def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's and torch's generators from integers, each of which makes another sequence."""
+def seed_host(*key: int) -> int:
+    """Seed Python's, NumPy's and torch's generators on the CPU from integers, each of which makes another sequence.
+
+    Returns:
+        the seed.
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
+
+
+def seed_everything(*key: int) -> None:
+    """The same, and those of devices."""
+    torch.manual_seed(seed_host(*key))
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Whatever is drawn or seeded on the CPU meanwhile, who comes after does not notice."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @contextmanager
@@ -62,7 +84,7 @@ class _Batch:
 
     def __iter__(self) -> Iterator[int]:
         for number, index in enumerate(self.indices):
-            seed_everything(*self.key, self.place + number * self.step)
+            seed_host(*self.key, self.place + number * self.step)
             yield index
 
 
@@ -159,11 +181,12 @@ class DataStream:
         self._end_epoch()
 
     def _next(self) -> Any:
-        if self._iterator is None:
-            self._sizes.clear()
-            with signals_held():
-                self._iterator = iter(self.loader)
-        batch = next(self._iterator)
+        with random_numbers_kept():
+            if self._iterator is None:
+                self._sizes.clear()
+                with signals_held():
+                    self._iterator = iter(self.loader)
+            batch = next(self._iterator)
         self.batches += 1
         self.samples += self._sizes.popleft() * self.world_size
         return batch
@@ -175,9 +198,9 @@ class DataStream:
     def _indices(self) -> Iterator[_Batch]:
         source, key = self.loader.batch_sampler, (self.runner.seed, self.key, self.epoch)
         done, samples = self.batches, self.samples
-        seed_everything(*key, self.rank, 1)
+        seed = seed_host(*key, self.rank, 1)
         if getattr(source.sampler, 'generator', None) is not None:  # of torch's samplers
-            source.sampler.generator.manual_seed(torch.initial_seed())
+            source.sampler.generator.manual_seed(seed)
         if hasattr(source.sampler, 'set_epoch'):
             source.sampler.set_epoch(self.epoch)
         before = 0
