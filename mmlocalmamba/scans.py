@@ -192,6 +192,8 @@ def _add_middle_token(row: ScanTables, middle: int) -> ScanTables:
 
 def _stack(rows: Sequence[ScanTables]) -> ScanTables:
     lengths = [row.src.shape[0] for row in rows]
+    if torch.jit.is_tracing():
+        lengths = [int(length) for length in lengths]
     # A comparison of symbolic sizes would tie an exported graph to its outcome.
     steps = max(lengths) if all(isinstance(length, int) for length in lengths) else reduce(torch.sym_max, lengths)
 
@@ -224,6 +226,8 @@ def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = Tr
                    device: str | torch.device = 'cpu') -> dict[tuple[str, ...], ScanTables]:
     """:func:`scan_tables` of several sets of directions over the same tokens, e.g. of the blocks of a stage."""
     sets = tuple(dict.fromkeys(map(tuple, sets)))
+    if torch.jit.is_tracing():  # FLOP counters do; sizes are tensors then, and the graph is for one size
+        H, W = int(H), int(W)
     symbolic = not (isinstance(H, int) and isinstance(W, int))
     if symbolic or torch.compiler.is_dynamo_compiling():
         # One node of a compiled graph, which finds the tables in the cache when it runs; expressions for the sizes of
