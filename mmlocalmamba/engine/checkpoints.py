@@ -23,7 +23,8 @@ from mmlocalmamba.files import write_whole
 from mmlocalmamba.registry import HOOKS
 
 # Those of the loops; CheckpointHook writes the others.
-PREEMPTED_FILE, BEFORE_VALIDATION_FILE = 'preempted.pth', 'before_validation.pth'
+PREEMPTED_FILE = 'preempted.pth'
+BEFORE_VALIDATION_FILE = 'before_validation.pth'
 
 
 @register_backend('whole_files')
