@@ -38,6 +38,11 @@ def test_windows_are_scanned_one_after_the_other(K, H, W):
             assert token == (row * W + column if row < H and column < W else -1)
 
 
+def test_tables_live_where_they_are_wanted():
+    assert {table.device.type for table in scans.scan_tables(['h', 'w2'], 3, 3, device='meta')} == {'meta'}
+    assert scans.scan_index('w256', 2, 2).numel() == 256 * 256
+
+
 def test_known_tables():
     assert scans.scan_index('h', 2, 3).tolist() == [0, 1, 2, 3, 4, 5]
     assert scans.scan_index('v', 2, 3).tolist() == [0, 3, 1, 4, 2, 5]
@@ -50,6 +55,10 @@ def test_known_tables():
     ('diagonal', 2, 2, "unknown scan 'diagonal': known are h, v, w<K>"),
     ('w0', 2, 2, "unknown scan 'w0'"),
     ('w', 2, 2, "unknown scan 'w'"),
+    ('w<K>', 2, 2, "unknown scan 'w<K>'"),
+    ('w257', 2, 2, "unknown scan 'w257'"),
+    ('w0000000003', 2, 2, "unknown scan 'w0000000003'"),
+    ('w\u0663', 2, 2, 'unknown scan'),
     ('w-2', 2, 2, "unknown scan 'w-2'"),
     (None, 2, 2, 'unknown scan None'),
     ('h', 0, 2, 'H=0, W=2'),
@@ -85,6 +94,15 @@ def test_register_scan(monkeypatch):
     with pytest.raises(ValueError, match="scan 'twice' does not read every token of a 2x3 grid exactly once"):
         scans.scan_index('twice_flip', 2, 3)
 
+    for name, tokens in (('short', torch.arange(5)), ('square', torch.arange(6).view(2, 3)),
+                         ('low', torch.tensor([0, 1, 2, 3, 4, 5, -2]))):
+        scans.register_scan(name)(lambda H, W, tokens=tokens: tokens)
+        with pytest.raises(ValueError, match=f"scan '{name}' must list the tokens 0 to 5 of a 2x3 grid"):
+            scans.scan_index(name, 2, 3)
+    scans.register_scan('padded')(lambda H, W: torch.tensor([-1, 0, 1, -1, 2, 3, 4, 5]))
+    assert scans.scan_index('padded', 2, 3).tolist() == [-1, 0, 1, -1, 2, 3, 4, 5]
+    assert scans.scan_index('padded_flip', 2, 3, pad=False).tolist() == [5, 4, 3, 2, 1, 0]
+
     @scans.register_scan('outside<K>')
     def outside(H, W, side):
         return torch.arange(H * W) + side
@@ -114,6 +132,7 @@ def test_middle_token_is_read_in_the_middle_of_every_direction():
         tables = scans.scan_tables(names, H, W, middle_token=True)
         middle = H * W // 2
         assert tables.inv.shape == (len(names), H * W + 1)
+        assert tables.src.dtype == tables.inv.dtype == torch.int32
         for name, src in zip(names, tables.src.tolist()):
             assert src[middle] == middle
             rest = src[:middle] + src[middle + 1:]
