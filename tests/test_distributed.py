@@ -10,6 +10,8 @@ import torch
 from processes import PYTHON, ROOT, finish, port, run_on_two, start
 from test_jobs import same
 
+from mmlocalmamba.compat import load_checkpoint
+
 STEPS = 3
 # UperNet pools to one pixel, which BatchNorm cannot take in batches of one image. Across processes, BatchNorm works
 # apart, and SyncBN needs GPUs.
@@ -48,7 +50,8 @@ def test_sharded_parameters_take_the_same_steps(tmp_path):
     alone = start(*program, tmp_path / 'one')
     run_on_two(*program, tmp_path / 'two')
     finish(alone)
-    one, two = (torch.load(tmp_path / name / 'iter_2.pth')['state_dict'] for name in ('one', 'two'))
+    # Of MMEngine's own hook, which writes objects.
+    one, two = (load_checkpoint(tmp_path / name / 'iter_2.pth')['state_dict'] for name in ('one', 'two'))
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)

@@ -46,6 +46,7 @@ def test_it_changes_nothing_by_itself(tmp_path):
         runner._hooks.remove(hook_of(runner))
         before = guarded.optim_wrapper
         for each in (guarded, runner):
+            torch.manual_seed(0)  # weights are drawn when a training begins
             each.train()
         first, second = (each.model.state_dict() for each in (guarded, runner))
         assert all(torch.equal(first[key], second[key]) for key in first)
@@ -84,6 +85,7 @@ def test_a_scaler_that_never_lets_a_step_pass(tmp_path, accumulate, static):
     """Without the guard: a whole training without one step, and a scale of 0."""
     runner = job_task.build(tmp_path, epochs=30, accumulate=accumulate, wrapper=dict(SCALED, static=static),
                             poison=(range(1, 1000), 'gradient'))
+    runner.model.init_weights()  # which a training leaves as it is
     before = {name: value.clone() for name, value in runner.model.named_parameters()}
     with pytest.raises(FloatingPointError, match=r'gradients of 1 parameters \(fc.2.bias\).*It is the 31. step in a '
                                                  r'row, and the loss scaler is down to') as error:
