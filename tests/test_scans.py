@@ -95,7 +95,7 @@ def test_register_scan(monkeypatch):
         scans.scan_index('twice_flip', 2, 3)
 
     for name, tokens in (('short', torch.arange(5)), ('square', torch.arange(6).view(2, 3)),
-                         ('low', torch.tensor([0, 1, 2, 3, 4, 5, -2]))):
+                         ('low', torch.tensor([0, 1, 2, 3, 4, 5, -2])), ('high', torch.arange(1, 7))):
         scans.register_scan(name)(lambda H, W, tokens=tokens: tokens)
         with pytest.raises(ValueError, match=f"scan '{name}' must list the tokens 0 to 5 of a 2x3 grid"):
             scans.scan_index(name, 2, 3)
@@ -139,3 +139,51 @@ def test_middle_token_is_read_in_the_middle_of_every_direction():
             plain = [token - (token > middle) for token in rest]
             expected = scans.scan_index(name, H, W).tolist()
             assert plain[:len(expected)] == expected and set(plain[len(expected):]) <= {-1}
+
+
+def test_a_flipped_middle_token_is_reversed_with_the_sequence():
+    for H, W in ((3, 3), (4, 4), (2, 5)):
+        plain, = scans.scan_tables(['w2'], H, W, middle_token=scans.FLIPPED).src.tolist()
+        assert plain == scans.scan_tables(['w2'], H, W, middle_token=True).src[0].tolist()
+        src, inv = scans.scan_tables(['w2_flip'], H, W, middle_token=scans.FLIPPED)
+        assert src[0].tolist() == plain[::-1] and src[0][inv[0]].tolist() == list(range(H * W + 1))
+
+
+SETS = [['h', 'w2'], ['v_flip', 'w3', 'diag'], ['zigzag', 'own'], ['h', 'v']]
+
+
+def all_tables(x, pad, middle_token):
+    tables = scans.scan_tables_of(SETS, *x.shape, pad, middle_token, x.device)
+    assert list(tables) == list(map(tuple, SETS))
+    return [table for pair in tables.values() for table in pair]
+
+
+@pytest.fixture
+def own_scan(monkeypatch):
+    monkeypatch.setattr(scans, '_SCANS', dict(scans._SCANS))
+    scans.register_scan('own')(lambda H, W: torch.cat([torch.arange(H * W).flip(0), torch.full((3, ), -1)]))
+
+
+@pytest.mark.parametrize('pad', [True, False])
+@pytest.mark.parametrize('middle_token', [False, True, scans.FLIPPED])
+def test_tables_in_graphs(pad, middle_token, own_scan):
+    """Compiled for any size, exported for one and for any: always those of eager code."""
+    torch._dynamo.reset()
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return all_tables(x, pad, middle_token)
+
+    x = torch.zeros(5, 7)
+    auto = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    graphs = {
+        'compiled': (torch.compile(Model(), backend='eager', dynamic=True, fullgraph=True), True),
+        'exported': (torch.export.export(Model(), (x, )).module(), False),
+        'exported for any size': (torch.export.export(Model(), (x, ), dynamic_shapes=(auto, )).module(), True),
+    }
+    for name, (graph, any_size) in graphs.items():
+        for size in ((5, 7), (6, 4)) if any_size else ((5, 7), ):
+            made, expected = graph(torch.zeros(size)), all_tables(torch.zeros(size), pad, middle_token)
+            for a, b in zip(made, expected, strict=True):
+                assert a.dtype == torch.int32 and torch.equal(a, b), (name, size)
+                assert a is not b  # whoever compiled it may write to it

@@ -76,6 +76,33 @@ def test_bytes_are_bounded_and_what_was_used_last_stays(monkeypatch):
     assert make(9, 9)[0] is kept[0]  # the newest stays, whatever its size
 
 
+def test_what_fills_the_cache_exactly_stays(monkeypatch):
+    def get(key):
+        return sizes.of_size(lambda device, traced: (torch.zeros(10), ), 'cpu', key)[0]
+
+    monkeypatch.setattr(sizes, 'MAX_BYTES', 80)
+    first, second = get('first'), get('second')
+    assert get('first') is first and get('second') is second
+    get('third')
+    assert sizes.cached_bytes() == 80 and get('first') is not first
+    monkeypatch.setattr(sizes, 'MAX_BYTES', 1)
+    get('fourth')
+    assert sizes.cached_bytes() == 40
+
+
+def test_makers_are_told_of_tracing():
+    seen = []
+
+    def make(device, traced):
+        seen.append((device, traced))
+        return (torch.zeros(1), )
+
+    with FakeTensorMode():
+        sizes.of_size(make, 'cpu', 'x')
+    sizes.of_size(make, 'cpu', 'x')
+    assert seen == [(torch.device('cpu'), True), (torch.device('cpu'), False)]
+
+
 def test_threads_get_the_same_values():
     expected = {size: MAKERS['scan'](size, 5) for size in range(1, 9)}
     sizes.clear()
@@ -100,7 +127,7 @@ class Cuda:
     def __init__(self, monkeypatch):
         self.stream, self.capturing, self.recorded = 'first', False, []
         monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
-        monkeypatch.setattr(torch.cuda, 'current_stream', lambda device=None: self.stream)
+        monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: (device.index, self.stream)[1])
         monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: self.capturing)
         monkeypatch.setattr(torch.Tensor, 'record_stream', lambda x, stream: self.recorded.append(stream))
 
@@ -126,7 +153,7 @@ def test_tables_used_on_another_stream_are_recorded_there(monkeypatch):
 def test_tables_in_a_captured_graph_stay(monkeypatch):
     cuda = Cuda(monkeypatch)
     cuda.capturing = True
-    with pytest.raises(RuntimeError, match='Run the model once at this size, then capture'):
+    with pytest.raises(RuntimeError, match=r"for \('x',\) yet. Run the model once at this size, then capture"):
         cuda.get('x')
     cuda.capturing = False
     table = cuda.get('x')
