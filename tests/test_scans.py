@@ -189,3 +189,13 @@ def test_tables_in_graphs(graph, pad, middle_token, own_scan):
         for a, b in zip(made, expected, strict=True):
             assert a.dtype == torch.int32 and torch.equal(a, b), size
             assert a is not b  # whoever compiled it may write to it
+
+
+@pytest.mark.parametrize('pad', [True, False])
+@pytest.mark.parametrize('middle_token', [False, True, scans.FLIPPED])
+def test_the_operator_of_tables(pad, middle_token, own_scan):
+    """Among others, the shapes it announces are those it gives."""
+    sets = ';'.join(','.join(names) for names in SETS)
+    for H, W in ((5, 7), (3, 1)):
+        torch.library.opcheck(scans._scan_tables, (sets, H, W, pad, str(middle_token), torch.device('cpu')),
+                              test_utils=('test_schema', 'test_faketensor'))
