@@ -190,7 +190,9 @@ def build(cell, folder, resume, interrupt):
     train_cfg = (dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=EPOCHS, val_interval=2) if by_epoch else
                  dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=ITERATIONS, val_interval=5))
     return Runner(
-        model=Classifier(search), work_dir=str(folder), experiment_name=f'{cell.name}{resume}{os.getpid()}',
+        model=Classifier(search), work_dir=str(folder),
+        # Runners of one name that begin within a second share a message hub, and so the best score.
+        experiment_name=f'{cell.name}{os.path.basename(folder)}{resume}{os.getpid()}',
         default_scope='mmengine', train_cfg=train_cfg, val_cfg=dict(), val_evaluator=[Score()],
         train_dataloader=loader(cell, 2 * BATCHES * cell.processes, 2, infinite=not by_epoch),
         val_dataloader=loader(cell, 5, 1, first=2000, shuffle=False),  # more for the first process than for the second
