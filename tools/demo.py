@@ -50,7 +50,7 @@ def draw_image(axes, image, instances, classes):
 def place_label(box, size, taken):
     """Above the box, below it, or inside at an edge: the first place in the image that no label has ``taken``."""
     left, top, _, bottom = box
-    height, width = 0.07 * size[0], 0.25 * size[1]
+    height, width = 0.055 * size[0], 0.17 * size[1]  # of a label, about
     x = min(left, size[1] - width)
     places = [(top, 'bottom', top - height), (bottom, 'top', bottom), (top, 'top', top),
               (bottom, 'bottom', bottom - height)]
@@ -83,7 +83,7 @@ def draw_found(runner, out, rows=3, columns=4, threshold=0.5):
         else:
             found = result.pred_instances.cpu()
             draw_image(axes, image, found[found.scores >= threshold], dataset.metainfo['classes'])
-    if 'palette' in dataset.metainfo:
+    if 'pred_sem_seg' in result:
         classes = list(zip(dataset.metainfo['classes'], dataset.metainfo['palette'], strict=True))[1:]
         figure.legend(handles=[Patch(color=np.array(color) / 255, label=name) for name, color in classes],
                       ncols=len(classes), loc='outside lower center', fontsize=12)
