@@ -43,7 +43,8 @@ def parse_args():
     parser.add_argument('--no-check', action='store_true', help='do not run the file')
     parser.add_argument('--runtimes', nargs='+', choices=['onnxruntime', 'openvino'], default=['onnxruntime'],
                         help='.onnx: what to compare with PyTorch')
-    parser.add_argument('--tolerance', type=float, help='largest relative error (default: 1e-4; float16 1e-2, int8 0.3)')
+    parser.add_argument('--tolerance', type=float,
+                        help='largest relative error (default: 1e-4, float16 1e-2, int8 0.3)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
     args = parser.parse_args()
     kind = os.path.splitext(args.out)[1]
