@@ -2,6 +2,7 @@
 
 A block that a test cannot run has a comment before it that says what it needs. Tests name these blocks in a warning.
 """
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +27,7 @@ PAGES = {
     'own_masks': ['found/masks/vis/*.png'],
     'own_segmentation': ['found/pixels/vis/*.png'],
     'finetune': ['work_dirs/my_finetuning/epoch_2.pth', 'work_dirs/decay/epoch_2.pth'],
+    'new_style': ['work_dirs/new_style/epoch_2.pth'],
     'training testing inference': [
         'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'found_classes/*.png',
         'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'localvim-t.pth'],
@@ -91,6 +93,14 @@ def test_a_reader_gets_to_the_end(pages, run, tmp_path):
             run(*step)
     for pattern in PAGES[pages]:
         assert any(tmp_path.glob(pattern)), pattern
+
+
+@pytest.mark.parametrize('package', ['mmdet', 'mmpretrain', 'mmseg'])
+def test_there_are_no_new_style_files_to_inherit(package):
+    """Which docs/new_style.md says; when this fails, a configuration of ours can inherit them."""
+    folder = Path(importlib.util.find_spec(package).origin).parent
+    assert len(list(folder.rglob('*.py'))) > 100
+    assert not [path for path in folder.rglob('*.py') if 'read_base()' in path.read_text(errors='replace')]
 
 
 def test_the_notebook_runs(run, tmp_path):
