@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').glob('*.py'))
 STACKS = ('openmmlab', 'onedl')
+NO_WEIGHTS = 'no weights of it were released'
 
 
 def requirements(name):
@@ -72,8 +73,9 @@ def test_model_index():
         assert model.in_collection in collections
         assert {'Training Data', 'Task', 'Parameters'} <= set(model.metadata.data)
         # Figures of accuracy stand beside the file that they were reported for, and nowhere else.
-        assert (model.weights is None) == (not model.results)
-    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models if model.weights}
+        assert model.weights.startswith('https://') or model.weights == NO_WEIGHTS
+        assert (model.weights == NO_WEIGHTS) == (not model.results)
+    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models if model.results}
     assert released == {
         'localvim-t_8xb128_in1k': 'local_vim_tiny.ckpt',
         'localvim-t-midcls_8xb128_in1k': 'local_vim_tiny_middle_cls_token.ckpt',
@@ -91,6 +93,22 @@ def test_mim_search_and_download_read_the_metadata():
     assert {'localvim-t_8xb128_in1k', 'vim-t_8xb128_in1k'} <= set(found.index) and len(found) < len(table)
     row = search.select_by(table, shown_fields=['weight', 'config']).loc['localvmamba-s_8xb128_in1k']
     assert row['weight'].endswith('local_vssm_small.ckpt') and (ROOT / row['config']).is_file()
+
+
+@pytest.mark.parametrize('config, there, output', [
+    ('localvim-s_8xb128_in1k', None, NO_WEIGHTS),
+    ('localvim-t_8xb128_in1k', 'local_vim_tiny.ckpt', 'Successfully dumped localvim-t_8xb128_in1k.py'),
+])
+def test_mim_download(config, there, output, tmp_path):
+    """One without weights says so; one with weights, here downloaded before, gets its configuration beside them."""
+    pytest.importorskip('mim')
+    if there:
+        (tmp_path / there).touch()
+    done = subprocess.run(
+        [Path(sys.executable).with_name('mim'), 'download', 'mmlocalmamba', '--config', config, '--dest', tmp_path],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert output in done.stdout
+    assert (done.returncode == 0) == bool(there) == (tmp_path / f'{config}.py').is_file()
 
 
 def test_mim_finds_the_package():
