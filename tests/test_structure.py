@@ -26,6 +26,7 @@ FLOORS = {
     'mmlocalmamba.visualization': 6,
     'mmlocalmamba.checks': 6,
     'mmlocalmamba.trial': 7,
+    'mmlocalmamba.deployment': 7,
     'mmlocalmamba.__main__': 8,
 }
 FORBIDDEN = {'mmdet', 'mmseg', 'mmpretrain'}

@@ -38,7 +38,8 @@ NOTICED = {1, 3, 24, 36, 152, 255, -24, -9, -11}
 
 def prepare(folder, files, tests, left_out):
     """A copy of what git tracks and of the native kernel, and mutmut's configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
+    # Python, which looks into PYTHONPATH as it starts, believes for good that a folder is not there.
+    (folder / 'mutants').mkdir(parents=True, exist_ok=True)
     listed = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, check=True,
                             capture_output=True, text=True).stdout.splitlines()
     native = [str(path.relative_to(ROOT)) for path in (ROOT / 'mmlocalmamba/ops').glob('*.so')]
