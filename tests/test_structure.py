@@ -25,6 +25,7 @@ FLOORS = {
     'mmlocalmamba.search': 7,
     'mmlocalmamba.checks': 6,
     'mmlocalmamba.trial': 7,
+    'mmlocalmamba.deployment': 7,
     'mmlocalmamba.__main__': 8,
 }
 FORBIDDEN = {'mmdet', 'mmseg', 'mmpretrain'}
