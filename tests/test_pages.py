@@ -63,6 +63,7 @@ def run(tmp_path, monkeypatch):
     """Runs a block as a reader would, in a folder with what a clone has."""
     for name in ('configs', 'tools', 'docs'):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'data/small').mkdir(parents=True)  # another page has made it
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('PYTHONWARNINGS', 'ignore')
     monkeypatch.setenv('PATH', f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
