@@ -121,7 +121,7 @@ def test_mim_finds_the_package():
 @pytest.mark.parametrize('stack', STACKS)
 def test_pins_and_constraints_agree(stack):
     constraints = requirements(f'constraints-{stack}')
-    for name in (stack, f'mim-{stack}', 'build', 'dev'):
+    for name in (stack, f'mim-{stack}', 'build', 'dev', 'deploy'):
         for package, version in requirements(name).items():
             assert constraints[package] == version, f'{package} in {name}.txt'
     # Both of these are bound to the build of torch.

@@ -17,15 +17,15 @@ FLOORS = {
     'mmlocalmamba.scans': 1,
     'mmlocalmamba.ops': 2,
     'mmlocalmamba.layers': 3,
-    'mmlocalmamba.search.hook': 7,
-    'mmlocalmamba.search': 5,
     'mmlocalmamba.backbones': 4,
     'mmlocalmamba.necks': 5,
     'mmlocalmamba.weights': 5,
     'mmlocalmamba.engine': 1,
     'mmlocalmamba.visualization': 6,
+    'mmlocalmamba.search': 7,
     'mmlocalmamba.checks': 6,
     'mmlocalmamba.trial': 7,
+    'mmlocalmamba.deployment': 7,
     'mmlocalmamba.__main__': 8,
 }
 FORBIDDEN = {'mmdet', 'mmseg', 'mmpretrain'}

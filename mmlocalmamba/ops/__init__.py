@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import chunked, cpu, cuda, plain, reference, triton
+from mmlocalmamba.ops import chunked, cpu, cuda, onnx, plain, reference, triton
 from mmlocalmamba.ops.dispatch import (
     BACKEND_VARIABLE,
     BACKENDS,
@@ -35,7 +35,7 @@ __all__ = ['BACKENDS', 'BACKEND_VARIABLE', 'Backend', 'ScanInputs', 'add_rms_nor
            'directional_conv', 'directional_scan', 'linear', 'rotate', 'scattn_sum', 'selective_scan']
 
 # The order of preference.
-BACKENDS.update((module.BACKEND.name, module.BACKEND) for module in (cpu, triton, cuda, chunked, reference))
+BACKENDS.update((module.BACKEND.name, module.BACKEND) for module in (cpu, triton, cuda, chunked, reference, onnx))
 
 
 def directional_scan(u: Tensor,
