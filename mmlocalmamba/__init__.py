@@ -1,5 +1,5 @@
 """LocalMamba (arXiv 2403.09338) for OpenMMLab: LocalVim, LocalVMamba, SCAttn and the search for scan directions."""
-from mmlocalmamba.recipes import config_path, schedule, with_classes
+from mmlocalmamba.recipes import config_path, schedule, with_classes, without_masks
 
-__all__ = ['config_path', 'schedule', 'with_classes']
+__all__ = ['config_path', 'schedule', 'with_classes', 'without_masks']
 __version__ = '0.1.0'

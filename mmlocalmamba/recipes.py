@@ -78,3 +78,29 @@ def with_classes(model: dict, num_classes: int) -> dict:
     if not found:
         raise ValueError(f"no part of the model {model.get('type')} has num_classes")
     return model
+
+
+def without_masks(base: dict) -> tuple[list, list, dict, dict, dict]:
+    """What to lay over a detector's data with masks for data with boxes alone, whose annotations have no polygons.
+
+    Args:
+        base: ``_base_`` of a configuration, with ``train_pipeline`` and ``test_pipeline``; it stays as it is.
+
+    Returns:
+        ``train_pipeline, test_pipeline, train_dataloader, val_dataloader, val_evaluator`` of the configuration, in this
+        order.
+
+    Raises:
+        ValueError: a pipeline loads no masks.
+    """
+    pipelines = []
+    for name in ('train_pipeline', 'test_pipeline'):
+        pipeline = copy.deepcopy(base[name])
+        loads = [step for step in pipeline if step['type'] == 'LoadAnnotations' and step.get('with_mask')]
+        if not loads:
+            raise ValueError(f'{name} loads no masks: {[step["type"] for step in pipeline]}')
+        for step in loads:
+            step['with_mask'] = False
+        pipelines.append(pipeline)
+    train, test = pipelines
+    return train, test, dict(dataset=dict(pipeline=train)), dict(dataset=dict(pipeline=test)), dict(metric='bbox')

@@ -2,11 +2,14 @@
 
 Entries are shared between models and threads, bounded in bytes, and go in the order of their last use. Under
 torch.compile, torch.export and any other tracing nothing is cached: the operations become part of the graph, so that
-no traced tensor outlives its trace and no graph holds the address of a tensor that may go.
+no traced tensor outlives its trace and no graph holds the address of a tensor that may go. Who exports a graph for one
+size may ask for :func:`constants` instead.
 """
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +33,18 @@ class _Entry(NamedTuple):
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _captured: dict[Hashable, _Entry] = {}  # addresses of these are in CUDA graphs, so they stay
 _lock = threading.Lock()
+_as_constants: ContextVar[bool] = ContextVar('_as_constants', default=False)
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """Within it, a trace gets what the cache holds, as constants of its graph. The model must have run before, at the
+    size of the trace."""
+    token = _as_constants.set(True)
+    try:
+        yield
+    finally:
+        _as_constants.reset(token)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -66,7 +81,8 @@ def of_size(make: Callable[[torch.device, bool], T], device: str | torch.device,
     Raises:
         RuntimeError: a CUDA graph is being captured and there is no entry, which would have to be made on the CPU.
     """
-    if _traced():
+    traced = _traced()
+    if traced and not _as_constants.get():
         return make(torch.device(device), True)
     device = _indexed(device)
     key = (device, *key)
@@ -74,6 +90,8 @@ def of_size(make: Callable[[torch.device, bool], T], device: str | torch.device,
         entry = _captured.get(key) or _entries.get(key)
         if entry is not None and key in _entries:
             _entries.move_to_end(key)
+    if traced:
+        return make(device, True) if entry is None else entry.value
     capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
     if entry is None:
         if capturing:

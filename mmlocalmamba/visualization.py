@@ -93,7 +93,8 @@ def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, 
         away = np.maximum(abs(step - step[row * W + column]), 1).reshape(H, W)
         shown = axes.imshow(away, norm=norm, cmap='viridis_r', extent=(-0.5, W - 0.5, H - 0.5, -0.5))
         axes.plot(column, row, 'x', color='tab:red', markersize=9, markeredgewidth=2.5)
-    figure.colorbar(shown, ax=figure.axes[:len(names)], label='steps away', shrink=0.8)
+    bar = figure.colorbar(shown, ax=figure.axes[:len(names)], label='steps away', shrink=0.8)
+    bar.formatter = '{x:g}'
     return figure
 
 
@@ -126,7 +127,8 @@ def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[st
         directions: scan names of every block.
         candidates: rows of the picture; by default the names that occur.
         probabilities: (blocks, candidates), shown as the shade of each cell.
-        stages: number of blocks of every stage; lines are drawn between stages.
+        stages: number of blocks of every stage; lines are drawn between stages, and their names
+            (S1, ... where one has a single block) above.
 
     Returns:
         A matplotlib Figure: one column a block, one row a candidate, a disc for each chosen direction. A direction and
@@ -146,8 +148,13 @@ def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[st
     bases = _base_names(candidates)
     colors = [f'C{bases.index(candidates[row].removesuffix("_flip")) % 10}' for row in y]
     axes.scatter(x, y, s=60, c=colors, edgecolors='black', linewidths=0.6)
-    for first in np.cumsum(stages or [])[:-1]:
-        axes.axvline(first - 0.5, color='0.3', linewidth=1.2)
+    stages = list(stages or [])
+    for number, (end, depth) in enumerate(zip(np.cumsum(stages), stages), 1):
+        if number < len(stages):
+            axes.axvline(end - 0.5, color='0.3', linewidth=1.2)
+        # A column, 0.3 inches, has no room for the word.
+        axes.annotate(f'stage {number}' if min(stages) > 1 else f'S{number}', (end - depth / 2 - 0.5, 1), (0, 4),
+                      xycoords=('data', 'axes fraction'), textcoords='offset points', ha='center', fontsize=9)
     _grid_of_blocks(axes, blocks, candidates)
     axes.set_xlabel('block')
     return figure

@@ -154,6 +154,21 @@ def test_one_expression_sets_every_head():
         mmlocalmamba.with_classes(dict(type='ResNet'), 2)
 
 
+def test_masks_are_left_out_of_data():
+    base = Config.fromfile(CONFIGS / 'mask-rcnn_localvmamba-t_1x_coco.py')
+    before = base.to_dict()
+    train, test, train_loader, val_loader, evaluator = mmlocalmamba.without_masks(base)
+    assert base.to_dict() == before
+    assert [step.get('with_mask') for step in train] == [None, False, None, None, None]
+    assert [step.get('with_mask') for step in test] == [None, None, False, None]
+    assert [step['type'] for step in train + test] == [
+        step['type'] for step in base.train_pipeline + base.test_pipeline]
+    assert (train_loader, val_loader, evaluator) == (
+        dict(dataset=dict(pipeline=train)), dict(dataset=dict(pipeline=test)), dict(metric='bbox'))
+    with pytest.raises(ValueError, match='train_pipeline loads no masks: .*LoadImageFromFile'):
+        mmlocalmamba.without_masks(dict(base, train_pipeline=train))
+
+
 @pytest.mark.parametrize('name', sorted(path.stem for path in CONFIGS.glob('*.py')))
 def test_every_configuration_takes_other_classes(name, tmp_path):
     """In the way that pages show. No head is left that was made for the data's old classes."""

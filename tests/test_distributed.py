@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -141,15 +142,20 @@ def namespaces():
 two_nodes = pytest.fixture(namespaces)
 
 
-@pytest.mark.skipif(shutil.which('ip') is None, reason='iproute2 is not installed')
+@pytest.mark.skipif(None in map(shutil.which, ('ip', 'unshare')), reason='iproute2 or util-linux is not installed')
 def test_two_nodes(two_nodes, tmp_path, whole):
-    """One process on each of two hosts that see each other over a network alone, and share the work directory."""
+    """One process on each of two hosts that see each other over a network alone, and share the work directory.
+
+    Their names lead to 127.0.1.1, as Debian's do: gloo would listen there, and the other host not reach it.
+    """
+    (tmp_path / 'hosts').write_text(f'127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n')
+    debian = ['unshare', '--mount', 'sh', '-c', f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$@"', 'sh']
     arguments = launch('--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-id', 'job',
                        '--rdzv-endpoint', '10.98.76.1:29400')
     task = job(tmp_path, workers=1)[3:]
     # torchrun finds the host of the rendezvous by its name, which these two share.
-    processes = [start('ip', 'netns', 'exec', name, *arguments, '--local-addr', f'10.98.76.{number}', '--rdzv-conf',
-                       f'is_host={number == 1}', *task, GLOO_SOCKET_IFNAME=name)
+    processes = [start('ip', 'netns', 'exec', name, *debian, *arguments, '--local-addr', f'10.98.76.{number}',
+                       '--rdzv-conf', f'is_host={number == 1}', *task)
                  for number, name in enumerate(two_nodes, 1)]
     finish(*processes)
     states = [torch.load(tmp_path / f'state{rank}.pt') for rank in range(2)]

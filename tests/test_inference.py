@@ -90,3 +90,13 @@ def test_segmentation(image, tmp_path):
     assert len(np.unique(wanted)) > 1
     assert infer.visualizer.dataset_meta['classes'][0] == 'background'
     assert any((tmp_path / 'vis').iterdir())
+
+
+def test_by_name_without_weights_is_refused(monkeypatch):
+    """MMPretrain would warn and go on with random weights; the metafile has words in the place of a file."""
+    from mmpretrain import ImageClassificationInferencer
+    from mmpretrain.apis.model import ModelHub
+    monkeypatch.setattr(ModelHub, '_models_dict', dict(ModelHub._models_dict))
+    ModelHub.register_model_index(CONFIGS.parent / 'model-index.yml', config_prefix=CONFIGS.parent)
+    with pytest.raises(FileNotFoundError, match='no weights of it were released'):
+        ImageClassificationInferencer('localvim-t-nosearch_8xb128_in1k', device='cpu')

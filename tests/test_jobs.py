@@ -397,3 +397,21 @@ def test_the_soak_sees_growth():
     assert soak.flat(soak.growth([100.] * 80)) is True
     assert soak.flat(soak.growth([100.] * 40 + [106.] * 40)) is False
     assert soak.flat(soak.growth([100.] * 20 + [106.] * 20)) is None  # too few to tell
+
+
+def test_the_soak_knows_a_validation_by_the_log(tmp_path):
+    """That of every second epoch begins with a checkpoint, and ends with the last of its lines."""
+    job = soak.Job(ROOT / 'configs/mask-rcnn_localvmamba-nano_digits.py', tmp_path, 4, 9,
+                   SimpleNamespace(seed=0, processes=1))
+    assert 'param_scheduler.1.end=9' in job.command and 'param_scheduler.0.end=9' not in job.command
+    stages = [('Saving checkpoint at 1 epochs', False), ('Saving checkpoint at 2 epochs', True),
+              ('Epoch(val) [2][10/15]    eta: 0:00:01', True), ('Epoch(val) [2][15/15]    score: 1', False),
+              ('Saving checkpoint at 3 epochs', False)]
+    for second, (line, validating) in enumerate(stages):
+        with open(job.log, 'a') as log:
+            log.write(f'11/24 14:00:0{second} - mmengine - INFO - {line}\n')
+        assert job._validating() is validating, line
+    assert job.validation_seconds() == [2.]
+    job.log_begin = job.log.stat().st_size  # the next life has logged nothing yet
+    for job.due in (True, False):
+        assert job._validating() is job.due

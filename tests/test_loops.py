@@ -14,6 +14,7 @@ from search_task import Classifier, loader
 
 sys.path.insert(0, str(ROOT / 'tools/dev'))
 import resume_matrix
+import stop_under_checks
 from resume_matrix import Cell
 
 MATRIX = ROOT / 'tools/dev/resume_matrix.py'
@@ -208,3 +209,16 @@ def test_signals_before_the_training_lose_nothing(program):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
+
+
+@pytest.mark.parametrize('code, output, lives_left, wrong', [
+    (0, 'Epoch(val) [4][5/5]', 0, None),
+    (75, 'preempted', 1, None),
+    (-15, '', 1, None),
+    (75, 'preempted', 0, 'exit code 75 of a training that was not told to stop'),
+    (-6, '', 1, 'exit code -6'),
+    (75, 'preempted\ncorrupted size vs. prev_size', 1, 'corrupted size vs. prev_size'),
+    (0, '==7==ERROR: AddressSanitizer: heap', 0, '==7==ERROR: AddressSanitizer: heap'),
+])
+def test_what_a_stopped_training_must_not_say(code, output, lives_left, wrong):
+    assert stop_under_checks.problem(code, output, lives_left) == wrong

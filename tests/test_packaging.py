@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').glob('*.py'))
 STACKS = ('openmmlab', 'onedl')
+NO_WEIGHTS = 'no weights of it were released'
 
 
 def requirements(name):
@@ -72,8 +73,9 @@ def test_model_index():
         assert model.in_collection in collections
         assert {'Training Data', 'Task', 'Parameters'} <= set(model.metadata.data)
         # Figures of accuracy stand beside the file that they were reported for, and nowhere else.
-        assert (model.weights is None) == (not model.results)
-    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models if model.weights}
+        assert model.weights.startswith('https://') or model.weights == NO_WEIGHTS
+        assert (model.weights == NO_WEIGHTS) == (not model.results)
+    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models if model.results}
     assert released == {
         'localvim-t_8xb128_in1k': 'local_vim_tiny.ckpt',
         'localvim-t-midcls_8xb128_in1k': 'local_vim_tiny_middle_cls_token.ckpt',
@@ -93,6 +95,22 @@ def test_mim_search_and_download_read_the_metadata():
     assert row['weight'].endswith('local_vssm_small.ckpt') and (ROOT / row['config']).is_file()
 
 
+@pytest.mark.parametrize('config, there, output', [
+    ('localvim-s_8xb128_in1k', None, NO_WEIGHTS),
+    ('localvim-t_8xb128_in1k', 'local_vim_tiny.ckpt', 'Successfully dumped localvim-t_8xb128_in1k.py'),
+])
+def test_mim_download(config, there, output, tmp_path):
+    """One without weights says so; one with weights, here downloaded before, gets its configuration beside them."""
+    pytest.importorskip('mim')
+    if there:
+        (tmp_path / there).touch()
+    done = subprocess.run(
+        [Path(sys.executable).with_name('mim'), 'download', 'mmlocalmamba', '--config', config, '--dest', tmp_path],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert output in done.stdout
+    assert (done.returncode == 0) == bool(there) == (tmp_path / f'{config}.py').is_file()
+
+
 def test_mim_finds_the_package():
     """In a clone (editable install) and in an installed wheel alike."""
     mim = pytest.importorskip('mim.utils')
@@ -103,7 +121,7 @@ def test_mim_finds_the_package():
 @pytest.mark.parametrize('stack', STACKS)
 def test_pins_and_constraints_agree(stack):
     constraints = requirements(f'constraints-{stack}')
-    for name in (stack, f'mim-{stack}', 'build', 'dev'):
+    for name in (stack, f'mim-{stack}', 'build', 'dev', 'deploy'):
         for package, version in requirements(name).items():
             assert constraints[package] == version, f'{package} in {name}.txt'
     # Both of these are bound to the build of torch.

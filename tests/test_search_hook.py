@@ -427,3 +427,15 @@ def test_derive_from_the_authors_supernet(tmp_path):
     assert found['directions'] == [['h_flip', 'v_flip', 'w2_flip', 'w7_flip']] * 2
     result = derive(tmp_path / 'official.ckpt', '--candidates', 'h', 'v')
     assert result.returncode == 1 and 'has 8 candidates a block' in result.stderr
+
+
+@pytest.mark.parametrize('blocks, stages', [
+    ([f'backbone.stages.{stage}.blocks.{block}' for stage, block in ((0, 0), (1, 0), (1, 1))], [1, 2]),
+    ([f'backbone.layers.{block}' for block in range(3)], []),
+])
+def test_the_picture_knows_the_stages(blocks, stages, tmp_path, monkeypatch):
+    seen = []
+    draw = search_hook.draw_directions
+    monkeypatch.setattr(search_hook, 'draw_directions', lambda *args: seen.append(args[3]) or draw(*args))
+    search_hook.write_search(str(tmp_path), ['h', 'v', 'w2'], blocks, 2, [(1, torch.rand(3, 3))], {})
+    assert seen == [stages]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from demo import place_label
 from PIL import Image
 from torch import nn
 
@@ -108,6 +109,24 @@ def test_directions_are_drawn_where_they_are_chosen():
     assert names == ['h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip']
     drawn = {(round(x), names[round(y)]) for x, y in axes.collections[0].get_offsets().tolist()}
     assert drawn == {(block, name) for block, row in enumerate(chosen) for name in row}
+
+
+@pytest.mark.parametrize('stages, names, middles, borders', [
+    ((2, 3, 2), ['stage 1', 'stage 2', 'stage 3'], [0.5, 3, 5.5], [1.5, 4.5]),
+    ((1, 5, 1), ['S1', 'S2', 'S3'], [0, 3, 6], [0.5, 5.5]),
+    (None, [], [], []),
+])
+def test_stages_are_named_above_their_blocks(stages, names, middles, borders):
+    axes = draw_directions([['h', 'w2']] * 7, stages=stages).axes[0]
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == list(zip(names, middles))
+    assert [line.get_xdata()[0] for line in axes.lines] == borders
+
+
+def test_labels_do_not_cover_each_other():
+    box, taken = (40, 40, 60, 60), []
+    first, second, third = (place_label(box, (100, 100), taken) for _ in range(3))
+    assert (first[1:], second[1:], third[1:]) == ((40, 'bottom'), (60, 'top'), (40, 'top'))
+    assert place_label((90, 1, 99, 99.5), (100, 100), [])[1:] == (1, 'top')  # neither above nor below is in the image
 
 
 def test_pictures_have_a_panel_each():

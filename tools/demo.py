@@ -1,6 +1,8 @@
 """The second half of `make demo`: evaluates a trained detector and draws what it
 finds. Leaves in the work directory metrics.json, detections.png and
-scan_orders.png.
+scan_orders.png. Of a segmentor, segmentation.png instead:
+
+    python tools/demo.py configs/upernet_localvmamba-nano_digits.py work_dirs/upernet_localvmamba-nano_digits
 """
 import argparse
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.fileio import dump
@@ -31,35 +33,63 @@ def draw_image(axes, image, instances, classes):
     for mask, label in zip(np.asarray(instances.masks, dtype=bool), labels, strict=True):
         image[mask] = 0.5 * image[mask] + 0.5 * np.array(colors[label % len(colors)])
     axes.imshow(image)
+    taken = []
     for box, label, score in zip(
             instances.bboxes.tolist(), labels, instances.scores.tolist(), strict=True):
         color = colors[label % len(colors)]
         left, top, right, bottom = box
         axes.add_patch(Rectangle(
             (left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=2))
-        # Above the box, or inside it at the upper edge of the image.
-        above = top > 0.07 * len(image)
+        x, y, alignment = place_label(box, image.shape[:2], taken)
         axes.text(
-            left, top, f'{classes[label]}  {score:.2f}', color='white', fontsize=10,
-            verticalalignment='bottom' if above else 'top',
+            x, y, f'{classes[label]}  {score:.2f}', color='white', fontsize=10, verticalalignment=alignment,
             bbox=dict(facecolor=color, edgecolor='none', pad=1))
     axes.axis('off')
 
 
+def place_label(box, size, taken):
+    """Above the box, below it, or inside at an edge: the first place in the image that no label has ``taken``."""
+    left, top, _, bottom = box
+    height, width = 0.055 * size[0], 0.17 * size[1]  # of a label, about
+    x = min(left, size[1] - width)
+    places = [(top, 'bottom', top - height), (bottom, 'top', bottom), (top, 'top', top),
+              (bottom, 'bottom', bottom - height)]
+    free = [place for place in places if 0 <= place[2] <= size[0] - height and not any(
+        abs(place[2] - other_y) < height and abs(x - other_x) < width for other_x, other_y in taken)]
+    y, alignment, upper = (free or places[2:])[0]
+    taken.append((x, upper))
+    return x, y, alignment
+
+
+def draw_labels(axes, image, labels, palette):
+    """Draws an image with the colour of its class over each pixel, but over background."""
+    image, found = image / 255, labels > 0
+    image[found] = 0.25 * image[found] + 0.75 * np.array(palette)[labels[found]] / 255
+    axes.imshow(image)
+
+
 @torch.no_grad()
-def draw_detections(runner, out, rows=3, columns=4, threshold=0.5):
+def draw_found(runner, out, rows=3, columns=4, threshold=0.5):
     """Draws the first validation images with what the model finds in them."""
     dataset = runner.test_dataloader.dataset
-    figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.4 * rows), squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.4 * rows), squeeze=False, layout='constrained')
     for axes in grid.flat:
         axes.axis('off')
     for index, axes in zip(range(len(dataset)), grid.flat, strict=False):
         result, = runner.model.test_step(pseudo_collate([dataset[index]]))
-        found = result.pred_instances.cpu()
         image = np.array(Image.open(result.img_path).convert('RGB'))
-        draw_image(axes, image, found[found.scores >= threshold], dataset.metainfo['classes'])
-    figure.suptitle(f'Validation images, detections with a score of {threshold} or more')
-    figure.tight_layout()
+        if 'pred_sem_seg' in result:
+            draw_labels(axes, image, result.pred_sem_seg.data[0].cpu().numpy(), dataset.metainfo['palette'])
+        else:
+            found = result.pred_instances.cpu()
+            draw_image(axes, image, found[found.scores >= threshold], dataset.metainfo['classes'])
+    if 'pred_sem_seg' in result:
+        classes = list(zip(dataset.metainfo['classes'], dataset.metainfo['palette'], strict=True))[1:]
+        figure.legend(handles=[Patch(color=np.array(color) / 255, label=name) for name, color in classes],
+                      ncols=len(classes), loc='outside lower center', fontsize=12)
+        figure.suptitle('Validation images, the class found for each pixel')
+    else:
+        figure.suptitle(f'Validation images, detections with a score of {threshold} or more')
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
@@ -67,11 +97,15 @@ def draw_detections(runner, out, rows=3, columns=4, threshold=0.5):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='configuration of the detector')
+    parser.add_argument('config', help='configuration of the detector or segmentor')
     parser.add_argument('work_dir', type=Path, help='where it was trained')
+    parser.add_argument('--rows', type=int, default=3, help='of pictures, four in each (default: 3)')
     args = parser.parse_args()
 
     cfg = Config.fromfile(args.config)
+    if cfg.default_scope not in ('mmdet', 'mmseg'):
+        parser.error(f'{args.config} is neither a detector nor a segmentor, but of {cfg.default_scope}')
+    picture = 'detections.png' if cfg.default_scope == 'mmdet' else 'segmentation.png'
     cfg.work_dir = str(args.work_dir)
     # The last one, not the best on these very images.
     cfg.load_from = find_latest_checkpoint(args.work_dir)
@@ -80,16 +114,19 @@ def main():
     runner = Runner.from_cfg(cfg)
     metrics = runner.test()
     dump(metrics, args.work_dir / 'metrics.json', indent=2)
-    draw_detections(runner, args.work_dir / 'detections.png')
+    draw_found(runner, args.work_dir / picture, args.rows)
     subprocess.run(
         [sys.executable, TOOLS / 'visualization/scan_orders.py',
          '--out', args.work_dir / 'scan_orders.png'], check=True)
 
     print()
     for name, key in (('boxes', 'coco/bbox_mAP'), ('masks', 'coco/segm_mAP')):
-        print(f'{name}: AP {metrics[key]:.3f}, AP50 {metrics[key + "_50"]:.3f}')
+        if key in metrics:
+            print(f'{name}: AP {metrics[key]:.3f}, AP50 {metrics[key + "_50"]:.3f}')
+    if 'mIoU' in metrics:
+        print(f'pixels: mIoU {metrics["mIoU"]:.1f} %')
     print(f'checkpoint: {cfg.load_from}')
-    for name in ('metrics.json', 'detections.png', 'scan_orders.png'):
+    for name in ('metrics.json', picture, 'scan_orders.png'):
         print(args.work_dir / name)
 
 

@@ -246,7 +246,7 @@ else
     say "Installing the $STACK stack into the environment of $(command -v "$python")"
 fi
 
-stack_files=(requirements/common.txt requirements/*"$STACK".txt requirements/dev.txt)
+stack_files=(requirements/common.txt requirements/*"$STACK".txt requirements/dev.txt requirements/deploy.txt)
 step torch "$(digest requirements/torch.txt)" \
     "torch and torchvision" "60 to 100 s, several GB with CUDA" install_torch
 step build "$(digest requirements/build.txt)" \

@@ -4,11 +4,12 @@
     python tools/soak.py --minutes 30 --processes 2
 
 1. Images of 1,000 sizes go through both backbones: their caches stay bounded, the memory stays flat.
-2. A short training measures how long the start and an epoch take, which sets the number of epochs.
-3. The training is run, and interrupted by SIGTERM, SIGUSR1, SIGKILL, and SIGKILL while a checkpoint is being
-   written; each time it is started again with --resume. What has not left some time after a signal is killed, as
-   schedulers do; a validation takes longer than that.
-4. The same training is run without interruption, and its memory sampled.
+2. A short training measures how long an epoch and a validation take.
+3. The training is run, and interrupted by SIGTERM, SIGUSR1, SIGKILL, SIGKILL while a checkpoint is being written,
+   and SIGTERM and SIGKILL in a validation; each time it is started again with --resume. What has not left some time
+   after a signal is killed, as schedulers do; a validation takes longer than that. In the end the epoch that it is in
+   becomes the last one.
+4. As many epochs are run without interruption, and the memory sampled.
 5. All checkpoints that both leave must be equal bit for bit: weights, optimizer, schedulers, position in the data,
    and every loss since the first iteration.
 
@@ -22,6 +23,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,7 @@ import time
 from pathlib import Path
 
 import torch
+from mmengine import Config
 
 import mmlocalmamba
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
@@ -38,13 +41,15 @@ from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE, PREEMPTED_FI
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 80  # 10 iterations an epoch, so that there are many checkpoints
-VAL_INTERVAL, VAL_IMAGES = 4, 60
+VAL_INTERVAL, VAL_IMAGES = 2, 60
 SIZES = 1000
 # A leak of a few tables per size or iteration is far above it, the allocator's noise is below.
 MAX_GROWTH = 0.05
-# How a life ends: the signal, and whether it waits for a checkpoint that is being written.
-ENDS = {'SIGTERM': (signal.SIGTERM, False), 'SIGUSR1': (signal.SIGUSR1, False), 'SIGKILL': (signal.SIGKILL, False),
-        'SIGKILL while writing': (signal.SIGKILL, True)}
+# How a life ends: the signal, and what it waits for.
+ENDS = {'SIGTERM': (signal.SIGTERM, None), 'SIGUSR1': (signal.SIGUSR1, None), 'SIGKILL': (signal.SIGKILL, None),
+        'SIGKILL while writing': (signal.SIGKILL, 'writing'), 'SIGTERM in a validation': (signal.SIGTERM, 'validation'),
+        'SIGKILL in a validation': (signal.SIGKILL, 'validation')}
+SAVED, VALIDATED = re.compile(r'Saving checkpoint at (\d+) epochs'), re.compile(r'Epoch\(val\) \[\d+\]\[(\d+)/\1\]')
 
 
 def rss(pid='self'):
@@ -120,11 +125,14 @@ def through_sizes(seed):
 class Job:
     """A training in a folder: each ``life`` is a process."""
 
-    def __init__(self, config, folder, epochs, args):
+    def __init__(self, config, folder, epochs, horizon, args):
+        """The schedule is that of ``horizon`` epochs, so that it does not depend on where the training ends."""
         self.folder, self.epochs, self.args = folder, epochs, args
+        schedulers = Config.fromfile(config).param_scheduler
         options = [f'train_dataloader.dataset.indices={IMAGES}', f'val_dataloader.dataset.indices={VAL_IMAGES}',
-                   f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={VAL_INTERVAL}',
-                   f'randomness.seed={args.seed}']
+                   f'train_cfg.val_interval={VAL_INTERVAL}', f'randomness.seed={args.seed}',
+                   *[f'param_scheduler.{number}.end={horizon}' for number, scheduler in enumerate(schedulers)
+                     if 'end' not in scheduler]]
         launcher, several = [], []
         if self.args.processes > 1:
             launcher = [str(ROOT / 'tools/launch.py'), '--standalone', '--nproc-per-node', str(self.args.processes)]
@@ -135,6 +143,7 @@ class Job:
         self.log = folder / 'output.txt'
         self.samples, self.worker_samples = [], []
         self.used = self.until_checkpoint = 0.  # of processor time, in the longest and the first life
+        self.log_begin, self.due = 0, False  # of this life: where it is in the log, whether a validation was due
 
     def trainings(self, process):
         """Those that a launcher has started, or the process itself."""
@@ -148,27 +157,28 @@ class Job:
             except ProcessLookupError:
                 pass
 
-    def life(self, end=None, moment=float('inf')):
-        """Run until the training ends, or is interrupted after ``moment`` seconds of processor time: (exit code,
-        seconds, seconds from the signal to the end)."""
+    def life(self, end=None, moment=float('inf'), patience=0., delay=0.):
+        """Run until the training ends, or is interrupted after ``moment`` seconds of processor time, ``delay`` seconds
+        into a validation, and killed ``patience`` seconds later: (exit code, seconds, seconds to leave)."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.log_begin, self.due = self.log.stat().st_size if self.log.exists() else 0, self.validation_due()
         begin = time.monotonic()
         env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
         with open(self.log, 'ab') as log:
-            process = subprocess.Popen(self.command, cwd=ROOT, env=env, stdout=log, stderr=log,
-                                       start_new_session=True)
+            process = subprocess.Popen([*self.command, f'train_cfg.max_epochs={self.epochs}'], cwd=ROOT, env=env,
+                                       stdout=log, stderr=log, start_new_session=True)
         left = None
         try:
             if self._watch(process, moment):
-                number, while_writing = ENDS[end]
-                if not while_writing or self._catch_writing(process):
+                number, place = ENDS[end]
+                if self._catch(process, place, delay):
                     left = time.monotonic()
                     if number == signal.SIGKILL:
                         self.kill(process)
                     else:
                         os.killpg(process.pid, number)
                     try:
-                        process.wait(self.args.patience)
+                        process.wait(patience)
                     except subprocess.TimeoutExpired:
                         self.kill(process)
             self._watch(process)
@@ -197,16 +207,45 @@ class Job:
                 pass
         return False
 
-    def _catch_writing(self, process):
+    def _catch(self, process, place, delay):
+        """Wait for the place; whether the training came there before it ended."""
+        there = dict(writing=self._writing, validation=self._validating).get(place, lambda: True)
         while process.poll() is None:
-            if any(name.endswith('.tmp') for name in os.listdir(self.folder)):
-                return True
-            time.sleep(0.002)
+            if there():
+                time.sleep(delay if place == 'validation' else 0)
+                return process.poll() is None
+            time.sleep(0.1 if place == 'validation' else 0.002)
         return False
+
+    def _writing(self):
+        return any(name.endswith('.tmp') for name in os.listdir(self.folder))
+
+    def _validating(self):
+        """By what this life has logged: a checkpoint is written before each validation."""
+        with open(self.log, errors='replace') as log:
+            log.seek(self.log_begin)
+            lines = log.readlines()
+        for line in reversed(lines):
+            saved = SAVED.search(line)
+            if saved or VALIDATED.search(line):
+                return bool(saved) and int(saved[1]) % VAL_INTERVAL == 0
+        return self.due
 
     def last_checkpoint(self):
         record = self.folder / 'last_checkpoint'
         return Path(record.read_text()).name if record.exists() else ''
+
+    def _last(self):
+        return torch.load(self.folder / self.last_checkpoint(), weights_only=True) if self.last_checkpoint() else None
+
+    def validation_due(self):
+        """After what the next life would begin with."""
+        last = self._last()
+        return bool(last and last['loop']['validation_due'])
+
+    def epochs_done(self):
+        last = self._last()
+        return last['meta']['epoch'] if last else 0
 
     def validation_seconds(self):
         """From each checkpoint before a validation to its result, by the log."""
@@ -216,9 +255,9 @@ class Job:
                 now = time.mktime(time.strptime(f'2000/{line[:14]}', '%Y/%m/%d %H:%M:%S'))
             except ValueError:
                 continue
-            if 'Saving checkpoint at' in line:
+            if SAVED.search(line):
                 begun = now
-            elif 'Epoch(val)' in line and begun is not None:
+            elif VALIDATED.search(line) and begun is not None:
                 found.append(now - begun)
                 begun = None
         return found
@@ -235,19 +274,24 @@ def undisturbed(job):
     return seconds
 
 
-def interrupted(job, minutes, cycles, moments):
+def interrupted(job, args, cycles, moments, validation):
     """Lives that are interrupted after ``moments`` (over and over again), until the time is over and there were as many
-    interruptions as wanted, and a last one to the end of the training."""
-    lives, begin = [], time.monotonic()
+    interruptions as wanted, and a last one to the end of its epoch."""
+    lives, begin, generator = [], time.monotonic(), random.Random(args.seed)
     while True:
-        over = time.monotonic() - begin > 60 * minutes and len(lives) >= cycles
+        over = time.monotonic() - begin > 60 * args.minutes and len(lives) >= cycles
+        if over:
+            job.epochs = job.epochs_done() + 1
         end = None if over else list(ENDS)[len(lives) % len(ENDS)]
         moment = float('inf') if over else moments[len(lives) % len(moments)]
-        code, seconds, left = job.life(end, moment)
-        lives.append(dict(end=end, moment=None if over else moment, seconds=seconds, exit_code=code,
-                          seconds_to_leave=left, last_checkpoint=job.last_checkpoint()))
-        print(f'{len(lives):4}  {end or "-":22} {moment:8.1f} s {seconds:8.1f} s {code:5}  '
-              f'{lives[-1]["last_checkpoint"]}', flush=True)
+        # Schedulers differ, and some are less patient than an iteration takes.
+        patience, delay = args.patience * generator.random(), 0.8 * validation * generator.random()
+        code, seconds, left = job.life(end, moment, patience, delay)
+        lives.append(dict(end=end, moment=None if over else moment, patience=patience, seconds=seconds, exit_code=code,
+                          seconds_to_leave=left, last_checkpoint=job.last_checkpoint(),
+                          validation_due=job.validation_due()))
+        print(f'{len(lives):4}  {end or "-":24} {moment:8.1f} s {seconds:8.1f} s {code:5}  '
+              f'{lives[-1]["last_checkpoint"]}{", validation due" if lives[-1]["validation_due"] else ""}', flush=True)
         if code == 0:
             return lives
         # A signal that comes before the handlers are there, in the first moments, ends the process as any other.
@@ -304,7 +348,7 @@ def main():
                         help='mean seconds of processor time from a start to the signal (default: 40)')
     parser.add_argument('--processes', type=int, default=1, help='of the training (default: 1)')
     parser.add_argument('--patience', type=float,
-                        help='seconds between a signal and SIGKILL (default: half of a validation)')
+                        help='at most so many seconds between a signal and SIGKILL (default: half of a validation)')
     parser.add_argument('--no-sizes', action='store_true', help='without the first part')
     parser.add_argument('--seed', type=int, default=0, help='of the training, the sizes and the moments (default: 0)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/soak'), help='emptied first')
@@ -320,29 +364,30 @@ def main():
     if sizes:
         print(f'{SIZES} sizes: {json.dumps(sizes["rss_mb"])} MB, growth {percent(sizes["growth"])}', flush=True)
 
-    pilot = Job(config, work_dir / 'pilot', VAL_INTERVAL, args)
+    pilot = Job(config, work_dir / 'pilot', 2 * VAL_INTERVAL, 2 * VAL_INTERVAL, args)
     undisturbed(pilot)
+    validation = min(pilot.validation_seconds())
     if args.patience is None:
-        args.patience = min(pilot.validation_seconds()) / 2
-    start = pilot.until_checkpoint  # with one epoch
-    epoch = (pilot.used - start) / (VAL_INTERVAL - 1)
+        args.patience = validation / 2
+    epoch = (pilot.used - pilot.until_checkpoint) / (2 * VAL_INTERVAL - 1)
     # Even quantiles in random order, so that few lives do not take much more time than they are expected to.
     planned = max(cycles, round(60 * args.minutes / args.life))
     moments = [args.life * (0.1 + 1.8 * (number + 0.5) / planned) for number in range(planned)]
     random.Random(args.seed).shuffle(moments)
-    # Lives that are killed lose some of it, so that the training does not end before the interruptions do.
-    gain = sum(max(0., moment - start + epoch) for moment in moments)
-    epochs = max(VAL_INTERVAL, round(gain / epoch) + 2)
-    print(f'start and first epoch {start:.1f} s, then {epoch:.1f} s an epoch: {epochs} epochs\n\n'
-          'life  end                        moment    seconds  exit  last checkpoint', flush=True)
+    horizon = max(VAL_INTERVAL, round(2 * args.life * planned / epoch))  # more than can be reached
+    print(f'start and first epoch {pilot.until_checkpoint:.1f} s, then {epoch:.1f} s an epoch, validation '
+          f'{validation:.0f} s\n\nlife  end                          moment    seconds  exit  last checkpoint',
+          flush=True)
 
-    job = Job(config, work_dir / 'interrupted', epochs, args)
-    lives = interrupted(job, args.minutes, cycles, moments)
-    plain = Job(config, work_dir / 'undisturbed', epochs, args)
+    job = Job(config, work_dir / 'interrupted', horizon, horizon, args)
+    lives = interrupted(job, args, cycles, moments, validation)
+    plain = Job(config, work_dir / 'undisturbed', job.epochs, horizon, args)
     seconds = undisturbed(plain)
     names, different = compare(job.folder, plain.folder)
 
-    impatient = sum(life['end'] in ('SIGTERM', 'SIGUSR1') and life['exit_code'] == -signal.SIGKILL for life in lives)
+    impatient = sum(life['end'] is not None and ENDS[life['end']][0] != signal.SIGKILL
+                    and life['exit_code'] == -signal.SIGKILL for life in lives)
+    due = sum(life['validation_due'] for life in lives)
     validations = plain.validation_seconds()
     signals = {end: sum(life['end'] == end and life['exit_code'] != 0 for life in lives) for end in ENDS}
     memory = dict(training=dict(max_mb=max(plain.samples, default=0.), growth=growth(plain.samples)),
@@ -350,22 +395,23 @@ def main():
                   max_mb_interrupted=max(job.samples, default=0.))
     checks = {'the checkpoints are equal': not different and len(names) > 0,
               f'{cycles} interruptions': sum(signals.values()) >= cycles,
-              'a validation takes longer than the patience': min(validations, default=0.) > args.patience,
+              'validations were interrupted': due >= cycles // 4,
               'no partial file is left': not list(job.folder.glob('*.tmp')),
               'the memory is flat over the training': flat(memory['training']['growth'])}
     if sizes:
         checks.update({'the caches are bounded': sizes['bounded'],
                        'the memory is flat over the sizes': flat(sizes['growth'])})
-    summary = dict(config=config.name, seed=args.seed, epochs=epochs, processes=args.processes,
-                   patience=args.patience, validations=validations, killed_after_patience=impatient,
+    summary = dict(config=config.name, seed=args.seed, epochs=job.epochs, processes=args.processes,
+                   patience=args.patience, validations=validations, killed_after_patience=impatient, left_due=due,
                    seconds_interrupted=sum(life['seconds'] for life in lives), seconds_undisturbed=seconds,
                    interruptions=signals, compared=names, different=different[:20], memory=memory, sizes=sizes,
                    checks=checks, lives=lives)
     (work_dir / 'soak.json').write_text(json.dumps(summary, indent=1))
     rows = [('interrupted training', f'{summary["seconds_interrupted"] / 60:.1f} min, {len(lives)} lives'),
-            ('undisturbed training', f'{seconds / 60:.1f} min'),
+            ('undisturbed training', f'{seconds / 60:.1f} min, {job.epochs} epochs'),
             *[(f'ended by {end}', count) for end, count in signals.items()],
-            ('killed, for not leaving in time', f'{impatient}, patience {args.patience:.0f} s'),
+            ('killed, for not leaving in time', f'{impatient}, patience up to {args.patience:.1f} s'),
+            ('left with a validation due', due),
             ('validations', f'{len(validations)} of {min(validations, default=0):.0f} to '
                             f'{max(validations, default=0):.0f} s'),
             ('compared', ', '.join(names)), ('different', ', '.join(different[:5]) or 'nothing'),

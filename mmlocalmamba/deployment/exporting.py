@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmlocalmamba import sizes
 from mmlocalmamba.deployment.graphs import Graph
 from mmlocalmamba.ops import BACKEND_VARIABLE
 from mmlocalmamba.ops.onnx import expand
@@ -43,7 +44,9 @@ def _program(graph: Graph, shape: Sequence[int], any_batch: bool, backend: str |
     dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)}, ) if any_batch else None
     # Of a batch of 1, torch would take the size for a constant.
     example = torch.zeros(2 if any_batch else 1, 3, *shape)
-    with torch.no_grad(), _backend(backend), warnings.catch_warnings():
+    with torch.no_grad():
+        graph(example)
+    with torch.no_grad(), sizes.constants(), _backend(backend), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         return torch.export.export(graph, (example, ), dynamic_shapes=dynamic)
 

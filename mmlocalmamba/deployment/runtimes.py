@@ -1,11 +1,11 @@
-"""Files of :mod:`mmlocalmamba.deployment.exporting` as functions, one for each program that runs them."""
+"""Files of :mod:`mmlocalmamba.deployment.exporting` as functions, one for each program that runs them. PyTorch is
+imported for its own files alone."""
 import json
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 Function = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -39,7 +39,7 @@ def _missing(module: str, error: ImportError) -> RuntimeError:
     return RuntimeError(f'{module} is not installed ({error}): pip install -r requirements/deploy.txt')
 
 
-def _onnxruntime(path: str, threads: int | None) -> Opened:
+def _onnxruntime(path: str, threads: int | None, precision: str) -> Opened:
     try:
         import onnxruntime
     except ImportError as error:
@@ -53,13 +53,13 @@ def _onnxruntime(path: str, threads: int | None) -> Opened:
     return Opened(lambda images: session.run(None, {name: images}), json.loads(found.get('mmlocalmamba', '{}')))
 
 
-def _openvino(path: str, threads: int | None) -> Opened:
+def _openvino(path: str, threads: int | None, precision: str) -> Opened:
     try:
         import openvino
     except ImportError as error:
         raise _missing('openvino', error) from error
     core = openvino.Core()
-    config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
+    config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = threads
     request = core.compile_model(path, 'CPU', config).create_infer_request()
@@ -72,14 +72,18 @@ def _openvino(path: str, threads: int | None) -> Opened:
     return Opened(run, json.loads(next((entry.value for entry in properties if entry.key == 'mmlocalmamba'), '{}')))
 
 
-def _torch(path: str, threads: int | None) -> Opened:
+def _torch(path: str, threads: int | None, precision: str) -> Opened:
+    import torch
+
     import mmlocalmamba.ops  # noqa: F401  declares the operators
     extra = {'metadata.json': ''}
     module = torch.export.load(path, extra_files=extra).module()
     return Opened(_of_module(module, threads), json.loads(extra['metadata.json'] or '{}'))
 
 
-def _aoti(path: str, threads: int | None) -> Opened:
+def _aoti(path: str, threads: int | None, precision: str) -> Opened:
+    import torch
+
     import mmlocalmamba.ops  # noqa: F401
     package = torch._inductor.aoti_load_package(path)
     texts = package.get_metadata()
@@ -93,6 +97,9 @@ def _aoti(path: str, threads: int | None) -> Opened:
 
 
 def _of_module(module: Callable, threads: int | None) -> Function:
+    import torch
+
+    # A limit of the process: PyTorch knows none of a module.
     if threads:
         torch.set_num_threads(threads)
 
@@ -107,13 +114,14 @@ def _of_module(module: Callable, threads: int | None) -> Function:
 _OPEN = {'onnxruntime': _onnxruntime, 'openvino': _openvino, 'torch': _torch, 'aoti': _aoti}
 
 
-def open_file(path: str, runtime: str | None = None, threads: int | None = None) -> Opened:
+def open_file(path: str, runtime: str | None = None, threads: int | None = None, precision: str = 'f32') -> Opened:
     """Prepare a file to run.
 
     Args:
         path: .onnx or .pt2.
         runtime: 'onnxruntime', 'openvino' for .onnx; of a .pt2, its content says; None chooses.
         threads: None leaves it to the runtime.
+        precision: 'bf16' lets OpenVINO compute in bfloat16 where the processor can; others take the file's.
 
     Raises:
         ValueError: not such a file, or a runtime that does not read it.
@@ -125,4 +133,4 @@ def open_file(path: str, runtime: str | None = None, threads: int | None = None)
         runtime = able[0]
     if runtime not in able:
         raise ValueError(f'{path} is not read by {runtime}: {" or ".join(able)}')
-    return _OPEN[runtime](path, threads)
+    return _OPEN[runtime](path, threads, precision)

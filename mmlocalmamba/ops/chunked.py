@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmlocalmamba.ops.dispatch import Backend, ScanInputs
+from mmlocalmamba.ops.dispatch import Backend, ScanInputs, without_autocast
+from mmlocalmamba.ops.library import one_by_one, refuse_second_derivative, refuse_tangent
 from mmlocalmamba.ops.scan_order import from_scan_order, real_output, step_size, to_scan_order
 
 # State elements one step works on: enough to hide the cost of launching an operation, few enough to stay in cache.
@@ -85,94 +85,132 @@ def _real(x: Tensor) -> Tensor:
     return x.real if x.is_complex() else x
 
 
-class _Scan(torch.autograd.Function):
+def _outputs(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """u, dt (B, K, T, D), A (K, D, N), B, C (B, K, T, N) in scan order -> y (B, K, T, D), last state (B, K, D, N).
 
-    With complex A, B and C, y and the state are complex. Gradients are autograd's: conjugates of the derivatives.
+    With complex A, B and C, y and the state are complex.
     """
+    batch, K, T, D = u.shape
+    N, G = A.shape[-1], batch * K
+    steps = _chunk_steps(G, T, D, N)
+    # Sequences beyond what one step should work on go one block after the other.
+    groups = max(1, _STEP_ELEMENTS // max(1, -(-T // steps) * D * N))
+    u, dt, B, C = (x.flatten(0, 1) for x in (u, dt, B, C))
+    A = A.transpose(1, 2).repeat(batch, 1, 1)
+    y = A.new_empty(G, T, D)
+    last = A.new_empty(G, D, N)
+    for first in range(0, G, groups):
+        g = slice(first, first + groups)
+        dts, Bs, Cs = (_split(x[g], steps) for x in (dt, B, C))
+        dtu = _split(dt[g] * u[g], steps)
+        h = _enter_states(dts, dtu, A[g], Bs)
+        a, ys = torch.empty_like(h), h.new_empty(dts.shape)
+        for t in range(steps):
+            h.mul_(_decay(dts[t], A[g], out=a)).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
+            torch.sum(torch.mul(h, Cs[t][..., None], out=a), dim=2, out=ys[t])
+        y[g] = _join(ys, T)
+        last[g] = h[:, -1].transpose(1, 2)
+    return y.view(batch, K, T, D), last.view(batch, K, D, N)
+
+
+def _gradients(dy: Tensor, dlast: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the inputs of :func:`_outputs`, as autograd has them: conjugates of the derivatives."""
+    (batch, K, T, D), N = u.shape, A.shape[-1]
+    G = batch * K
+    steps = _chunk_steps(G, T, D, N)
+    u, dt, B, C, dy = (x.flatten(0, 1) for x in (u, dt, B, C, dy))
+    A = A.transpose(1, 2).repeat(batch, 1, 1)
+    dlast = dlast.flatten(0, 1).transpose(1, 2)
+    du, ddt = torch.empty_like(u), torch.empty_like(u)
+    dA = torch.empty_like(A)
+    dB, dC = torch.zeros_like(B), torch.zeros_like(C)
+    for g, d in _blocks(G, D, max(1, -(-T // steps)) * steps, N):
+        dts, us, dys = (_split(x[g, :, d], steps) for x in (dt, u, dy))
+        Bs, Cs = _split(B[g], steps), _split(C[g], steps)
+        Ad, dtu = A[g, :, d], (dts * us).to(A.dtype)
+        a = _decay(dts, Ad)
+        total = _decay(dts.sum(0), Ad).conj()
+        # h[t] is the state before step t, h[t + 1] the one after it.
+        h = a.new_empty(steps + 1, *a.shape[1:])
+        h[0] = _enter_states(dts, dtu, Ad, Bs)
+        for t in range(steps):
+            torch.mul(h[t], a[t], out=h[t + 1]).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
+        dC[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', h[1:].conj(), dys), T)
+        a, Cs = a.conj(), Cs.conj()
+        # dh[t] is the gradient of the state after step t; what enters a chunk from behind comes from the later
+        # chunks, found like the states themselves: chunks alone first, then the carry, then once more.
+        dh = torch.empty_like(a)
+        enter = torch.zeros_like(total)
+        enter[:, -1] = dlast[g, :, d]
+        for final in ((True, ) if enter.shape[1] == 1 else (False, True)):
+            torch.mul(Cs[-1][..., None], dys[-1][:, :, None], out=dh[-1])
+            dh[-1] += enter
+            for t in range(steps - 2, -1, -1):
+                torch.mul(dh[t + 1], a[t + 1], out=dh[t]).addcmul_(Cs[t][..., None], dys[t][:, :, None])
+            if not final:
+                local = dh[0] * a[0]
+                carried = _carry(local, total, reverse=True)
+                carried[:, -1] = enter[:, -1]
+                enter = carried
+        dB[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', dh, dtu), T)
+        ddtu = _real(torch.einsum('sgcnd,sgcn->sgcd', dh, Bs.conj()))
+        da = dh.mul_(h[:-1].conj()).mul_(a)
+        # Written out, in the buffer of h: einsum would copy the whole block into another order.
+        h = h[:-1]
+        ddt[g, :, d] = _join(_real(torch.mul(da, Ad[:, None].conj(), out=h).sum(3)).addcmul_(ddtu, us), T)
+        dA[g, :, d] = torch.mul(da, dts[..., None, :], out=h).sum((0, 2))
+        du[g, :, d] = _join(ddtu.mul_(dts), T)
+    dA = dA.view(batch, K, N, D).sum(0).transpose(1, 2)
+    shape = (batch, K, T)
+    return du.view(*shape, D), ddt.view(*shape, D), dA, dB.view(*shape, N), dC.view(*shape, N)
+
+
+class _ScanBackward(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, u, dt, A, B, C):
-        ctx.save_for_backward(u, dt, A, B, C)
-        batch, K, T, D = u.shape
-        N, G = A.shape[-1], batch * K
-        ctx.steps = steps = _chunk_steps(G, T, D, N)
-        # Sequences beyond what one step should work on go one block after the other.
-        groups = max(1, _STEP_ELEMENTS // max(1, -(-T // steps) * D * N))
-        u, dt, B, C = (x.flatten(0, 1) for x in (u, dt, B, C))
-        A = A.transpose(1, 2).repeat(batch, 1, 1)
-        y = A.new_empty(G, T, D)
-        last = A.new_empty(G, D, N)
-        for first in range(0, G, groups):
-            g = slice(first, first + groups)
-            dts, Bs, Cs = (_split(x[g], steps) for x in (dt, B, C))
-            dtu = _split(dt[g] * u[g], steps)
-            h = _enter_states(dts, dtu, A[g], Bs)
-            a, ys = torch.empty_like(h), h.new_empty(dts.shape)
-            for t in range(steps):
-                h.mul_(_decay(dts[t], A[g], out=a)).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
-                torch.sum(torch.mul(h, Cs[t][..., None], out=a), dim=2, out=ys[t])
-            y[g] = _join(ys, T)
-            last[g] = h[:, -1].transpose(1, 2)
-        return y.view(batch, K, T, D), last.view(batch, K, D, N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dlast):
+    def forward(*tensors):
         # Whoever calls backward under autocast must not get 16-bit products.
-        with torch.autocast(dy.device.type, enabled=False):
-            return _Scan._backward(ctx, dy, dlast)
+        with without_autocast(tensors[0]):
+            return _gradients(*tensors)
 
     @staticmethod
-    def _backward(ctx, dy, dlast):
-        u, dt, A, B, C = ctx.saved_tensors
-        (batch, K, T, D), N, steps = u.shape, A.shape[-1], ctx.steps
-        G = batch * K
-        u, dt, B, C, dy = (x.flatten(0, 1) for x in (u, dt, B, C, dy))
-        A = A.transpose(1, 2).repeat(batch, 1, 1)
-        dlast = dlast.flatten(0, 1).transpose(1, 2)
-        du, ddt = torch.empty_like(u), torch.empty_like(u)
-        dA = torch.empty_like(A)
-        dB, dC = torch.zeros_like(B), torch.zeros_like(C)
-        for g, d in _blocks(G, D, max(1, -(-T // steps)) * steps, N):
-            dts, us, dys = (_split(x[g, :, d], steps) for x in (dt, u, dy))
-            Bs, Cs = _split(B[g], steps), _split(C[g], steps)
-            Ad, dtu = A[g, :, d], (dts * us).to(A.dtype)
-            a = _decay(dts, Ad)
-            total = _decay(dts.sum(0), Ad).conj()
-            # h[t] is the state before step t, h[t + 1] the one after it.
-            h = a.new_empty(steps + 1, *a.shape[1:])
-            h[0] = _enter_states(dts, dtu, Ad, Bs)
-            for t in range(steps):
-                torch.mul(h[t], a[t], out=h[t + 1]).addcmul_(dtu[t][:, :, None], Bs[t][..., None])
-            dC[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', h[1:].conj(), dys), T)
-            a, Cs = a.conj(), Cs.conj()
-            # dh[t] is the gradient of the state after step t; what enters a chunk from behind comes from the later
-            # chunks, found like the states themselves: chunks alone first, then the carry, then once more.
-            dh = torch.empty_like(a)
-            enter = torch.zeros_like(total)
-            enter[:, -1] = dlast[g, :, d]
-            for final in ((True, ) if enter.shape[1] == 1 else (False, True)):
-                torch.mul(Cs[-1][..., None], dys[-1][:, :, None], out=dh[-1])
-                dh[-1] += enter
-                for t in range(steps - 2, -1, -1):
-                    torch.mul(dh[t + 1], a[t + 1], out=dh[t]).addcmul_(Cs[t][..., None], dys[t][:, :, None])
-                if not final:
-                    local = dh[0] * a[0]
-                    carried = _carry(local, total, reverse=True)
-                    carried[:, -1] = enter[:, -1]
-                    enter = carried
-            dB[g] += _join(torch.einsum('sgcnd,sgcd->sgcn', dh, dtu), T)
-            ddtu = _real(torch.einsum('sgcnd,sgcn->sgcd', dh, Bs.conj()))
-            da = dh.mul_(h[:-1].conj()).mul_(a)
-            # Written out, in the buffer of h: einsum would copy the whole block into another order.
-            h = h[:-1]
-            ddt[g, :, d] = _join(_real(torch.mul(da, Ad[:, None].conj(), out=h).sum(3)).addcmul_(ddtu, us), T)
-            dA[g, :, d] = torch.mul(da, dts[..., None, :], out=h).sum((0, 2))
-            du[g, :, d] = _join(ddtu.mul_(dts), T)
-        dA = dA.view(batch, K, N, D).sum(0).transpose(1, 2)
-        shape = (batch, K, T)
-        return du.view(*shape, D), ddt.view(*shape, D), dA, dB.view(*shape, N), dC.view(*shape, N)
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(refuse_second_derivative)
+    vmap = staticmethod(one_by_one(lambda *args: _ScanBackward.apply(*args)))
+
+
+class _Scan(torch.autograd.Function):
+
+    @staticmethod
+    def forward(*tensors):
+        return _outputs(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy, dlast):
+        return _ScanBackward.apply(dy, dlast, *ctx.saved_tensors)
+
+    jvp = staticmethod(refuse_tangent)
+    vmap = staticmethod(one_by_one(lambda *args: _Scan.apply(*args)))
+
+
+class _CompiledScan(torch.autograd.Function):
+    """For torch.compile, which takes none of what :class:`_Scan` says of its derivatives."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return _outputs(*tensors)
+
+    @staticmethod
+    def backward(ctx, dy, dlast):
+        return _ScanBackward.forward(dy, dlast, *ctx.saved_tensors)
 
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
@@ -180,7 +218,8 @@ def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     u, delta, A, B, C, D, src, inv, delta_bias, _, delta_softplus, in_scan_order = inputs
     if not in_scan_order:
         u, delta, B, C = (to_scan_order(x, src, inv) for x in (u, delta, B, C))
-    y, last = _Scan.apply(u, step_size(delta, delta_bias, delta_softplus), A, B, C)
+    function = _CompiledScan if torch.compiler.is_compiling() else _Scan
+    y, last = function.apply(u, step_size(delta, delta_bias, delta_softplus), A, B, C)
     y = real_output(y)
     if D is not None:
         y = torch.addcmul(y, D[:, None], u)

@@ -14,6 +14,7 @@ Operators are called by :func:`call`, which also works under ``torch.func.grad``
 that they do not have, second and forward-mode ones, are refused.
 """
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmlocalmamba.ops.dispatch import BACKEND_VARIABLE, ScanInputs, compute_dtype, without_autocast
-from mmlocalmamba.ops.plain import linear, rotate
+from mmlocalmamba.ops.plain import linear, rotate_back
 
 # Also in csrc/interface.h.
 CHUNK = 32
@@ -31,15 +32,36 @@ _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _REMEDY = f"use backend='reference', or {BACKEND_VARIABLE}=reference in the environment for a whole model"
 
 
-def _refuse_second_derivative(ctx, *grads):
+def refuse_second_derivative(ctx, *grads):
     raise NotImplementedError(f'the fused operators have no second derivatives: {_REMEDY}')
+
+
+def refuse_tangent(ctx, *tangents):
+    raise NotImplementedError(f'the fused operators have no forward-mode derivatives (jvp, jacfwd): {_REMEDY}')
+
+
+def one_by_one(function: Callable) -> Callable:
+    """The ``vmap`` of an autograd function: one call after the other. What is shared by the samples, weights say, has a
+    gradient for each of them."""
+
+    def vmap(info, in_dims, *args):
+
+        def sample(i: int) -> list[Any]:
+            return [x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)]
+
+        results = [function(*sample(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0, ) * len(results[0])
+
+    return vmap
 
 
 def _save_nothing(ctx, inputs, output):
     pass
 
 
-def declare(name: str, schema: str, fake: Callable, backward: Callable = _refuse_second_derivative,
+def declare(name: str, schema: str, fake: Callable, backward: Callable = refuse_second_derivative,
             setup_context: Callable = _save_nothing) -> None:
     """Declare an operator.
 
@@ -55,21 +77,8 @@ def declare(name: str, schema: str, fake: Callable, backward: Callable = _refuse
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(f'the fused operators have no forward-mode derivatives (jvp, jacfwd): {_REMEDY}')
-
-    def vmap(info, in_dims, *args):
-        """One call after the other: what is shared by the samples, weights say, has a gradient for each of them."""
-
-        def sample(i: int) -> list[Any]:
-            return [x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)]
-
-        results = [call(name, *sample(i)) for i in range(info.batch_size)]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0, ) * len(results[0])
-
-    methods = dict(forward=forward, setup_context=setup_context, backward=backward, jvp=jvp, vmap=vmap)
+    methods = dict(forward=forward, setup_context=setup_context, backward=backward, jvp=refuse_tangent,
+                   vmap=one_by_one(partial(call, name)))
     function = type(name, (torch.autograd.Function, ), {key: staticmethod(value) for key, value in methods.items()})
 
     def differentiable(*args):
@@ -326,7 +335,7 @@ def _norm_backward(ctx, grad, grad_sum):
             grad = (grad - normal * (grad * normal).mean(-1, keepdim=True)) * inverse
             grad_sum = grad if grad_sum is None else grad_sum + grad
     if grad_sum is not None and cos is not None:
-        grad_sum = rotate(grad_sum, cos, -sin)
+        grad_sum = rotate_back(grad_sum, cos, sin)
     return grad_sum if needs[0] else None, grad_sum if needs[1] else None, grad_weight, None, None, None
 
 

@@ -32,10 +32,18 @@ def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tens
     return (y * gate).sum(1)
 
 
+def _quarter_turn(x: Tensor) -> Tensor:
+    return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring channel pairs of x (..., L, C) by the angles of cos, sin (L, C); keeps x's dtype."""
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    return x * cos.to(x.dtype) + _quarter_turn(x) * sin.to(x.dtype)
+
+
+def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of :func:`rotate`'s input; also for tables that are no rotation, whose pairs differ."""
+    return grad * cos.to(grad.dtype) - _quarter_turn(grad * sin.to(grad.dtype))
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None = None,

@@ -3,6 +3,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ def write_search(folder: str, candidates: Sequence[str], blocks: Sequence[str], 
     result = search_result(alphas[-1], candidates, blocks, k, provenance)
     probabilities = torch.stack(alphas).softmax(-1).numpy()
     files = {'directions.json': result_json(result), 'alphas.csv': alphas_csv(steps, alphas, candidates, blocks)}
-    pictures = {'directions.png': draw_directions(result['directions'], candidates, probabilities[-1]),
+    # stages.2.blocks.0: LocalVim's layers have none
+    stages = [len(list(group)) for stage, group in groupby(name.rpartition('.blocks.')[0] for name in blocks) if stage]
+    pictures = {'directions.png': draw_directions(result['directions'], candidates, probabilities[-1], stages),
                 'alphas.png': draw_alphas(steps, probabilities, candidates, blocks)}
     for name, figure in pictures.items():
         files[name] = partial(figure.savefig, format='png', dpi=110)

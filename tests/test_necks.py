@@ -1,0 +1,65 @@
+"""SimpleFPN against a plain construction of ViTDet's pyramid."""
+import pytest
+import torch
+from mmcv.cnn import ConvModule
+from torch import nn
+from torch.nn import functional as F
+
+from mmlocalmamba.necks import SimpleFPN
+
+
+def image(H=6, W=5, C=16):
+    return torch.randn(2, C, H, W, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('num_outs', [4, 5, 6])
+def test_levels(num_outs):
+    """Four, two, one, half the resolution; further ones are every second pixel of the last."""
+    neck = SimpleFPN(16, 8, num_outs)
+    outs = neck((image(2, 2, 3), image()))
+    assert [tuple(out.shape) for out in outs] == [
+        (2, 8, 24, 20), (2, 8, 12, 10), (2, 8, 6, 5), (2, 8, 3, 2), (2, 8, 2, 1), (2, 8, 1, 1)][:num_outs]
+    for finer, coarser in zip(outs[3:], outs[4:]):
+        torch.testing.assert_close(coarser, finer[:, :, ::2, ::2])
+
+
+def test_what_each_level_computes():
+    """Up: transposed convolutions, of which the first of two is normed and goes through GELU; down: max pooling. Then
+    a 1x1 and a 3x3 convolution."""
+    torch.manual_seed(0)
+    neck = SimpleFPN(16, 8, 4, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU')).eval()
+    for module in neck.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.running_mean)
+    x = image()
+    (first, norm, gelu, second), up = neck.resample[0], neck.resample[1]
+    assert isinstance(gelu, nn.GELU)
+    sampled = [second(F.gelu(norm(first(x)))), up(x), x, F.max_pool2d(x, 2)]
+    for level, out, lateral, last, C in zip(sampled, neck((x, )), neck.lateral_convs, neck.fpn_convs, (4, 8, 16, 16),
+                                            strict=True):
+        assert level.shape[1] == C == lateral.in_channels
+        for conv, kernel in ((lateral, 1), (last, 3)):
+            assert isinstance(conv, ConvModule) and isinstance(conv.norm, nn.BatchNorm2d)
+            assert conv.kernel_size == (kernel, kernel) and isinstance(conv.activate, nn.ReLU)
+            assert not conv.activate.inplace
+            level = F.relu(conv.norm(conv.conv(level)))
+        torch.testing.assert_close(out, level)
+
+
+def test_convolutions_are_bare_unless_told():
+    neck = SimpleFPN(16, 8, 4)
+    assert [type(module) for module in neck.resample[0]] == [nn.ConvTranspose2d, nn.GELU, nn.ConvTranspose2d]
+    assert not any(conv.with_norm or conv.with_activation for conv in (*neck.lateral_convs, *neck.fpn_convs))
+    # What the configuration names is built: MMCV's other convolutions and initialisations.
+    other = SimpleFPN(16, 8, 4, conv_cfg=dict(type='ConvWS'),
+                      init_cfg=dict(type='Constant', layer='ConvTranspose2d', val=3.))
+    assert {type(conv.conv).__name__ for conv in (*other.lateral_convs, *other.fpn_convs)} == {'ConvWS2d'}
+    other.init_weights()
+    assert other.resample[1].weight.eq(3).all()
+
+
+@pytest.mark.parametrize('num_outs', [0, 3])
+def test_too_few_levels(num_outs):
+    with pytest.raises(ValueError, match=f'num_outs must be at least 4, got {num_outs}$'):
+        SimpleFPN(16, 8, num_outs)
