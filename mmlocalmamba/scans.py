@@ -23,6 +23,9 @@ from torch.nn import functional as F
 
 from mmlocalmamba.sizes import of_size
 
+# The paper's search space, in the authors' order.
+CANDIDATES = ('h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip')
+
 _SCANS: dict[str, Callable] = {}
 _FLIP = '_flip'
 # A window is completed by pads, K * K steps at least: names come from files, too, and one must not fill the memory.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlocalmamba.layers import SCAttn
-from mmlocalmamba.scans import scan_index
-from mmlocalmamba.search import CANDIDATES
+from mmlocalmamba.scans import CANDIDATES, scan_index
 
 
 def _panels(names: Sequence[str], H: int, W: int, columns: int, side: float):

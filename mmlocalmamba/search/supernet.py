@@ -11,10 +11,8 @@ from mmlocalmamba.layers import LocalVimMixer, LocalVMambaMixer, SCAttn
 from mmlocalmamba.layers.ssm import SSMWeights, project_and_scan
 from mmlocalmamba.ops import directional_conv
 from mmlocalmamba.registry import MODELS
-from mmlocalmamba.scans import ScanTables
+from mmlocalmamba.scans import CANDIDATES, ScanTables
 
-# The paper's search space, in the authors' order.
-CANDIDATES = ('h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip')
 SAMPLINGS = ('full', 'single_path', 'partial_channel')
 
 

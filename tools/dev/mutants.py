@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # What is mutated, and the tests that it is shown to: fast ones, and those that know most about it.
 ROOMS = dict(
     scans=(['scans.py', 'sizes.py'], ['test_scans.py', 'test_scans_more.py', 'test_sizes.py']),
-    layers=(['layers'], ['test_backbones.py', 'test_contract.py', 'test_ops_mixer.py']),
+    layers=(['layers'], ['test_layers.py', 'test_backbones.py', 'test_contract.py', 'test_ops_mixer.py',
+                         'test_weights_loading.py']),
     backbones=(['backbones'], ['test_backbones.py', 'test_contract.py', 'test_layer_decay.py']),
     necks=(['necks.py'], ['test_necks.py']),
     weights=(['weights'], ['test_weights.py', 'test_weights_loading.py', 'test_weights_hook.py']),
@@ -56,6 +57,8 @@ def prepare(folder, files, tests, left_out):
         also_copy=sorted({name.split('/')[0] for name in listed} - {'pyproject.toml'}),
         pytest_add_cli_args_test_selection=[f'tests/{name}' for name in tests],
         pytest_add_cli_args=['-k', left_out, '-p', 'no:cacheprovider'],
+        # A process that has run the tests before has warm caches of tables: mutants of what fills them would not run.
+        process_isolation='forkserver',
         use_git_change_detection=False,
         on_dependency_change='ignore',
     )
