@@ -63,7 +63,8 @@ def run(tmp_path, monkeypatch):
     """Runs a block as a reader would, in a folder with what a clone has."""
     for name in ('configs', 'tools', 'docs'):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / 'data/small').mkdir(parents=True)  # another page has made it
+    (tmp_path / 'data/small').mkdir(parents=True)
+    (tmp_path / 'data/small/SOURCES.md').touch()  # another page has made it
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('PYTHONWARNINGS', 'ignore')
     monkeypatch.setenv('PATH', f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
