@@ -3,10 +3,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import demo
 import numpy as np
 import pytest
 import torch
-from demo import place_label
+from matplotlib.figure import Figure
+from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from torch import nn
 
@@ -124,9 +126,9 @@ def test_stages_are_named_above_their_blocks(stages, names, middles, borders):
 
 def test_labels_do_not_cover_each_other():
     box, taken = (40, 40, 60, 60), []
-    first, second, third = (place_label(box, (100, 100), taken) for _ in range(3))
+    first, second, third = (demo.place_label(box, (100, 100), taken) for _ in range(3))
     assert (first[1:], second[1:], third[1:]) == ((40, 'bottom'), (60, 'top'), (40, 'top'))
-    assert place_label((90, 1, 99, 99.5), (100, 100), [])[1:] == (1, 'top')  # neither above nor below is in the image
+    assert demo.place_label((90, 1, 99, 99.5), (100, 100), [])[1:] == (1, 'top')  # no room above nor below
 
 
 def test_pictures_have_a_panel_each():
@@ -172,3 +174,32 @@ def test_a_backbone_keeps_its_modes_also_after_an_error(draw):
     with pytest.raises(ZeroDivisionError):
         draw(backbone, torch.randn(1, 3, 8, 8))
     assert [module.training for module in backbone.modules()] == modes
+
+
+@pytest.mark.parametrize('name, picture, line', [
+    ('mask-rcnn_localvmamba-nano_digits', 'detections.png', 'boxes: AP 0.'),
+    ('upernet_localvmamba-nano_digits', 'segmentation.png', 'pixels: mIoU '),
+])
+def test_the_demo_evaluates_and_draws(name, picture, line, configuration, tmp_path, monkeypatch, capsys):
+    cfg = configuration(name)
+    cfg.dump(tmp_path / 'config.py')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'last.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'last.pth'))
+    monkeypatch.setattr(sys, 'argv', ['demo.py', str(tmp_path / 'config.py'), str(tmp_path), '--rows', '1'])
+    demo.main()
+    assert line in capsys.readouterr().out
+    assert Image.open(tmp_path / picture).width > 1000 and (tmp_path / 'metrics.json').is_file()
+
+
+def test_labels_are_drawn_over_what_is_no_background():
+    axes, image = Figure().subplots(), np.full((2, 2, 3), 255, dtype=np.uint8)
+    demo.draw_labels(axes, image, np.array([[0, 1], [2, 0]]), [[9, 9, 9], [0, 0, 0], [255, 0, 0]])
+    np.testing.assert_allclose(axes.images[0].get_array(), [[[1, 1, 1], [.25, .25, .25]], [[1, .25, .25], [1, 1, 1]]])
+
+
+def test_the_demo_wants_a_detector_or_segmentor(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['demo.py', str(ROOT / 'configs/localvim-nano_digits.py'), str(tmp_path)])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert 'neither a detector nor a segmentor, but of mmpretrain' in capsys.readouterr().err
