@@ -16,13 +16,17 @@ DEMO_CONFIG := configs/mask-rcnn_localvmamba-nano_digits.py
 DEMO_DATA := data/digits
 DEMO_DIR := work_dirs/demo
 
+WEB := docs/demo
+WEB_CONFIG := configs/localvmamba-nano_digits.py
+WEB_CHECKPOINT := work_dirs/localvmamba-nano_digits/epoch_40.pth
+
 # The tensors of tests and demo are small: a second thread costs more than it brings. Threads that
 # spin while they wait starve the data loader: 5.2 s instead of 0.36 s for an iteration on 2 cores.
 OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
 
-.PHONY: help install demo test smoke docs lint clean
+.PHONY: help install demo test smoke docs web-demo web-demo-test lint clean
 
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
@@ -30,6 +34,8 @@ help:
 	@echo "make smoke     install, build every configuration; train, resume and test each task on tiny data"
 	@echo "make install   install only"
 	@echo "make docs      the documentation, into docs/_build (Python >= 3.11; an environment of its own, 10 s)"
+	@echo "make web-demo  the demo in a browser, into docs/demo/_build (npm; trains a classifier first, 2 to 4 minutes)"
+	@echo "make web-demo-test   the same, tested in a headless Chromium (npm, chromium)"
 	@echo "make lint      ruff"
 	@echo "make clean     remove what these commands have made"
 	@echo "STACK=onedl after any of them takes the OneDL stack instead of OpenMMLab."
@@ -67,8 +73,28 @@ docs: .venv-docs/.stamp
 	@$(DOCS_BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
 	@echo "docs/_build/index.html"
 
+# ---- the demo in a browser ----
+
+# The last checkpoint: it is there when the training is done. An interrupted one goes on.
+$(WEB_CHECKPOINT): | install $(DEMO_DATA)
+	@echo "Training the classifier of the demo: 2 to 4 minutes on 2 idle cores"
+	@$(BIN)/python tools/train.py $(WEB_CONFIG) --work-dir $(@D) --resume
+
+$(WEB)/node_modules/.package-lock.json: $(WEB)/package-lock.json
+	@command -v npm > /dev/null || { echo "npm is not installed: apt-get install npm (Node.js >= 18)"; exit 1; }
+	@npm ci --prefix $(WEB) --ignore-scripts --no-audit --no-fund
+
+web-demo: $(WEB)/node_modules/.package-lock.json $(WEB_CHECKPOINT) | install $(DEMO_DATA)
+	@$(BIN)/python -c "import onnxruntime, onnxscript" 2> /dev/null || $(BIN)/python -m pip install --quiet \
+		--disable-pip-version-check -r requirements/deploy.txt -c requirements/constraints-$(STACK).txt
+	@$(BIN)/python tools/web_demo.py build $(WEB_CONFIG) $(WEB_CHECKPOINT)
+
+web-demo-test: web-demo
+	@$(BIN)/python tools/web_demo.py test
+
 lint: install
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-onedl .venv-docs docs/_build $(DEMO_DATA) $(DEMO_DIR) mmlocalmamba/.mim mmlocalmamba/ops/*.so
+	rm -rf .venv .venv-onedl .venv-docs docs/_build $(WEB)/_build $(WEB)/node_modules \
+		$(DEMO_DATA) $(DEMO_DIR) mmlocalmamba/.mim mmlocalmamba/ops/*.so

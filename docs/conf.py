@@ -1,13 +1,15 @@
 """Sphinx: pages in Markdown, the API reference from the docstrings of the source, which is read and not imported."""
 import re
+import shutil
 from pathlib import Path
 
+DEMO = Path(__file__).resolve().parent / 'demo'
 PACKAGE = Path(__file__).resolve().parents[1] / 'mmlocalmamba'
 
 project = 'mmlocalmamba'
 release = re.search(r"^__version__ = '(.+)'$", (PACKAGE / '__init__.py').read_text(), flags=re.M)[1]
 extensions = ['myst_parser', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton']
-exclude_patterns = ['_build']
+exclude_patterns = ['_build', 'demo']
 
 myst_heading_anchors = 3
 smartquotes = False
@@ -26,3 +28,20 @@ html_static_path = ['_static']
 html_css_files = ['wide.css']
 html_title = f'mmlocalmamba {release}'
 copybutton_exclude = '.linenos, .gp'
+
+
+def copy_demo(app, error):
+    """What `make web-demo` has built; without it the bare page, which says so."""
+    if error is None and app.builder.format == 'html':
+        built, target = DEMO / '_build', Path(app.outdir, 'demo')
+        shutil.rmtree(target, ignore_errors=True)
+        if built.is_dir():
+            shutil.copytree(built, target)
+        else:
+            target.mkdir()
+            for name in ('index.html', 'style.css', 'demo.js'):
+                shutil.copy(DEMO / name, target)
+
+
+def setup(app):
+    app.connect('build-finished', copy_demo)

@@ -129,7 +129,7 @@ def test_options_exist(page):
                 assert option in known | {'--help'}, f'{name} has no {option}: {command}'
         if command.startswith('--'):
             assert re.match(OPTION, command)[0] in every_option() | DOCKER_AND_SLURM | GLOBOX, command
-        for target in re.findall(r'^(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z]+)', command):
+        for target in re.findall(r'^(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z-]+)', command):
             assert re.search(rf'^{target}:', makefile, flags=re.M), command
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,6 +264,32 @@ class SignalledWorkers(Hook):
 def test_workers_are_shielded_from_their_first_moment(tmp_path):
     runner = train(tmp_path, workers=1, epochs=2, hooks=[SignalledWorkers()])
     assert runner.iter == 12 and not (tmp_path / 'preempted.pth').exists()
+
+
+class Shielded(Images):
+    """Says whether its process ignores SIGUSR1."""
+
+    def __getitem__(self, index):
+        return int(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN)
+
+
+def note(folder, worker):
+    (folder / str(worker)).touch()
+
+
+def test_a_worker_obeys_its_parent_alone(tmp_path):
+    data = stream(DefaultSampler(Shielded(), shuffle=False), data=Shielded(), num_workers=2,
+                  worker_init_fn=partial(note, tmp_path))
+    assert next(data).tolist() == [1, 1, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {'0', '1'}  # whose own initialisation is kept
+    worker = data._iterator._workers[0]
+    subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(20)
+    assert worker.exitcode == 0
+    data.close()
 
 
 # ---- SIGKILL ----
