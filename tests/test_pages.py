@@ -32,9 +32,10 @@ PAGES = {
         'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'found_classes/*.png',
         'found/boxes/vis/*.png', 'found/pixels/vis/*.png'],
     'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
+    'deployment': ['digits.onnx', 'digits.pt2'],
 }
 # What a test has not.
-NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm')
+NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling')
 
 
 def steps(page):
