@@ -14,6 +14,11 @@ const browser = await chromium.launch({
   executablePath: given.chromium,
   args: process.getuid?.() === 0 ? ['--no-sandbox'] : [], // its sandbox does not work for root
 });
+// A page that hangs cannot be closed.
+setTimeout(() => {
+  console.log('FAILED  the checks did not end within 20 minutes');
+  process.exit(1);
+}, 20 * 60 * 1000).unref();
 mkdirSync(given.screenshots, {recursive: true});
 
 /** A page, and what went wrong in it. */
@@ -199,7 +204,8 @@ const checks = {
       }
     }
     const examples = given.classes.map(label => `a validation digit ${label}`);
-    assert.deepEqual(order, ['pad', 'clear', 'file', 'invert', ...examples, 'play', 'step', 'direction', 'size', 'flip', 'grid', 'speed', 'measure']);
+    assert.deepEqual(order, ['pad', 'clear', 'file', 'invert', ...examples,
+      'play', 'step', 'direction', 'size', 'flip', 'grid', 'speed', 'measure']);
     // An example.
     while (await focused() !== 'a validation digit 7') {
       await tab.keyboard.press('Shift+Tab');
@@ -356,8 +362,10 @@ const checks = {
   },
 };
 
+const chosen = Object.entries(checks).filter(([name]) => name.includes(given.only));
+assert.ok(chosen.length, `no check's name holds ${given.only}: ${Object.keys(checks).join('; ')}`);
 let failed = 0;
-for (const [name, check] of Object.entries(checks)) {
+for (const [name, check] of chosen) {
   try {
     const note = await check();
     console.log(`ok      ${name}${note ? ` (${note})` : ''}`);
@@ -367,7 +375,7 @@ for (const [name, check] of Object.entries(checks)) {
   }
   await Promise.all(browser.contexts().map(context => context.close()));
 }
-console.log(`${browser.version()}: ${Object.keys(checks).length - failed} passed, ${failed} failed; ` +
+console.log(`${browser.version()}: ${chosen.length - failed} passed, ${failed} failed; ` +
   `screenshots: ${given.screenshots}`);
 await browser.close();
 process.exit(failed ? 1 : 0);
