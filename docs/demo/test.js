@@ -225,6 +225,11 @@ const checks = {
     await tab.keyboard.press('Home');
     await tab.keyboard.press('ArrowRight');
     assert.match(await tab.textContent('#where'), /^v_flip, step 2 of 64: token 55 /);
+    // Canvases say what they are.
+    for (const [role, name] of [['img', 'Scan v_flip over 8x8 tokens: 64 steps, 0 of them pads'],
+      ['application', 'Draw a digit'], ['img', 'What the model gets']]) {
+      assert.equal(await tab.getByRole(role, {name, exact: true}).count(), 1, name);
+    }
     // A digit, of straight lines, and one more line that is taken back.
     while (await focused() !== 'pad') {
       await tab.keyboard.press('Shift+Tab');
