@@ -309,3 +309,33 @@ def test_other_detectors_give_their_features(tmp_path):
         graphs.graph_of(model, (64, 64))
     graph = graphs.graph_of(model, (64, 64), features=True)
     assert len(exporting.run_eager(graph, torch.zeros(1, 3, 64, 64))) == len(graph.outputs) > 3
+
+
+@pytest.mark.parametrize(('name', 'shape', 'metric'), [
+    ('localvmamba-nano_digits', (32, 32), 'accuracy/top1'),
+    ('upernet_localvmamba-nano_digits', (128, 128), 'mIoU'),
+])
+def test_metrics_of_a_file(name, shape, metric, configuration, tmp_path, monkeypatch, capsys):
+    """They are those that the model itself has on the same data."""
+    from mmengine.runner import Runner
+    spec = importlib.util.spec_from_file_location('evaluate_tool', ROOT / 'tools/deployment/evaluate.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    cfg = configuration(name, experiment_name=f'metrics_{name}')
+    runner = Runner.from_cfg(cfg)
+    with torch.no_grad():
+        randomised(runner.model)
+    checkpoint = tmp_path / 'weights.pth'
+    meta = dict(dataset_meta=runner.test_dataloader.dataset.metainfo)
+    torch.save(dict(state_dict=runner.model.state_dict(), meta=meta), checkpoint)
+    expected = runner.test()[metric]
+    assert expected > 0
+    model, classes = graphs.load_model(cfg, str(checkpoint))
+    graph, path = graphs.graph_of(model, shape), str(tmp_path / 'model.onnx')
+    exporting.to_onnx(graph, shape, path, graphs.metadata(cfg, graph, shape, classes))
+    cfg.dump(tmp_path / 'whole.py')
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'whole.py'), path, '--threads', '1'])
+    capsys.readouterr()
+    tool.main()
+    found = dict(line.split(': ') for line in capsys.readouterr().out.splitlines() if ': ' in line)
+    assert float(found[metric]) == pytest.approx(expected, abs=2e-3 * max(1, abs(expected)))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,6 +264,37 @@ class SignalledWorkers(Hook):
 def test_workers_are_shielded_from_their_first_moment(tmp_path):
     runner = train(tmp_path, workers=1, epochs=2, hooks=[SignalledWorkers()])
     assert runner.iter == 12 and not (tmp_path / 'preempted.pth').exists()
+
+
+class Shielded(Images):
+    """Says whether its process ignores SIGUSR1."""
+
+    def __getitem__(self, index):
+        return int(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN)
+
+
+def note(folder, worker):
+    (folder / str(worker)).touch()
+
+
+def test_a_worker_obeys_its_parent_alone(tmp_path):
+    data = stream(DefaultSampler(Shielded(), shuffle=False), data=Shielded(), num_workers=2,
+                  worker_init_fn=partial(note, tmp_path))
+    assert [next(data).tolist() for _ in range(2)] == [[1, 1, 1]] * 2  # a batch of each worker
+    assert {path.name for path in tmp_path.iterdir()} == {'0', '1'}  # whose own initialisation is kept
+    workers = data._iterator._workers
+    try:
+        subprocess.run(['kill', '-TERM', str(workers[0].pid)], check=True)
+        workers[0].join(0.5)
+        assert workers[0].is_alive()
+        os.kill(workers[0].pid, signal.SIGTERM)
+        workers[0].join(20)
+        assert workers[0].exitcode == 0
+    except AssertionError:
+        for worker in workers:  # the interpreter would wait for those that do not obey
+            worker.kill()
+        raise
+    data.close()
 
 
 # ---- SIGKILL ----

@@ -3,14 +3,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from copy import deepcopy
+from types import SimpleNamespace
 
 import job_task
 import pytest
+import torch
 from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.runner import FlexibleRunner
 from processes import PYTHON, ROOT, finish, port, start
 from search_task import Classifier, loader
+
+from mmlocalmamba.engine import EpochBasedTrainLoop, loops
+from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE
+from mmlocalmamba.engine.preemption import Preemption
 
 sys.path.insert(0, str(ROOT / 'tools/dev'))
 import resume_matrix
@@ -79,6 +89,168 @@ def test_patience_goes_on(tmp_path):
         train(tmp_path / 'parts', hooks=[stop(), Fail(15)], max_epochs=6, val_interval=1)
     resumed, done = train(tmp_path / 'parts', True, [stop()], max_epochs=6, val_interval=1)
     assert (resumed.epoch, done) == (3, [15])
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """What is logged."""
+    told = []
+    monkeypatch.setattr(MMLogger, 'callHandlers', lambda self, record: told.append(record.getMessage()))
+    return told
+
+
+def signalled(iteration, validation):
+    class Signal(Hook):
+        def after_train_iter(self, runner, **kwargs):
+            if not validation and runner.iter + 1 == iteration:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def before_val_iter(self, runner, **kwargs):
+            if validation and runner.iter == iteration:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return Signal()
+
+
+@pytest.mark.parametrize('validation', [False, True])
+def test_it_says_where_it_was_preempted(tmp_path, messages, validation):
+    with pytest.raises(SystemExit, match='75'):
+        train(tmp_path, hooks=[signalled(10, validation)])
+    rest = ', in the validation, which will begin again' if validation else f'; resume from {tmp_path}/preempted.pth'
+    assert [message for message in messages if 'preempted' in message] == [f'preempted after iteration 10{rest}']
+    assert (tmp_path / 'preempted.pth').exists() is not validation
+
+
+def every(interval):
+    class Every(Hook):
+        def before_train(self, runner):
+            hook, = [hook for hook in runner.hooks if type(hook).__name__ == 'CheckpointHook']
+            hook.interval = interval
+
+    return Every()
+
+
+@pytest.mark.parametrize('interval,written', [(4, True), (5, False)])
+def test_a_validation_has_one_checkpoint_before_it(tmp_path, interval, written):
+    """The regular one, where there is one: validations are after 5 and 10 iterations, and at the end it is written."""
+    train(tmp_path, cell=IN_PROCESS._replace(unit='iteration'), hooks=[every(interval)], max_iters=10)
+    path = tmp_path / BEFORE_VALIDATION_FILE
+    assert path.exists() is written
+    if written:
+        saved = torch.load(path, weights_only=True)
+        assert saved['meta']['iter'] == 5 and saved['loop']['validation_due']
+
+
+# ---- an uninterrupted training ----
+
+@pytest.mark.parametrize('unit', ['epoch', 'iteration'])
+def test_hooks_are_called_as_by_the_loops_of_mmengine(tmp_path, unit):
+    """The same ones in the same order, with as much."""
+    called = {}
+    for name in ('mmengine', 'own'):
+        runner = resume_matrix.build(IN_PROCESS._replace(unit=unit), tmp_path / name, False, interrupt=False)
+        runner._hooks = [hook for hook in runner.hooks if type(hook).__name__ != 'NumericalGuardHook']
+        if name == 'mmengine':
+            runner._train_loop['type'] = runner._train_loop['type'].removeprefix('mmlocalmamba.')
+        calls = called[name] = []
+        call = runner.call_hook
+
+        def record(point, calls=calls, call=call, **kwargs):
+            if 'checkpoint' not in point:  # ours are more
+                calls.append((point, kwargs.get('batch_idx'), *(type(kwargs.get(name)).__name__
+                                                                for name in ('data_batch', 'outputs', 'metrics'))))
+            call(point, **kwargs)
+
+        runner.call_hook = record
+        runner.train()
+    assert called['own'] == called['mmengine'] and len(called['own']) > 40
+
+
+def test_random_numbers_belong_to_an_iteration_or_a_validation(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(loops, 'seed_everything', lambda *key: keys.append(key))
+    train(tmp_path)
+    iterations = [(7, 1, number) for number in range(15)]
+    assert keys == [*iterations[:10], (7, 2, 10), *iterations[10:], (7, 2, 15)]
+    keys.clear()
+    monkeypatch.setattr(loops, 'dist', SimpleNamespace(get_rank=lambda: 2, get_world_size=lambda: 4))
+    runner = SimpleNamespace(seed=7, call_hook=lambda *args, **kwargs: None,
+                             model=SimpleNamespace(train_step=lambda batch, optim_wrapper: None))
+    EpochBasedTrainLoop._iterate(SimpleNamespace(runner=runner, _iter=5, optim_wrapper=None), 0, None)
+    assert keys == [(7, 1, 5 * 4 + 2)]
+
+
+# ---- what each process has for itself ----
+
+def one_of_two(monkeypatch, rank=1, world_size=2, others=()):
+    """A loop on a process, and what the others say."""
+    monkeypatch.setattr(loops, 'dist', SimpleNamespace(
+        get_rank=lambda: rank, get_world_size=lambda: world_size,
+        all_gather_object=lambda mine: [*map(deepcopy, others), deepcopy(mine)]))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    model(torch.rand(4, 2)).square().sum().backward()
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.), accumulative_counts=2)
+    loop = object.__new__(EpochBasedTrainLoop)
+    vars(loop).update(_runner=SimpleNamespace(model=model, optim_wrapper=wrapper, hooks=[]), validation_due=False,
+                      data=SimpleNamespace(epoch=1, samples=4), _ranks=[], _ranks_at=None,
+                      loaders=SimpleNamespace(state_dict=dict))
+    return loop, model, wrapper
+
+
+def test_statistics_and_gradients_of_each_process_are_kept(monkeypatch):
+    loop, model, wrapper = one_of_two(monkeypatch)
+    first = dict(buffers={name: value.clone() for name, value in model.named_buffers()}, gradients={})
+    first['buffers']['1.running_mean'] += 1
+    loop, model, wrapper = one_of_two(monkeypatch, others=[first])
+    loop.collect_ranks()
+    assert [rank['gradients'] for rank in loop._ranks] == [{}, {}]  # between two steps there are none to keep
+    assert loop._ranks[0]['buffers'] == {} and loop._ranks[1]['buffers'].keys() == {'1.running_mean'}
+    wrapper._inner_count = 1  # of two
+    loop.collect_ranks()
+    names = {name for name, _ in model.named_parameters()}
+    assert loop._ranks[1]['gradients'].keys() == names
+    assert loop.state_dict()['ranks'] is loop._ranks
+    resumed, other, _ = one_of_two(monkeypatch)
+    other.zero_grad()
+    other[1].running_mean.zero_()
+    resumed._ranks = loop._ranks
+    resumed._restore_rank()
+    assert resumed._ranks == [] and torch.equal(other[1].running_mean, model[1].running_mean)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(other.parameters(), model.parameters()))
+    loop.data.samples = 8  # what was collected is not of this moment
+    assert loop.state_dict()['ranks'] == []
+
+
+def test_another_number_of_processes_takes_the_mean_of_the_gradients(monkeypatch):
+    loop, model, _ = one_of_two(monkeypatch, rank=0, world_size=1)
+    gradient = model[0].weight.grad.clone()
+    statistics = model[1].running_mean.clone()
+    loop._ranks = [dict(buffers={'1.running_mean': torch.ones(3)}, gradients={'0.weight': factor * gradient})
+                   for factor in (1., 3.)]
+    loop._restore_rank()
+    assert torch.equal(model[0].weight.grad, 2 * gradient) and torch.equal(model[1].running_mean, statistics)
+
+
+def test_a_hook_that_does_not_ask_the_processes_is_named(monkeypatch, messages):
+    loop, *_ = one_of_two(monkeypatch)
+    assert loop.state_dict()['ranks'] == []
+    assert messages == ['this checkpoint holds nothing that only other processes know (statistics of BatchNorm, '
+                        'gradients that are accumulated): mmlocalmamba.CheckpointHook writes them']
+
+
+def test_signals_are_not_noticed_outside_of_the_main_thread(messages):
+    handler, found = signal.getsignal(signal.SIGTERM), []
+
+    def enter():
+        with Preemption() as preemption:
+            found.append((preemption.enabled, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [(False, handler)]
+    assert messages == ['the training does not run in the main thread, so it does not notice signals']
 
 
 # ---- the matrix ----

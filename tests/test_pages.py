@@ -30,11 +30,12 @@ PAGES = {
     'new_style': ['work_dirs/new_style/epoch_2.pth'],
     'training testing inference': [
         'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'found_classes/*.png',
-        'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'localvim-t.pth'],
-    'weights': ['under_their_names.ckpt'],
+        'found/boxes/vis/*.png', 'found/pixels/vis/*.png'],
+    'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
+    'deployment': ['digits.onnx', 'digits.pt2'],
 }
 # What a test has not.
-NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm')
+NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling')
 
 
 def steps(page):
@@ -63,6 +64,8 @@ def run(tmp_path, monkeypatch):
     """Runs a block as a reader would, in a folder with what a clone has."""
     for name in ('configs', 'tools', 'docs'):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'data/small').mkdir(parents=True)
+    (tmp_path / 'data/small/SOURCES.md').touch()  # another page has made it
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('PYTHONWARNINGS', 'ignore')
     monkeypatch.setenv('PATH', f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')

@@ -15,6 +15,7 @@ from loss_task import configure, losses
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.runner import FlexibleRunner
 from processes import PYTHON, ROOT, finish, run_on_two, start
 
@@ -146,7 +147,9 @@ def test_bilevel_gradient_is_that_of_the_held_out_loss(tmp_path, wrapper, tolera
     (dict(mode='both'), "mode must be one of .*, got 'both'"),
     (dict(mode='bilevel', hook=dict(held_out=None)), "mode='bilevel' needs held_out"),
     (dict(mode='joint', hook=dict(held_out={})), "mode='joint' has no use for held_out"),
+    (dict(mode='joint', hook=dict(optimizer=dict(type='SGD'))), "mode='joint' has no use for optimizer: .*mode='bilev"),
     (dict(hook=dict(interval=0)), 'interval must be at least 1'),
+    (dict(hook=dict(stop_after=0)), 'stop_after must be at least 1 or None, got 0'),
     (dict(directions=['h']), "no direction search in here.*give the backbone directions='search'"),
     (dict(directions=dict(candidates=['h'])), 'k=2 directions cannot be chosen from 1 candidates: h'),
     (dict(paramwise=False), "add 'alphas': dict\\(decay_mult=0.\\)"),
@@ -397,6 +400,61 @@ def test_warnings_and_early_stop(tmp_path, monkeypatch):
     runner.register_hook(AtStart(decide))
     runner.train()
     assert sum('blocks have decided within the first' in message for message in messages) == 1
+
+
+def test_defaults(tmp_path):
+    """DARTS's own optimizer of the logits; a report an epoch or 1,000 iterations."""
+    runner = search_task.build(tmp_path / 'a', 'bilevel', epochs=1)
+    hook_of(runner).optimizer_cfg = search_hook.ScanSearchHook(mode='bilevel', held_out={}).optimizer_cfg
+    runner.train()
+    hook = hook_of(runner)
+    assert type(hook.optimizer) is torch.optim.Adam and hook.every == 1
+    group, = hook.optimizer.param_groups
+    assert (group['lr'], group['betas'], group['weight_decay']) == (3e-4, (0.5, 0.999), 0)
+    assert hook_of(train(tmp_path / 'b', iterations=1)).every == 1000
+
+
+def test_an_optimizer_without_the_logits_is_refused(tmp_path):
+    runner = search_task.build(tmp_path)
+    runner.optim_wrapper = OptimWrapper(torch.optim.SGD(runner.model.fc.parameters(), lr=0.1))
+    runner.param_schedulers = None
+    with pytest.raises(ValueError, match="mode='joint', but the optimizer trains 0 of 2 logits"):
+        runner.train()
+
+
+def test_reports_are_logged(tmp_path, monkeypatch):
+    messages, drawn = [], []
+    monkeypatch.setattr(MMLogger, 'callHandlers', lambda self, record: messages.append(record.getMessage()))
+    runner = search_task.build(tmp_path, epochs=2)
+    runner.logger.setLevel('INFO')
+    monkeypatch.setattr(runner.visualizer, 'add_scalars',
+                        lambda scalars, step, **kwargs: drawn.append((step, scalars)))
+    runner.train()
+    result = json.loads((tmp_path / 'directions.json').read_text())
+    rows = [[float(line.split(',')[-1]) for line in (tmp_path / 'alphas.csv').read_text().splitlines()
+             if line.startswith(f'{epoch},')] for epoch in (1, 2)]
+    drawn = [(step, scalars) for step, scalars in drawn if 'scan_search/entropy' in scalars]
+    assert [step for step, _ in drawn] == [1, 2] and len(rows[0]) == 10
+    entropy = torch.tensor(result['entropy'])
+    assert [drawn[1][1][f'scan_search/entropy/{name}'] for name in result['blocks']] == pytest.approx(entropy.tolist())
+    assert drawn[1][1]['scan_search/entropy'] == pytest.approx(entropy.mean().item())
+    assert 'scan_search/unchanged' not in drawn[0][1] and 0 <= drawn[1][1]['scan_search/unchanged'] <= 1
+    told = [message for message in messages if message.startswith('scan search')]
+    parts = ' '.join(f'{value:.3f}' for value in result['entropy'])
+    assert told[0].startswith('scan search, epoch 1: entropy ') and told[0].endswith('), top 2: first report')
+    assert told[1] == (f'scan search, epoch 2: entropy {entropy.mean():.4f} of the maximum ({parts}), top 2: '
+                       f'{drawn[1][1]["scan_search/unchanged"]:.0%} as before')
+    assert told[-1] == (f'scan search: the directions are in {tmp_path}/directions.json; retrain with --cfg-options '
+                        f'model.backbone.directions={tmp_path}/directions.json')
+
+
+def test_logits_that_differ_between_processes_stop_the_search(tmp_path, monkeypatch):
+    hook = hook_of(train(tmp_path, epochs=1))
+    hook._check_ranks()
+    monkeypatch.setattr(search_hook, 'dist', SimpleNamespace(
+        all_reduce=lambda value, op: value.add_(dict(min=-1e-6, max=1e-6)[op])))
+    with pytest.raises(RuntimeError, match='^the logits of the direction search differ between ranks$'):
+        hook._check_ranks()
 
 
 def derive(*args):

@@ -387,7 +387,7 @@ def main():
 
     impatient = sum(life['end'] is not None and ENDS[life['end']][0] != signal.SIGKILL
                     and life['exit_code'] == -signal.SIGKILL for life in lives)
-    due = sum(life['validation_due'] for life in lives)
+    due = sum(life['validation_due'] for life in lives[:-1])  # a training that is complete has it, too
     validations = plain.validation_seconds()
     signals = {end: sum(life['end'] == end and life['exit_code'] != 0 for life in lives) for end in ENDS}
     memory = dict(training=dict(max_mb=max(plain.samples, default=0.), growth=growth(plain.samples)),

@@ -163,13 +163,15 @@ def to_pt2(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, An
     return len(program.graph.nodes)
 
 
-def to_aoti(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False) -> int:
-    """Compile a library for this kind of processor with AOTInductor, which ``torch._inductor.aoti_load_package`` and
-    C++ (``AOTIModelPackageLoader``) read; our kernels are called from it, so they have to be loaded before.
+def to_aoti(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
+            plain: bool = False) -> int:
+    """Compile a library for this kind of processor with AOTInductor, which ``torch._inductor.aoti_load_package`` reads,
+    after ``import mmlocalmamba.ops``, whose kernels are called from it; one that is ``plain``, C++ as well
+    (``AOTIModelPackageLoader``).
 
-    Args and returns as in :func:`to_onnx`; metadata are the package's own, with the JSON of each value.
+    Args and returns as in :func:`to_pt2`; metadata are the package's own, with the JSON of each value.
     """
-    program = _program(graph, shape, any_batch, None)
+    program = _program(graph, shape, any_batch, 'chunked' if plain else None)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=path,

@@ -1,7 +1,7 @@
 """A trained model as a file that other programs run: ONNX, or PyTorch's .pt2.
 
     python tools/deployment/export.py CONFIG CHECKPOINT OUT.onnx [--shape H W] [--batch 1|dynamic]
-    python tools/deployment/export.py CONFIG CHECKPOINT OUT.pt2 [--aoti | --plain]
+    python tools/deployment/export.py CONFIG CHECKPOINT OUT.pt2 [--aoti] [--plain]
 
 Classifiers, segmentors, Faster R-CNN and Mask R-CNN are exported whole; of any model, --features exports backbone and
 neck. The file takes normalised images of one size; mean, std, order of channels and the names of the classes are in its
@@ -33,10 +33,9 @@ def parse_args():
                         help='size of the images (default: 224 224, detectors 800 1344, segmentors 512 512)')
     parser.add_argument('--batch', choices=['1', 'dynamic'], default='1', help='number of images')
     parser.add_argument('--features', action='store_true', help='backbone and neck alone')
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument('--aoti', action='store_true', help='.pt2: compile for this kind of processor by AOTInductor')
-    kind.add_argument('--plain', action='store_true',
-                      help=".pt2: of PyTorch's own operators alone, so that it runs without this package; slower")
+    parser.add_argument('--aoti', action='store_true', help='.pt2: compile for this kind of processor by AOTInductor')
+    parser.add_argument('--plain', action='store_true',
+                        help=".pt2: of PyTorch's own operators alone, so that it runs without this package; slower")
     parser.add_argument('--weights', choices=list(TOLERANCES), default='float32',
                         help='.onnx: float16 halves the file; int8 also computes linear layers in 8 bits')
     parser.add_argument('--check', metavar='IMAGE', help='compare on this picture (default: on noise)')
@@ -96,7 +95,7 @@ def export(args, cfg):
         if onnx:
             nodes = exporting.to_onnx(graph, shape, path, metadata, any_batch, args.weights)
         elif args.aoti:
-            nodes = exporting.to_aoti(graph, shape, path, metadata, any_batch)
+            nodes = exporting.to_aoti(graph, shape, path, metadata, any_batch, args.plain)
         else:
             nodes = exporting.to_pt2(graph, shape, path, metadata, any_batch, args.plain)
         print(f'{nodes} nodes, {os.path.getsize(path) / 1e6:.1f} MB (weights: '

@@ -47,19 +47,19 @@ def main():
     parser.add_argument('--epochs', type=int, default=4, help='of each, with 10 iterations (default: 4)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (default: 0)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/stop_under_checks'), help='emptied first')
-    parser.set_defaults(processes=1, patience=600.)
+    parser.set_defaults(processes=1)
     args = parser.parse_args()
     shutil.rmtree(args.work_dir, ignore_errors=True)
     config, generator = Path(args.config).resolve(), random.Random(args.seed)
 
     longest = 0.  # processor seconds of a life to the end, from which moments are drawn
     for run in range(args.runs + 1):  # the first one is not stopped
-        job = Job(config, args.work_dir.resolve() / f'run{run}', args.epochs, args)
+        job = Job(config, args.work_dir.resolve() / f'run{run}', args.epochs, args.epochs, args)
         job.command += ['train_cfg.val_interval=2', 'val_dataloader.dataset.indices=20']
         stops, seen = args.stops if run else 0, 0
         for life in range(stops, -1, -1):
             moment = generator.uniform(0, longest) if life else float('inf')
-            code, seconds, left = job.life('SIGTERM', moment)
+            code, seconds, left = job.life('SIGTERM', moment, patience=600.)
             output = job.log.read_text(errors='replace')
             wrong = problem(code, output[seen:], life)
             seen = len(output)

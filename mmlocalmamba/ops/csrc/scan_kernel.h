@@ -26,6 +26,7 @@ struct ChunkScratch {
 template <typename T>
 void copy_rows(const T* from, int64_t row_stride, int64_t state_stride, const int64_t* rows, bool in_order,
                int64_t steps, int64_t N, T* to) {
+  if (N == 0) return;
   if (in_order && row_stride == 1 && state_stride != 1) {
     V<T> columns[kChunk];
     for (int64_t n = 0; n < N; n += kLanes<T>) {
@@ -36,10 +37,12 @@ void copy_rows(const T* from, int64_t row_stride, int64_t state_stride, const in
     return;
   }
   for (int64_t t = 0; t < steps; ++t, to += N) {
-    const T* row = from + rows[t] * row_stride;
     if (rows[t] < 0) {
       for (int64_t n = 0; n < N; ++n) to[n] = 0;
-    } else if (state_stride == 1) {
+      continue;
+    }
+    const T* row = from + rows[t] * row_stride;
+    if (state_stride == 1) {
       for (int64_t n = 0; n < N; ++n) to[n] = row[n];
     } else {
       for (int64_t n = 0; n < N; ++n) to[n] = row[n * state_stride];
