@@ -34,10 +34,15 @@ def vmamba(**kwargs):
 
 @pytest.fixture
 def log(monkeypatch):
-    """What is logged while weights are loaded: (message, level)."""
+    """What is logged while weights are loaded, by the logger of the run and not by print: (message, level)."""
     lines = []
+
+    def print_log(message, logger=None, level=20):
+        assert logger == 'current'
+        lines.append((message, level))
+
     for room in ('mmlocalmamba.weights.loading', 'mmlocalmamba.backbones.local_vim'):
-        monkeypatch.setattr(f'{room}.print_log', lambda message, level=20, **_: lines.append((message, level)))
+        monkeypatch.setattr(f'{room}.print_log', print_log)
     return lines
 
 
@@ -218,7 +223,7 @@ def test_vim_plus_needs_the_class_token_of_vim(tmp_path):
 
 def test_resized_positions_are_told(tmp_path, log):
     load(vim(img_size=64), tmp_path, float32(random_weights(vim_shapes(16, 2, N=3, classes=5))))
-    assert [message for message, _ in log if 'positions of 14x14 tokens were resized to 4x4' in message]
+    assert ('LocalVim: positions of 14x14 tokens were resized to 4x4', 20) in log
     log.clear()
     load(vim(), tmp_path, float32(random_weights(vim_shapes(16, 2, N=3, classes=5))))
     assert not [message for message, _ in log if 'were resized' in message]
