@@ -95,7 +95,8 @@ def test_detectors_of_the_authors(tmp_path, family, way):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'layers.0.norm.bias': torch.zeros(16)}, r'normalises by LayerNorm \(it has layers.0.norm.bias\)'),
+    ({'layers.0.norm.bias': torch.zeros(16)},
+     r'normalises by LayerNorm \(it has layers.0.norm.bias\).*cannot give its numbers$'),
     ({'layers.1.mixer.A_log_0': None},
      r'layers.1.mixer.ssm.A_log: the checkpoint has directions \[1\], expected 0 to 1'),
 ])
@@ -158,6 +159,9 @@ def test_the_report_counts_and_groups(tmp_path, log, arch):
     if arch == 'LocalVim':
         assert f'    {block}.mixer.scattn.norm.weight ({blocks})\n' in message
     assert len([line for line in message.splitlines() if 'scattn' in line]) == 6
+    two = [name for name in ours if name.endswith(('patch_embed.projection.weight', 'patch_embed.projection.bias'))]
+    load(SMALL[arch](), tmp_path, {name: value for name, value in ours.items() if name not in two}, strict=False)
+    assert '2 missing in the file: patch_embed.projection.weight, patch_embed.projection.bias' in log[-1][0]
 
 
 def test_which_weights_are_taken_is_said(tmp_path, log, capsys):
