@@ -279,6 +279,12 @@ def test_bad_arguments_of_vim(kwargs, message):
         vim(**kwargs)
 
 
+@pytest.mark.parametrize('build', [vmamba, vim])
+def test_init_cfg_is_kept(build):
+    cfg = dict(type='Pretrained', checkpoint='nowhere.pth')
+    assert build(init_cfg=cfg).init_cfg == cfg
+
+
 def test_directions_from_a_file(tmp_path):
     blocks = [['h', 'w5'], ['v'], ['h_flip', 'v', 'w2']]
     for content in (blocks, dict(directions=blocks, epoch=3)):
