@@ -23,6 +23,12 @@ def _node(name: str, inputs: list[Tensor], *shapes: tuple[int, ...]) -> list[Ten
         f'{DOMAIN}::{name}', inputs, dtypes=[torch.float32] * len(shapes), shapes=shapes))
 
 
+def _swap(x: Tensor) -> Tensor:
+    """The first two dimensions. Of a batch that is known to be one image that moves nothing, and must not look as if."""
+    one = any(isinstance(side, int) and side == 1 for side in x.shape[:2])
+    return x.reshape(x.shape[1], x.shape[0], *x.shape[2:]) if one else x.transpose(0, 1)
+
+
 def _steps_first(x: Tensor, src: Tensor | None, fill: Tensor | None = None) -> Tensor:
     """(B, K, L, F) at tokens -> (T, B, K, F) in the order of ``src`` (K, T), pads as ``fill`` (K, F) has it; without
     src it is in scan order already."""
@@ -30,7 +36,7 @@ def _steps_first(x: Tensor, src: Tensor | None, fill: Tensor | None = None) -> T
         return x.permute(2, 0, 1, 3)
     batch, K, L, _ = x.shape
     rows = src.clamp(min=0).t() + torch.arange(K, dtype=src.dtype, device=src.device) * L
-    x = x.flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, (src.shape[1], K)).transpose(0, 1)
+    x = _swap(x.flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, (src.shape[1], K)))
     if fill is not None and src.shape[1] > L:
         x = torch.where((src < 0).t()[:, None, :, None], fill, x)
     return x
@@ -42,7 +48,7 @@ def _tokens_first(y: Tensor, inv: Tensor | None) -> Tensor:
         return y.permute(1, 2, 0, 3)
     K = inv.shape[0]
     rows = inv * K + torch.arange(K, dtype=inv.dtype, device=inv.device)[:, None]
-    return y.transpose(0, 1).flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, (K, inv.shape[1]))
+    return _swap(y).flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, (K, inv.shape[1]))
 
 
 # 2 atanh(sqrt(q)) / sqrt(q) on 0 < q <= 1/9, to a relative 4e-9: Chebyshev's interpolation.
@@ -69,7 +75,9 @@ def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See :func:`mmlocalmamba.ops.directional_scan`; one step of T is one iteration of the runtime's loop."""
-    u, delta, A, B, C, D, src, inv, delta_bias, _, delta_softplus, in_scan_order = inputs
+    u, delta, A, B, C, D, src, inv, delta_bias, dt_weight, delta_softplus, in_scan_order = inputs
+    if dt_weight is not None:  # runtimes are slower at an Einsum
+        delta = delta @ dt_weight.mT
     if u.dim() == 3:
         u = u[:, None]
     dt = _step_size(delta, delta_bias, delta_softplus)
@@ -105,7 +113,7 @@ def _unavailable(u: Tensor) -> str | None:
     return None if u.dtype == torch.float32 else f'it computes in float32, not in {u.dtype}'
 
 
-BACKEND = Backend('onnx', scan, _unavailable, home='none', dtypes=(torch.float32, ))
+BACKEND = Backend('onnx', scan, _unavailable, home='none', dtypes=(torch.float32, ), low_rank_steps=True)
 
 
 # What each loop reads at a step, and its body: (operator, inputs, output). ``A`` is of the graph around it.
