@@ -85,8 +85,6 @@ $(WEB)/node_modules/.package-lock.json: $(WEB)/package-lock.json
 	@npm ci --prefix $(WEB) --ignore-scripts --no-audit --no-fund
 
 web-demo: $(WEB)/node_modules/.package-lock.json $(WEB_CHECKPOINT) | install $(DEMO_DATA)
-	@$(BIN)/python -c "import onnxruntime, onnxscript" 2> /dev/null || $(BIN)/python -m pip install --quiet \
-		--disable-pip-version-check -r requirements/deploy.txt -c requirements/constraints-$(STACK).txt
 	@$(BIN)/python tools/web_demo.py build $(WEB_CONFIG) $(WEB_CHECKPOINT)
 
 web-demo-test: web-demo

@@ -7,7 +7,9 @@ import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.layers import SCAttn, rotary_tables
+from mmlocalmamba.layers.mixers import _Mixer
 from mmlocalmamba.ops import rotate
+from mmlocalmamba.scans import scan_tables
 
 VMAMBA = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 2, 1], d_state=2)
 VIM = dict(embed_dims=16, num_layers=3, d_state=2)
@@ -50,6 +52,22 @@ def test_vim_on_any_size(H, W, cls_token):
 def test_vim_pooled(kwargs):
     (out, ) = vim(**kwargs)(torch.randn(2, 3, 20, 28))
     assert out.shape == (2, 16)
+
+
+@pytest.mark.parametrize('window_pad', ['zero', 'none'])
+@pytest.mark.parametrize('build', [vmamba, vim])
+def test_mixers_get_the_tables_of_their_directions(build, window_pad):
+    """Of incomplete windows, at a size of which two windows leave pads."""
+    model, seen = build(window_pad=window_pad, directions=[['h', f'w{index + 2}'] for index in range(3)]
+                        if build is vim else FOUR), []
+    for module in model.modules():
+        if isinstance(module, _Mixer):
+            module.register_forward_pre_hook(lambda mixer, inputs: seen.append((mixer.directions, inputs[-1])))
+    model(torch.randn(1, 3, 20, 28))
+    sizes = [(5, 7), (3, 4), (2, 2), (2, 2), (1, 1)] if build is vmamba else [(5, 7)] * 3
+    for (names, tables), size in zip(seen, sizes, strict=True):
+        for table, expected in zip(tables, scan_tables(names, *size, pad=window_pad == 'zero'), strict=True):
+            assert torch.equal(table, expected)
 
 
 def test_vim_residual_features_contain_the_stream():
@@ -250,7 +268,8 @@ def test_bad_arguments(build, kwargs, message):
 
 @pytest.mark.parametrize('kwargs,message', [
     (dict(cls_token='front'), 'cls_token must be one of'),
-    (dict(out_type='cls_token', out_indices=-1), "needs cls_token='middle'"),
+    (dict(out_type='cls_token', out_indices=-1), "^out_type='cls_token' needs cls_token='middle' or 'vim'$"),
+    (dict(arch=dict(embed_dims=18, num_layers=3)), 'rope needs embed_dims divisible by 4, got 18'),
     (dict(cls_token='middle', rope=True), 'rope=True does not go with'),
     (dict(out_type='avg_featmap', out_indices=0), 'pools the last block only'),
     (dict(out_feature='sum'), 'out_feature must be one of'),
@@ -258,6 +277,12 @@ def test_bad_arguments(build, kwargs, message):
 def test_bad_arguments_of_vim(kwargs, message):
     with pytest.raises(ValueError, match=message):
         vim(**kwargs)
+
+
+@pytest.mark.parametrize('build', [vmamba, vim])
+def test_init_cfg_is_kept(build):
+    cfg = dict(type='Pretrained', checkpoint='nowhere.pth')
+    assert build(init_cfg=cfg).init_cfg == cfg
 
 
 def test_directions_from_a_file(tmp_path):

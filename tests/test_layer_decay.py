@@ -87,7 +87,7 @@ class Record(Hook):
         self.change = {name: value.detach() - self.start[name] for name, value in runner.model.named_parameters()}
 
 
-@pytest.mark.parametrize('accumulate,scaled,ema', list(itertools.product([1, 3], [False, True], [False, True])))
+@pytest.mark.parametrize('accumulate,scaled,ema', [*itertools.product([1, 3], [False, True], [False, True])])
 def test_rates_are_kept_in_every_training(tmp_path, accumulate, scaled, ema):
     """One step of gradient descent from the same start: that of the bottom is as much shorter as its rate is lower."""
     start = {name: value.clone() for name, value in Plain().state_dict().items()}

@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmlocalmamba.layers import LocalVimMixer, ResidualRMSNorm, rotary_tables
+from mmlocalmamba.layers import (
+    LocalVimMixer,
+    LocalVMambaMixer,
+    ResidualRMSNorm,
+    SCAttn,
+    TokenLinear,
+    resize_pos_embed,
+    rotary_tables,
+)
+from mmlocalmamba.layers.ssm import DirectionalSSM
 from mmlocalmamba.ops import rotate
 from mmlocalmamba.scans import scan_tables
 
@@ -42,13 +51,21 @@ def test_norm_between_blocks_rotates_the_sum():
         torch.testing.assert_close(out[0], norm.weight * expected / (mean + 1e-5).sqrt())
 
 
-def test_localvim_mixer_gates_without_scattn():
+@pytest.mark.parametrize('scattn', [False, dict(spatial=True)])
+def test_localvim_mixer_gates_before_scattn(scattn):
     torch.manual_seed(0)
-    mixer = LocalVimMixer(8, ['h', 'w2'], scattn=False)
+    mixer = LocalVimMixer(8, ['h', 'w2'], scattn=scattn)
     x, tables = torch.randn(2, 6, 8), scan_tables(['h', 'w2'], 2, 3)
     inner, gate = mixer.in_proj(x).chunk(2, dim=-1)
-    scanned = mixer.scan(inner, tables)
-    torch.testing.assert_close(mixer(x, tables), mixer.out_proj((scanned[:, 0] + scanned[:, 1]) * F.silu(gate)))
+    gated = [scanned * F.silu(gate) for scanned in mixer.scan(inner, tables).unbind(1)]
+    first, second = [mixer.scattn(y) for y in gated] if scattn else gated
+    torch.testing.assert_close(mixer(x, tables), mixer.out_proj(first + second))
+
+
+def test_projections_of_tokens_begin_as_the_authors_begin_them():
+    torch.manual_seed(0)
+    layer = TokenLinear(128, 256)
+    assert layer.bias is None and 0.0195 < layer.weight.std() < 0.0205 and abs(layer.weight.mean()) < 5e-4
 
 
 def test_convolutions_of_localvim_begin_as_conv1d_does():
@@ -57,3 +74,75 @@ def test_convolutions_of_localvim_begin_as_conv1d_does():
     mixer = LocalVimMixer(64, ['h', 'w2'], d_conv=4)
     for parameter in (mixer.conv_weight, mixer.conv_bias):
         assert -0.5 <= parameter.min() < -0.48 and 0.48 < parameter.max() <= 0.5
+
+
+@pytest.mark.parametrize('d_conv', [3, 5])
+def test_localvmamba_mixer_by_hand(d_conv):
+    """The gate comes after the norm of the sum; the convolution sees rows and columns as they are."""
+    torch.manual_seed(0)
+    names, H, W = ['h', 'v_flip', 'w2'], 3, 5
+    mixer = LocalVMambaMixer(8, names, expand=1.5, d_state=2, d_conv=d_conv, scattn=dict(reduction=4, spatial=True))
+    x, tables = torch.randn(2, H * W, 8), scan_tables(names, H, W)
+    inner, gate = mixer.in_proj(x).chunk(2, dim=-1)
+    assert inner.shape[-1] == 12 and mixer.scattn.spatial_select.in_features == 6
+    image = torch.stack([channel.view(2, H, W) for channel in inner.unbind(-1)], dim=1)
+    inner = F.silu(F.conv2d(image, mixer.conv2d.weight, mixer.conv2d.bias, padding=d_conv // 2, groups=12))
+    scanned = mixer.ssm(torch.stack([inner[:, :, i // W, i % W] for i in range(H * W)], dim=1), tables)
+    total = sum(mixer.scattn(scanned[:, k]) for k in range(3))
+    torch.testing.assert_close(mixer(x, (H, W), tables), mixer.out_proj(mixer.out_norm(total) * F.silu(gate)))
+
+
+def test_scattn_by_hand():
+    """Both branches, in the formulas of its description."""
+    torch.manual_seed(0)
+    module, x = SCAttn(16, reduction=4, spatial=True), torch.randn(2, 5, 16)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    normed = F.layer_norm(x, (16, ), module.norm.weight, module.norm.bias)
+    reduced = F.gelu(module.global_reduce(sum(normed[:, i] for i in range(5)) / 5))
+    channel = torch.sigmoid(module.channel_select(reduced))
+    for i in range(5):
+        both = torch.cat([F.gelu(module.local_reduce(normed[:, i])), reduced], dim=-1)
+        expected = x[:, i] * channel * torch.sigmoid(module.spatial_select(both))
+        torch.testing.assert_close(module(x)[:, i], expected)
+
+
+def test_scattn_begins_as_the_authors_begin_it():
+    torch.manual_seed(0)
+    module = SCAttn(256, reduction=2, spatial=True)
+    for layer in (module.global_reduce, module.channel_select, module.local_reduce):
+        assert 0.0195 < layer.weight.std() < 0.0205 and abs(layer.weight.mean()) < 5e-4
+        assert not layer.bias.any()
+    assert SCAttn(8).global_reduce.out_features == 1
+    with pytest.raises(ValueError, match='reduction=8 leaves no channel of 7; use at most 7'):
+        SCAttn(7)
+
+
+def test_state_space_begins_as_mamba_does():
+    """Step sizes of the same density on a logarithmic scale, A of 1 to N, projections uniform as nn.Linear's."""
+    torch.manual_seed(0)
+    ssm = DirectionalSSM(64, 4, 8, 16)
+    dt = F.softplus(ssm.dt_proj_bias).log10()
+    assert -3 <= dt.min() < -2.95 and -1.05 < dt.max() <= -1 and abs(dt.mean() + 2) < 0.1
+    torch.testing.assert_close(ssm.A_log.exp(), torch.arange(1., 9).expand_as(ssm.A_log))
+    assert (ssm.D == 1).all()
+    for weight, bound in ((ssm.x_proj_weight, 1 / 8), (ssm.dt_proj_weight, 1 / 4)):
+        assert -bound <= weight.min() < -0.98 * bound and 0.98 * bound < weight.max() <= bound
+    steps = F.softplus(DirectionalSSM(64, 4, 8, 16, dt_min=0.01, dt_max=0.02).dt_proj_bias)
+    assert 0.0099 < steps.min() < 0.0102 and 0.0195 < steps.max() < 0.0201
+
+
+@pytest.mark.parametrize('tokens', [0, 1])
+def test_positions_of_another_grid(tokens):
+    """In the precision that they have; a class token in the middle stays there as it is."""
+    torch.manual_seed(0)
+    positions = torch.randn(1, 3 * 5 + tokens, 8, dtype=torch.bfloat16)
+    assert resize_pos_embed(positions, (3, 5), (3, 5), tokens) is positions
+    found = resize_pos_embed(positions, (3, 5), (5, 3), tokens)
+    assert found.shape == positions.shape and found.dtype == torch.bfloat16
+    rest = [i for i in range(15 + tokens) if not tokens or i != 7]
+    if tokens:
+        assert torch.equal(found[:, 7], positions[:, 7])
+    grid = positions[:, rest].float().view(1, 3, 5, 8).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(5, 3), mode='bicubic').permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(found[:, rest], grid.bfloat16())

@@ -242,7 +242,9 @@ def test_vmamba_gives_the_same_numbers():
 
 
 @pytest.mark.parametrize('extra, message', [
-    ({'rope.freqs_cos': torch.zeros(16, 16)}, 'rotary positions or without a class token'),
+    ({'rope.freqs_cos': torch.zeros(16, 16)},
+     r'^this is a Vim with rotary positions or without a class token: only the released models with a class token in '
+     r'the middle \(midclstok, div2\) are converted; others combine their directions and tokens differently$'),
     ({'cls_token': None}, 'rotary positions or without a class token'),
     ({'layers.1.mixer.D_b': None}, r'layers.1.mixer.ssm.D: the checkpoint has directions \[0\], expected 0 to 1'),
 ])
@@ -250,6 +252,34 @@ def test_other_vims_are_refused(extra, message):
     weights = {**random_weights(vim_shapes(16, 2, N=2, patch=8, grid=4, classes=5)), **extra}
     with pytest.raises(ValueError, match=message):
         from_official({name: value for name, value in weights.items() if value is not None})
+
+
+@pytest.mark.parametrize('weights, example', [({}, 'nothing'), (dict(a=1, b=2, c=3, d=4), 'a, b, c')])
+def test_of_no_family(weights, example):
+    with pytest.raises(ValueError) as raised:
+        from_official(weights)
+    assert str(raised.value) == (
+        "this is not a state dict of the authors' LocalVim or LocalVMamba, nor of Vim or VMamba: it has neither "
+        'layers.0.mixer.A_log_0 nor layers.0.blocks.0.op.A_logs nor layers.0.mixer.A_b_log nor '
+        f'layers.0.blocks.0.self_attention.A_logs, but e.g. {example}')
+
+
+@pytest.mark.parametrize('arch', SMALL)
+def test_supernets_both_ways(arch):
+    """The logits of a search have three more axes there."""
+    if arch == 'LocalVim':
+        model, block = LocalVim(dict(embed_dims=16, num_layers=2, d_state=2), img_size=32, patch_size=8,
+                                directions='search'), 'layers.1.mixer'
+    else:
+        model, block = LocalVMamba(dict(embed_dims=[8, 16], depths=[1, 2], d_state=2), directions='search'), \
+            'layers.1.blocks.1.op'
+    official, ours = official_of(model)
+    logits = {name: tensor for name, tensor in official.items() if name.endswith('multi_scan.weights')}
+    assert len(logits) == len(model.directions) and all(tensor.shape == (8, 1, 1, 1) for tensor in logits.values())
+    assert f'{block}.multi_scan.weights' in logits
+    back, unmatched = from_official(official)
+    assert not unmatched and back.keys() == ours.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in ours.items())
 
 
 class CfgNode(dict):
@@ -431,7 +461,7 @@ def test_positions_of_another_grid_are_resized(tmp_path):
 def test_find_state_dict():
     weights = {'module.a': torch.zeros(1)}
     assert set(find_state_dict(dict(other=weights), 'other')) == {'a'}
-    with pytest.raises(ValueError, match="no entry 'ema'"):
+    with pytest.raises(ValueError, match="no entry 'ema'; state dicts are under none$"):
         find_state_dict(weights, 'ema')
 
 

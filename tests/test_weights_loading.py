@@ -34,10 +34,15 @@ def vmamba(**kwargs):
 
 @pytest.fixture
 def log(monkeypatch):
-    """What is logged while weights are loaded: (message, level)."""
+    """What is logged while weights are loaded, by the logger of the run and not by print: (message, level)."""
     lines = []
+
+    def print_log(message, logger=None, level=20):
+        assert logger == 'current'
+        lines.append((message, level))
+
     for room in ('mmlocalmamba.weights.loading', 'mmlocalmamba.backbones.local_vim'):
-        monkeypatch.setattr(f'{room}.print_log', lambda message, level=20, **_: lines.append((message, level)))
+        monkeypatch.setattr(f'{room}.print_log', print_log)
     return lines
 
 
@@ -90,7 +95,8 @@ def test_detectors_of_the_authors(tmp_path, family, way):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'layers.0.norm.bias': torch.zeros(16)}, r'normalises by LayerNorm \(it has layers.0.norm.bias\)'),
+    ({'layers.0.norm.bias': torch.zeros(16)},
+     r'normalises by LayerNorm \(it has layers.0.norm.bias\).*cannot give its numbers$'),
     ({'layers.1.mixer.A_log_0': None},
      r'layers.1.mixer.ssm.A_log: the checkpoint has directions \[1\], expected 0 to 1'),
 ])
@@ -153,6 +159,9 @@ def test_the_report_counts_and_groups(tmp_path, log, arch):
     if arch == 'LocalVim':
         assert f'    {block}.mixer.scattn.norm.weight ({blocks})\n' in message
     assert len([line for line in message.splitlines() if 'scattn' in line]) == 6
+    two = [name for name in ours if name.endswith(('patch_embed.projection.weight', 'patch_embed.projection.bias'))]
+    load(SMALL[arch](), tmp_path, {name: value for name, value in ours.items() if name not in two}, strict=False)
+    assert '2 missing in the file: patch_embed.projection.weight, patch_embed.projection.bias' in log[-1][0]
 
 
 def test_which_weights_are_taken_is_said(tmp_path, log, capsys):
@@ -218,7 +227,7 @@ def test_vim_plus_needs_the_class_token_of_vim(tmp_path):
 
 def test_resized_positions_are_told(tmp_path, log):
     load(vim(img_size=64), tmp_path, float32(random_weights(vim_shapes(16, 2, N=3, classes=5))))
-    assert [message for message, _ in log if 'positions of 14x14 tokens were resized to 4x4' in message]
+    assert ('LocalVim: positions of 14x14 tokens were resized to 4x4', 20) in log
     log.clear()
     load(vim(), tmp_path, float32(random_weights(vim_shapes(16, 2, N=3, classes=5))))
     assert not [message for message, _ in log if 'were resized' in message]
@@ -252,7 +261,8 @@ def test_nothing_of_this_backbone_is_refused():
     model = nn.Module()
     model.backbone, model.head = vim(), nn.Linear(2, 2)
     for strict in (False, True):
-        with pytest.raises(RuntimeError, match='LocalVim: the checkpoint has no weight of it under "backbone."'):
+        with pytest.raises(RuntimeError, match='LocalVim: the checkpoint has no weight of it under "backbone."'
+                           '.* If it holds other parts of the model, load it into these$'):
             model.load_state_dict({'backbone.conv.weight': torch.zeros(1)}, strict=strict)
     model.head.load_state_dict(nn.Linear(2, 2).state_dict())
 

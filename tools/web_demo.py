@@ -1,7 +1,7 @@
 """The demo in a browser: build it, test it. `make web-demo` and `make web-demo-test` call this.
 
     python tools/web_demo.py build CONFIG CHECKPOINT
-    python tools/web_demo.py test [--screenshots FOLDER]
+    python tools/web_demo.py test [--only WORD] [--screenshots FOLDER]
 
 `build` exports a classifier and puts it, with the page of docs/demo, ONNX Runtime Web, examples and tables of scans,
 into docs/demo/_build, which any file server serves. `test` serves that folder, opens it in a headless Chromium and
@@ -143,7 +143,7 @@ def test(args):
         given = Path(folder) / 'expected.json'
         given.write_text(json.dumps(dict(
             expected(), url=f'http://127.0.0.1:{server.server_port}/', chromium=chromium,
-            screenshots=str(Path(args.screenshots).resolve()), photo=str(PHOTO))))
+            only=args.only, screenshots=str(Path(args.screenshots).resolve()), photo=str(PHOTO))))
         done = subprocess.run(['node', SOURCE / 'test.js', given])
         server.shutdown()
     sys.exit(done.returncode)
@@ -169,6 +169,7 @@ def main():
     command = commands.add_parser('test', help='in a headless Chromium')
     command.add_argument('--screenshots', default='work_dirs/web_demo', metavar='FOLDER',
                          help='where pictures of the page go (default: work_dirs/web_demo)')
+    command.add_argument('--only', default='', metavar='WORD', help='checks whose names hold this')
     command.set_defaults(run=test)
     args = parser.parse_args()
     args.run(args)

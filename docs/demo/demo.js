@@ -171,8 +171,8 @@ function scanView(demo) {
       context.lineWidth = 1;
       context.strokeRect(x, y, cell, cell);
     }
-    const K = /^w(\d+)/.exec(name)?.[1];
-    for (let edge = Number(K); K && edge < Math.max(rows, cols); edge += Number(K)) {
+    const K = Number(/^w(\d+)/.exec(name)?.[1] ?? 0);
+    for (let edge = K; K && edge < Math.max(rows, cols); edge += K) {
       strokePath([[edge * cell, 0], [edge * cell, rows * cell]], '#fff', 3);
       strokePath([[0, edge * cell], [cols * cell, edge * cell]], '#fff', 3);
     }

@@ -14,6 +14,11 @@ const browser = await chromium.launch({
   executablePath: given.chromium,
   args: process.getuid?.() === 0 ? ['--no-sandbox'] : [], // its sandbox does not work for root
 });
+// A page that hangs cannot be closed.
+setTimeout(() => {
+  console.log('FAILED  the checks did not end within 20 minutes');
+  process.exit(1);
+}, 20 * 60 * 1000).unref();
 mkdirSync(given.screenshots, {recursive: true});
 
 /** A page, and what went wrong in it. */
@@ -199,7 +204,8 @@ const checks = {
       }
     }
     const examples = given.classes.map(label => `a validation digit ${label}`);
-    assert.deepEqual(order, ['pad', 'clear', 'file', 'invert', ...examples, 'play', 'step', 'direction', 'size', 'flip', 'grid', 'speed', 'measure']);
+    assert.deepEqual(order, ['pad', 'clear', 'file', 'invert', ...examples,
+      'play', 'step', 'direction', 'size', 'flip', 'grid', 'speed', 'measure']);
     // An example.
     while (await focused() !== 'a validation digit 7') {
       await tab.keyboard.press('Shift+Tab');
@@ -219,6 +225,11 @@ const checks = {
     await tab.keyboard.press('Home');
     await tab.keyboard.press('ArrowRight');
     assert.match(await tab.textContent('#where'), /^v_flip, step 2 of 64: token 55 /);
+    // Canvases say what they are.
+    for (const [role, name] of [['img', 'Scan v_flip over 8x8 tokens: 64 steps, 0 of them pads'],
+      ['application', 'Draw a digit'], ['img', 'What the model gets']]) {
+      assert.equal(await tab.getByRole(role, {name, exact: true}).count(), 1, name);
+    }
     // A digit, of straight lines, and one more line that is taken back.
     while (await focused() !== 'pad') {
       await tab.keyboard.press('Shift+Tab');
@@ -356,8 +367,10 @@ const checks = {
   },
 };
 
+const chosen = Object.entries(checks).filter(([name]) => name.includes(given.only));
+assert.ok(chosen.length, `no check's name holds ${given.only}: ${Object.keys(checks).join('; ')}`);
 let failed = 0;
-for (const [name, check] of Object.entries(checks)) {
+for (const [name, check] of chosen) {
   try {
     const note = await check();
     console.log(`ok      ${name}${note ? ` (${note})` : ''}`);
@@ -367,7 +380,7 @@ for (const [name, check] of Object.entries(checks)) {
   }
   await Promise.all(browser.contexts().map(context => context.close()));
 }
-console.log(`${browser.version()}: ${Object.keys(checks).length - failed} passed, ${failed} failed; ` +
+console.log(`${browser.version()}: ${chosen.length - failed} passed, ${failed} failed; ` +
   `screenshots: ${given.screenshots}`);
 await browser.close();
 process.exit(failed ? 1 : 0);

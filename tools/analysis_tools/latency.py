@@ -289,7 +289,7 @@ def main():
     parser.add_argument('models', nargs='+', help='files (.onnx, .pt2), or names: LocalVMamba-nano, LocalVMamba-T, '
                         'LocalVim-nano, LocalVim-T, Swin-T, ConvNeXt-T, DeiT-T, ResNet-50, MobileNetV2')
     parser.add_argument('--source', required=True, help='a video, or a folder of pictures')
-    parser.add_argument('--rate', type=float, default=25, help='frames a second; 0: one after the other (25)')
+    parser.add_argument('--rate', type=float, default=25., help='frames a second; 0: one after the other (25)')
     parser.add_argument('--deadline', type=float, help='seconds for an answer (until the next frame)')
     parser.add_argument('--seconds', type=float, default=8, help='for each case (8)')
     parser.add_argument('--sizes', type=int, nargs='+', default=[224], help='sides of the images, for names (224)')
