@@ -1,6 +1,8 @@
 """The numerical guard: what it stops, what it leaves to a loss scaler, and when it does not."""
 import itertools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import job_task
 import pytest
@@ -214,3 +216,15 @@ def test_it_names_the_samples():
     assert guard.sample_names(dict(inputs=[], data_samples=[sample])) == [dict(img_path='a.png', img_id=3)]
     assert guard.sample_names((1, 2)) == [] and guard.sample_names(dict(inputs=0)) == []
     assert guard.first_of(list('abcd')) == 'a, b, c, d' and guard.first_of(list('abcde')) == 'a, b, c, d, ...'
+
+
+def test_a_record_says_where_numbers_were_lost(tmp_path):
+    batches = [dict(data_samples=[BaseDataElement(metainfo=dict(img_path=name, img_id=number))
+                                  for number, name in enumerate(names)]) for names in ('ab', 'c')]
+    runner = SimpleNamespace(iter=4, epoch=1, work_dir=str(tmp_path))
+    losses = [torch.tensor(1.5), torch.tensor(float('nan'))]
+    path = guard.write_record(runner, 'nonfinite', losses, batches, buffers=['x'])
+    assert path == str(tmp_path / 'nonfinite_iter5_rank0.json')
+    assert json.loads(Path(path).read_text()) == dict(
+        iteration=5, epoch=2, rank=0, losses=['1.5', 'nan'], buffers=['x'],
+        samples=[dict(img_path='a', img_id=0), dict(img_path='b', img_id=1), dict(img_path='c', img_id=0)])
