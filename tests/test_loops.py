@@ -78,6 +78,22 @@ def test_a_validation_that_failed_is_run_on_resumption(tmp_path, unit, after):
     assert whole.message_hub.get_info('best_score') == resumed.message_hub.get_info('best_score')
 
 
+def test_the_best_checkpoint_comes_after_its_validation(tmp_path):
+    """Whoever resumes from it has none to run; and its histories are those of MMEngine again."""
+    from mmengine.logging import HistoryBuffer
+
+    from mmlocalmamba.compat import load_checkpoint
+    train(tmp_path)
+    best, = tmp_path.glob('best*.pth')
+    state = load_checkpoint(best)
+    assert state[loops.STATE]['validation_due'] is False
+    assert state['message_hub']['log_scalars'] and not any(
+        isinstance(value, HistoryBuffer) for value in state['message_hub']['log_scalars'].values())
+    resumed, _ = train(tmp_path, resume=True)
+    scalars = resumed.message_hub.log_scalars
+    assert 'train/loss' in scalars and all(isinstance(value, HistoryBuffer) for value in scalars.values())
+
+
 def test_patience_goes_on(tmp_path):
     """EarlyStoppingHook, of which MMEngine saves nothing."""
     def stop():

@@ -24,7 +24,7 @@ def _node(name: str, inputs: list[Tensor], *shapes: tuple[int, ...]) -> list[Ten
 
 
 def _swap(x: Tensor) -> Tensor:
-    """The first two dimensions. Of a batch that is known to be one image that moves nothing, and must not look as if."""
+    """The first two dimensions. Of a single image, known to be one, that moves nothing, and must not look as if."""
     one = any(isinstance(side, int) and side == 1 for side in x.shape[:2])
     return x.reshape(x.shape[1], x.shape[0], *x.shape[2:]) if one else x.transpose(0, 1)
 
