@@ -82,7 +82,7 @@ def of_size(make: Callable[[torch.device, bool], T], device: str | torch.device,
         RuntimeError: a CUDA graph is being captured and there is no entry, which would have to be made on the CPU.
     """
     traced = _traced()
-    if traced and not _as_constants.get():
+    if traced and (torch.compiler.is_dynamo_compiling() or not _as_constants.get()):  # dynamo reads no ContextVar
         return make(torch.device(device), True)
     device = _indexed(device)
     key = (device, *key)
