@@ -143,8 +143,13 @@ def _quantize(path: str) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise RuntimeError(f'int8 needs onnxruntime ({error}): pip install -r requirements/deploy.txt') from error
+    import onnx
+    model = onnx.load(path)
+    # A weight for each direction has more scales than ONNX Runtime's product takes.
+    several = {value.name for value in model.graph.initializer if len(value.dims) > 2}
+    kept = [node.name for node in model.graph.node if node.op_type == 'MatMul' and several & set(node.input)]
     quantize_dynamic(path, path, op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True,
-                     weight_type=QuantType.QInt8)
+                     weight_type=QuantType.QInt8, nodes_to_exclude=kept)
 
 
 def to_pt2(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
