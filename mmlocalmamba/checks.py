@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from torch import nn
 
-from mmlocalmamba.backbones.base import LocalMambaBackbone
+from mmlocalmamba.backbones.base import LocalMambaBackbone, find_backbone
 from mmlocalmamba.engine.broken_files import parts
 from mmlocalmamba.registry import HOOKS
 
@@ -129,10 +129,6 @@ def problems(model: nn.Module, train: Any, val: Any = None, evaluator: Any = Non
 
 # ---- what a training starts from ----
 
-def own_backbone(model: nn.Module) -> LocalMambaBackbone | None:
-    return next((module for module in model.modules() if isinstance(module, LocalMambaBackbone)), None)
-
-
 def _pretrained(backbone: LocalMambaBackbone) -> list[dict]:
     cfgs = backbone.init_cfg if isinstance(backbone.init_cfg, (list, tuple)) else [backbone.init_cfg]
     return [cfg for cfg in cfgs if cfg and cfg['type'] == 'Pretrained']
@@ -149,7 +145,7 @@ def hand_on_pretrained(cfg: dict, model: nn.Module) -> None:
     Raises:
         ValueError: the backbone's ``init_cfg`` names another file.
     """
-    wanted, backbone = cfg.get('pretrained'), own_backbone(model)
+    wanted, backbone = cfg.get('pretrained'), find_backbone(model)[1]
     if wanted is None or backbone is None:
         return
     known = _pretrained(backbone)
@@ -200,7 +196,7 @@ class TrainingChecksHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         self.remarks = []
-        backbone = own_backbone(runner.model)
+        backbone = find_backbone(runner.model)[1]
         if backbone is not None and not runner._has_loaded and starts_from(backbone) is None:
             self.remarks.append(f'{type(backbone).__name__} starts from scratch: pretrained=None, and no load_from. '
                                 'Which weights there are: docs/weights.md')

@@ -20,6 +20,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from mmlocalmamba import checks
+from mmlocalmamba.backbones.base import find_backbone
 
 # Of a large data set, so many samples are counted and so many are loaded.
 _COUNTED, _LOADED = 20000, 3
@@ -182,7 +183,7 @@ def _check(report: _Report, cfg: Config) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report.line('', f'model: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, '
                     f'{trained:,} of them trained, on {next(model.parameters()).device}')
-    backbone = checks.own_backbone(model)
+    backbone = find_backbone(model)[1]
 
     def initialise() -> None:
         checks.hand_on_pretrained(cfg, model)

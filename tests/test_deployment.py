@@ -1,5 +1,4 @@
 """Exported files compute what the models compute, in the runtimes that read them, and a bad one is not left behind."""
-import importlib.util
 import json
 import os
 import sys
@@ -9,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from deployment import evaluate, export
 from mmengine.config import Config
 from torch import nn
 
@@ -124,14 +124,6 @@ def test_programs_of_torch(plain, tmp_path):
 # The command.
 
 @pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('export_tool', ROOT / 'tools/deployment/export.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope='module')
 def classifier(tmp_path_factory):
     """A configuration of a small classifier of digits, and a checkpoint of it."""
     folder = tmp_path_factory.mktemp('classifier')
@@ -148,17 +140,17 @@ model = dict(
     return str(config), str(checkpoint)
 
 
-def run(tool, monkeypatch, *arguments):
+def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, 'argv', ['export.py', *map(str, arguments)])
-    tool.main()
+    export.main()
 
 
-def test_command(tool, classifier, tmp_path, monkeypatch, capsys):
+def test_command(classifier, tmp_path, monkeypatch, capsys):
     """A file with what its user must know, checked; smaller numbers; nothing else is left."""
     sizes = {}
     for weights in ('float32', 'float16', 'int8'):
         out = tmp_path / f'{weights}.onnx'
-        run(tool, monkeypatch, *classifier, out, '--shape', 32, 32, '--weights', weights)
+        run(monkeypatch, *classifier, out, '--shape', 32, 32, '--weights', weights)
         assert 'largest error' in capsys.readouterr().out
         sizes[weights] = out.stat().st_size
         opened = runtimes.open_file(str(out))
@@ -171,7 +163,7 @@ def test_command(tool, classifier, tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path)) == ['float16.onnx', 'float32.onnx', 'int8.onnx']
 
 
-def test_what_disagrees_is_not_left(tool, classifier, tmp_path, monkeypatch):
+def test_what_disagrees_is_not_left(classifier, tmp_path, monkeypatch):
     """Here the file's weights are halved after it was written; an older file stays."""
     out = tmp_path / 'model.onnx'
     out.write_text('older')
@@ -186,7 +178,7 @@ def test_what_disagrees_is_not_left(tool, classifier, tmp_path, monkeypatch):
     original = exporting.to_onnx
     monkeypatch.setattr(exporting, 'to_onnx', to_onnx)
     with pytest.raises(SystemExit, match='was not written: it differs from PyTorch'):
-        run(tool, monkeypatch, *classifier, out, '--shape', 32, 32)
+        run(monkeypatch, *classifier, out, '--shape', 32, 32)
     assert out.read_text() == 'older' and os.listdir(tmp_path) == ['model.onnx']
 
 
@@ -203,14 +195,14 @@ class Unknown(nn.Module):
     (('OUT.onnx', '--check', 'nowhere.png'), 'no picture that can be read'),
     (('OUT.onnx', '--cfg-options', 'model.head.num_classes=7'), 'not a checkpoint of this ImageClassifier'),
 ])
-def test_bad_input(tool, classifier, arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_input(classifier, arguments, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
-        run(tool, monkeypatch, *classifier, tmp_path / arguments[0], *arguments[1:])
+        run(monkeypatch, *classifier, tmp_path / arguments[0], *arguments[1:])
     assert message in f'{error.value} {capsys.readouterr().err}'
     assert not os.listdir(tmp_path)
 
 
-def test_an_operator_without_counterpart(tool, classifier, tmp_path, monkeypatch):
+def test_an_operator_without_counterpart(classifier, tmp_path, monkeypatch):
     """It is named, and the remedy."""
     def load_model(cfg, checkpoint):
         model, classes = original(cfg, checkpoint)
@@ -220,7 +212,7 @@ def test_an_operator_without_counterpart(tool, classifier, tmp_path, monkeypatch
     original = graphs.load_model
     monkeypatch.setattr(graphs, 'load_model', load_model)
     with pytest.raises(SystemExit, match=r'linalg_eig.*--features'):
-        run(tool, monkeypatch, *classifier, tmp_path / 'model.onnx', '--shape', 32, 32)
+        run(monkeypatch, *classifier, tmp_path / 'model.onnx', '--shape', 32, 32)
     assert not os.listdir(tmp_path)
 
 
@@ -318,9 +310,6 @@ def test_other_detectors_give_their_features(tmp_path):
 def test_metrics_of_a_file(name, shape, metric, configuration, tmp_path, monkeypatch, capsys):
     """They are those that the model itself has on the same data."""
     from mmengine.runner import Runner
-    spec = importlib.util.spec_from_file_location('evaluate_tool', ROOT / 'tools/deployment/evaluate.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     cfg = configuration(name, experiment_name=f'metrics_{name}')
     runner = Runner.from_cfg(cfg)
     with torch.no_grad():
@@ -336,6 +325,6 @@ def test_metrics_of_a_file(name, shape, metric, configuration, tmp_path, monkeyp
     cfg.dump(tmp_path / 'whole.py')
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'whole.py'), path, '--threads', '1'])
     capsys.readouterr()
-    tool.main()
+    evaluate.main()
     found = dict(line.split(': ') for line in capsys.readouterr().out.splitlines() if ': ' in line)
     assert float(found[metric]) == pytest.approx(expected, abs=2e-3 * max(1, abs(expected)))

@@ -1,6 +1,5 @@
 """The demo data: the same bytes every time, honest splits, readable labels."""
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_converters import digits
 from PIL import Image
 
 pytest.importorskip('sklearn')
@@ -16,9 +16,6 @@ pytest.importorskip('skimage')
 COCO = pytest.importorskip('pycocotools.coco').COCO
 
 SCRIPT = Path(__file__).parents[1] / 'tools/dataset_converters/digits.py'
-spec = importlib.util.spec_from_file_location('digits_converter', SCRIPT)
-digits = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(digits)
 
 
 @pytest.fixture

@@ -1,24 +1,13 @@
 """Frames come by the clock, and what is not answered in time is told."""
 import csv
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from analysis_tools import latency
 from onnx import TensorProto, helper
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope='module')
-def latency():
-    spec = importlib.util.spec_from_file_location('latency', ROOT / 'tools/analysis_tools/latency.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Clock:
@@ -40,7 +29,7 @@ class Clock:
     (0.05, 41, 50, 0.05),  # answered late, each; every fifth is dropped
     (0.10, 21, 50, 0.10),  # two of three are dropped
 ])
-def test_play(latency, monkeypatch, work, answered, missed, last):
+def test_play(monkeypatch, work, answered, missed, last):
     """50 frames in 2 seconds, one every 40 ms; an answer is due before the next."""
     clock = Clock()
     monkeypatch.setattr(latency, 'time', clock)
@@ -83,19 +72,19 @@ def video(tmp_path):
     return path
 
 
-def run(latency, monkeypatch, *arguments):
+def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, 'argv', ['latency.py', *map(str, arguments)])
     latency.main()
 
 
-def test_of_a_file(latency, monkeypatch, model, video, tmp_path, capsys):
+def test_of_a_file(monkeypatch, model, video, tmp_path, capsys):
     """Both modes; a second call measures nothing again; a picture is drawn."""
     table, plot = tmp_path / 'table.csv', tmp_path / 'plot.png'
     for rate in (200, 0):
-        run(latency, monkeypatch, model, '--source', video, '--rate', rate, '--seconds', 0.2, '--threads', 1,
+        run(monkeypatch, model, '--source', video, '--rate', rate, '--seconds', 0.2, '--threads', 1,
             '--csv', table)
     assert 'missed' in capsys.readouterr().out
-    run(latency, monkeypatch, model, '--source', video, '--rate', 200, '--threads', 1, '--csv', table, '--plot', plot)
+    run(monkeypatch, model, '--source', video, '--rate', 200, '--threads', 1, '--csv', table, '--plot', plot)
     assert capsys.readouterr().out == '' and plot.stat().st_size > 1000
     with table.open() as file:
         playing, in_turn = csv.DictReader(file)
@@ -111,8 +100,8 @@ def test_of_a_file(latency, monkeypatch, model, video, tmp_path, capsys):
     (('MODEL', '--source', __file__), 'no frame that OpenCV can read'),
     (('Swin-XXL', '--source', 'VIDEO'), 'neither a file (.onnx, .pt2) nor one of'),
 ])
-def test_bad_input(latency, monkeypatch, model, video, arguments, message):
+def test_bad_input(monkeypatch, model, video, arguments, message):
     arguments = [dict(MODEL=model, VIDEO=video).get(argument, argument) for argument in arguments]
     with pytest.raises(SystemExit) as error:
-        run(latency, monkeypatch, *arguments)
+        run(monkeypatch, *arguments)
     assert message in str(error.value)

@@ -45,14 +45,12 @@ def tables(grids):
 
 def normalised(path, metadata):
     """A picture of the model's size as the file takes it."""
-    pixels = np.asarray(Image.open(path).convert('RGB'), dtype=np.float32)
+    from mmlocalmamba.deployment import runtimes
+    pixels = np.asarray(Image.open(path).convert('RGB'))
     if pixels.shape[:2] != (metadata['height'], metadata['width']):
         sys.exit(f'{path} has {pixels.shape[0]}x{pixels.shape[1]} pixels, the model takes '
                  f'{metadata["height"]}x{metadata["width"]}')
-    if metadata['channels'] == 'BGR':
-        pixels = pixels[..., ::-1]
-    pixels = (pixels - np.float32(metadata['mean'])) / np.float32(metadata['std'])
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+    return runtimes.normalised(pixels, metadata)
 
 
 def grids_of(config, metadata):

@@ -247,6 +247,12 @@ class LocalMambaBackbone(BaseModule):
         return self
 
 
+def find_backbone(model: nn.Module) -> tuple[str, LocalMambaBackbone | None]:
+    """Name of our backbone in a model, as checkpoints know it, and the backbone."""
+    return next(((name, module) for name, module in model.named_modules() if isinstance(module, LocalMambaBackbone)),
+                ('', None))
+
+
 def _tell_facts(backbone: LocalMambaBackbone, state_dict: dict[str, Any], prefix: str, metadata: dict) -> None:
     metadata.update(backbone.facts())
 

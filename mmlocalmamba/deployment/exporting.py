@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mmlocalmamba import sizes
 from mmlocalmamba.deployment.graphs import Graph
+from mmlocalmamba.deployment.runtimes import METADATA, needed
 from mmlocalmamba.ops import BACKEND_VARIABLE
 from mmlocalmamba.ops.onnx import expand
 
 OPSET = 20  # the first with Gelu
-METADATA = 'mmlocalmamba'
 FORMATS = ('.onnx', '.pt2')
 # Of a table of a million steps and more.
 _FOLDED = 1 << 28
@@ -60,11 +60,16 @@ def _fold(model: Any) -> None:
     # Left out by the optimizer as a rule, and in the way of all that follow.
     onnxscript.optimizer.fold_constants(
         model, input_size_limit=_FOLDED, output_size_limit=_FOLDED,
-        should_fold=lambda node: True if node.op_type in ('ConstantOfShape', 'ScatterElements', 'Expand') and all(
-            value is None or value.const_value is not None for value in node.inputs) else None)
+        should_fold=lambda node: node.op_type == 'ConstantOfShape' and node.inputs[0].const_value is not None or None)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     common.DeduplicateInitializersPass(size_limit=_FOLDED)(model)
+
+
+def _texts(metadata: dict[str, Any]) -> dict[str, str]:
+    """As formats have it that know texts alone: all as JSON, and each entry for who reads no JSON."""
+    return {METADATA: json.dumps(metadata),
+            **{key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}}
 
 
 def to_onnx(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
@@ -86,8 +91,8 @@ def to_onnx(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, A
     Raises:
         NotImplementedError: the graph holds an operator that ONNX has no counterpart of; it names it.
     """
-    import onnx
-    import onnx_ir
+    onnx, onnx_ir = needed('onnx'), needed('onnx_ir')
+    needed('onnxscript')  # by torch
     program = _program(graph, shape, any_batch, 'onnx')
     try:
         with warnings.catch_warnings():
@@ -101,9 +106,7 @@ def to_onnx(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, A
     model = made.model
     expand(model)
     _fold(model)
-    model.metadata_props[METADATA] = json.dumps(metadata)
-    for key, value in metadata.items():
-        model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    model.metadata_props.update(_texts(metadata))
     model.graph.doc_string = None
     for node in model.graph.all_nodes():  # where in Python it came from
         node.metadata_props.clear()
@@ -139,17 +142,13 @@ def _store_in_halves(model: Any) -> None:
 
 def _quantize(path: str) -> None:
     """Products with weights in 8 bits, in place."""
-    try:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise RuntimeError(f'int8 needs onnxruntime ({error}): pip install -r requirements/deploy.txt') from error
-    import onnx
-    model = onnx.load(path)
+    quantization = needed('onnxruntime.quantization')
+    model = needed('onnx').load(path)
     # A weight for each direction has more scales than ONNX Runtime's product takes.
     several = {value.name for value in model.graph.initializer if len(value.dims) > 2}
     kept = [node.name for node in model.graph.node if node.op_type == 'MatMul' and several & set(node.input)]
-    quantize_dynamic(path, path, op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True,
-                     weight_type=QuantType.QInt8, nodes_to_exclude=kept)
+    quantization.quantize_dynamic(path, path, op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True,
+                                  weight_type=quantization.QuantType.QInt8, nodes_to_exclude=kept)
 
 
 def to_pt2(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
@@ -177,10 +176,9 @@ def to_aoti(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, A
     Args and returns as in :func:`to_pt2`; metadata are the package's own, with the JSON of each value.
     """
     program = _program(graph, shape, any_batch, 'chunked' if plain else None)
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=path,
-                                                 inductor_configs={'aot_inductor.metadata': texts})
+                                                 inductor_configs={'aot_inductor.metadata': _texts(metadata)})
     return len(program.graph.nodes)
 
 
@@ -219,16 +217,12 @@ def run_eager(graph: nn.Module, images: Tensor) -> list[Tensor]:
     return list(graph(images))
 
 
-def write_checked(path: str, write: Any, check: Any) -> Any:
-    """``write(beside)`` makes the file under a name of its own; it gets ``path`` if ``check(beside)`` does not raise.
-
-    Returns:
-        What both returned.
-    """
+def write_checked(path: str, write: Callable[[str], Any], check: Callable[[str], Any]) -> None:
+    """``write(beside)`` makes the file under another name; it gets ``path`` if ``check(beside)`` does not raise."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.export-') as own:
         beside = os.path.join(own, os.path.basename(path))
-        results = write(beside), check(beside)
+        write(beside)
+        check(beside)
         os.replace(beside, path)
-    return results

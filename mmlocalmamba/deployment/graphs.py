@@ -8,10 +8,10 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor, nn
 
-from mmlocalmamba.backbones.base import LocalMambaBackbone
+from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.compat import load_checkpoint
 from mmlocalmamba.weights.contents import read
-from mmlocalmamba.weights.loading import check_architecture, check_facts, grouped
+from mmlocalmamba.weights.loading import adapted, grouped
 
 
 def load_model(cfg: Config, checkpoint: str | None) -> tuple[nn.Module, list[str] | None]:
@@ -33,16 +33,10 @@ def load_model(cfg: Config, checkpoint: str | None) -> tuple[nn.Module, list[str
     metainfo = {**(known or {}), **(dataset.get('metainfo') or {})}
     if checkpoint is None:
         return model.eval(), metainfo.get('classes')
-    prefix, backbone = next(((name, module) for name, module in model.named_modules()
-                             if isinstance(module, LocalMambaBackbone)), ('', None))
+    prefix, backbone = find_backbone(model)
     loaded = load_checkpoint(checkpoint)
     contents = read(loaded, prefix=prefix)
-    weights = contents.weights
-    if backbone is not None:
-        check_architecture(contents.backbone(), backbone, checkpoint)
-        check_facts(backbone, contents.facts, (), checkpoint)
-        own = backbone.adapt_state_dict(contents.backbone())
-        weights = {**weights, **{contents.prefix + name: value for name, value in own.items()}}
+    weights = contents.weights if backbone is None else adapted(contents, backbone, checkpoint)[1]
     expected = {name: value.shape for name, value in model.state_dict().items()}
     wrong = {'not in it': [name for name in expected if name not in weights],
              'of another shape': [name for name in expected if name in weights

@@ -3,10 +3,14 @@ imported for its own files alone."""
 import json
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+# Key of what a file says about itself, as JSON.
+METADATA = 'mmlocalmamba'
 Function = Callable[[np.ndarray], list[np.ndarray]]
 
 
@@ -35,30 +39,48 @@ def kind_of(path: str) -> str:
     raise ValueError(f'{path} is neither an ONNX file (.onnx) nor a package of PyTorch (.pt2)')
 
 
-def _missing(module: str, error: ImportError) -> RuntimeError:
-    return RuntimeError(f'{module} is not installed ({error}): pip install -r requirements/deploy.txt')
+def normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
+    """A picture as a file takes it.
+
+    Args:
+        pixels: RGB (H, W, 3), of the file's size.
+        metadata: with ``channels``, ``mean`` and ``std``.
+
+    Returns:
+        float32 (1, 3, H, W).
+    """
+    pixels = pixels.astype(np.float32)
+    if metadata['channels'] == 'BGR':
+        pixels = pixels[..., ::-1]
+    pixels = (pixels - np.float32(metadata['mean'])) / np.float32(metadata['std'])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def needed(module: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        RuntimeError: it is not installed; it says how.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise RuntimeError(f'{module} is not installed ({error}): pip install -r requirements/deploy.txt') from error
 
 
 def _onnxruntime(path: str, threads: int | None, precision: str) -> Opened:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise _missing('onnxruntime', error) from error
+    onnxruntime = needed('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or 0, 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     found = session.get_modelmeta().custom_metadata_map
-    return Opened(lambda images: session.run(None, {name: images}), json.loads(found.get('mmlocalmamba', '{}')))
+    return Opened(lambda images: session.run(None, {name: images}), json.loads(found.get(METADATA, '{}')))
 
 
 def _openvino(path: str, threads: int | None, precision: str) -> Opened:
-    try:
-        import openvino
-    except ImportError as error:
-        raise _missing('openvino', error) from error
-    core = openvino.Core()
+    core = needed('openvino').Core()
     config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = threads
@@ -67,9 +89,8 @@ def _openvino(path: str, threads: int | None, precision: str) -> Opened:
     def run(images: np.ndarray) -> list[np.ndarray]:
         return [np.array(value) for value in request.infer([images]).values()]
 
-    import onnx
-    properties = onnx.load(path, load_external_data=False).metadata_props
-    return Opened(run, json.loads(next((entry.value for entry in properties if entry.key == 'mmlocalmamba'), '{}')))
+    properties = needed('onnx').load(path, load_external_data=False).metadata_props
+    return Opened(run, json.loads(next((entry.value for entry in properties if entry.key == METADATA), '{}')))
 
 
 def _torch(path: str, threads: int | None, precision: str) -> Opened:
@@ -86,14 +107,7 @@ def _aoti(path: str, threads: int | None, precision: str) -> Opened:
 
     import mmlocalmamba.ops  # noqa: F401
     package = torch._inductor.aoti_load_package(path)
-    texts = package.get_metadata()
-    metadata = {}
-    for key, value in texts.items():
-        try:
-            metadata[key] = json.loads(value)
-        except ValueError:
-            metadata[key] = value
-    return Opened(_of_module(package, threads), metadata)
+    return Opened(_of_module(package, threads), json.loads(package.get_metadata().get(METADATA, '{}')))
 
 
 def _of_module(module: Callable, threads: int | None) -> Function:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmlocalmamba.ops.dispatch import Backend, ScanInputs
+from mmlocalmamba.ops.scan_order import step_size
 
 DOMAIN = 'mmlocalmamba'
-_FLOAT = 1  # of ONNX's data types
 
 
 def _node(name: str, inputs: list[Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -68,8 +68,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    if bias is not None:
-        delta = delta + bias[:, None]
+    delta = step_size(delta, bias, softplus=False)
     return _softplus(delta) if softplus else delta
 
 
@@ -164,6 +163,5 @@ def expand(model: Any) -> int:
                        num_outputs=2, name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [loop], list(node.outputs),
                                                 list(loop.outputs))
-    model.graph.opset_imports.pop(DOMAIN, None)
     model.opset_imports.pop(DOMAIN, None)
     return len(found)

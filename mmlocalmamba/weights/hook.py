@@ -10,25 +10,17 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from mmlocalmamba.backbones.base import FACTS, LocalMambaBackbone
+from mmlocalmamba.backbones.base import FACTS, find_backbone
 from mmlocalmamba.compat import weights_only
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.weights.contents import read
-from mmlocalmamba.weights.loading import check_architecture, check_facts, fit, grouped
+from mmlocalmamba.weights.loading import adapted, fit, grouped
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model) or (hasattr(model, 'module') and not hasattr(model, 'backbone')):
         model = model.module
     return model
-
-
-def _find_backbone(model: nn.Module) -> tuple[str, LocalMambaBackbone | None]:
-    """Name of our backbone in a model, as checkpoints know it, and the backbone."""
-    for name, module in model.named_modules():
-        if isinstance(module, LocalMambaBackbone):
-            return name, module
-    return '', None
 
 
 @HOOKS.register_module()
@@ -63,17 +55,14 @@ class OfficialCheckpointHook(Hook):
             ValueError: there are no weights in it, or of a model that has no counterpart here.
         """
         model = _unwrapped(runner.model)
-        prefix, backbone = _find_backbone(model)
+        prefix, backbone = find_backbone(model)
         if backbone is None:
             return
         contents = read(checkpoint, self.key, prefix)
         if contents.family is not None and runner._resume:
             raise RuntimeError(f"this is a checkpoint of {contents.family}'s authors: a training cannot resume from "
                                'it, but start, with load_from and without resume')
-        check_architecture(contents.backbone(), backbone, 'the checkpoint')
-        check_facts(backbone, contents.facts, self.allow, 'the checkpoint')
-        own = backbone.adapt_state_dict(contents.backbone())
-        weights = {**contents.weights, **{contents.prefix + name: value for name, value in own.items()}}
+        own, weights = adapted(contents, backbone, 'the checkpoint', self.allow)
         found = fit(backbone, own)
         lines = []
         if found.missing or found.unfit:

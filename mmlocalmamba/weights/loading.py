@@ -106,6 +106,19 @@ def check_architecture(weights: StateDict, backbone: nn.Module, source: str) -> 
     raise RuntimeError(message)
 
 
+def adapted(contents: Contents, backbone: nn.Module, source: str,
+            allow: Sequence[str] = ()) -> tuple[StateDict, StateDict]:
+    """Weights of the backbone, fitted to it, and those of the whole model with these.
+
+    Raises:
+        RuntimeError: they are of another class than ``backbone``, or need what it is not and ``allow`` does not name.
+    """
+    check_architecture(contents.backbone(), backbone, source)
+    check_facts(backbone, contents.facts, allow, source)
+    own = backbone.adapt_state_dict(contents.backbone())
+    return own, {**contents.weights, **{contents.prefix + name: value for name, value in own.items()}}
+
+
 def from_vmamba(contents: Contents, backbone: nn.Module, source: str) -> StateDict:
     """VMamba's weights for a LocalVMamba that scans other directions: each starts from the one that it resembles, v
     from v, everything else, windows too, from h, flipped ones from flipped ones.

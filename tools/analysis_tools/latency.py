@@ -65,8 +65,9 @@ def read_frames(source, limit=64):
 def prepared(frame, size):
     """A frame as a model takes it: (1, 3, size, size)."""
     import cv2
-    pixels = cv2.resize(frame, (size, size)).astype(np.float32)
-    return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)[None])
+
+    from mmlocalmamba.deployment.runtimes import normalised
+    return normalised(cv2.resize(frame, (size, size)), dict(channels='RGB', mean=MEAN, std=STD))
 
 
 def play(run, frames, size, rate, seconds, deadline):

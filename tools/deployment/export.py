@@ -63,11 +63,8 @@ def read_picture(path, metadata):
         picture = Image.open(path).convert('RGB')
     except OSError as error:
         sys.exit(f'--check {path}: no picture that can be read ({error})')
-    pixels = np.asarray(picture.resize((metadata['width'], metadata['height']), Image.BILINEAR), dtype=np.float32)
-    if metadata['channels'] == 'BGR':
-        pixels = pixels[..., ::-1]
-    pixels = (pixels - np.float32(metadata['mean'])) / np.float32(metadata['std'])
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
+    pixels = np.asarray(picture.resize((metadata['width'], metadata['height']), Image.BILINEAR))
+    return runtimes.normalised(pixels, metadata)
 
 
 def main():
