@@ -25,6 +25,7 @@ PROGRAMS = dict(docker=['dockerd', '/usr/bin/docker'], podman=['podman', 'runc']
 BASE, IMAGE = 'mmlocalmamba-base:bookworm', 'mmlocalmamba:test'
 UID = 1000  # of the image
 PREEMPTED = 75
+WHEEL_PORT = 29489  # always the same: layers that were made with another argument are made again
 EPOCHS = 6
 TRAIN = ('python', 'tools/train.py', 'configs/localvmamba-nano_digits.py', '--resume', '--cfg-options',
          'train_dataloader.batch_size=4', f'train_cfg.max_epochs={EPOCHS}')
@@ -211,7 +212,7 @@ def context(tmp_path_factory):
 @pytest.fixture(scope='module')
 def options(engine, tmp_path_factory):
     """Arguments of a build: mirrors, an index, ready wheels, a proxy whose log is `proxy.log`."""
-    folder, port, wheel_port = engine.folder, free_port(), free_port()
+    folder, port = engine.folder, free_port()
     (folder / 'tinyproxy.conf').write_text(
         f'Port {port}\nListen 127.0.0.1\nTimeout 600\nLogFile "{folder}/proxy.log"\nLogLevel Connect\n')
     engine.service(folder / 'tinyproxy.out', 'tinyproxy', '-d', '-c', folder / 'tinyproxy.conf',
@@ -223,9 +224,9 @@ def options(engine, tmp_path_factory):
         arguments.update(PIP_INDEX_URL=pip_index())
     result = []
     if ENGINE == 'docker':  # Debian's has no --build-context
-        engine.service(folder / 'wheels.log', sys.executable, '-m', 'http.server', '--bind', '127.0.0.1', wheel_port,
-                       cwd=wheels, ready=lambda: answers(wheel_port))
-        arguments.update(PIP_FIND_LINKS=f'http://127.0.0.1:{wheel_port}/')
+        engine.service(folder / 'wheels.log', sys.executable, '-m', 'http.server', '--bind', '127.0.0.1', WHEEL_PORT,
+                       cwd=wheels, ready=lambda: answers(WHEEL_PORT))
+        arguments.update(PIP_FIND_LINKS=f'http://127.0.0.1:{WHEEL_PORT}/')
     else:
         result = ['--build-context', f'wheels={wheels}']
     return result + [f'--build-arg={name}={value}' for name, value in arguments.items()]
