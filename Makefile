@@ -26,11 +26,13 @@ OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
 
-.PHONY: help install demo test smoke docs web-demo web-demo-test lint clean
+.PHONY: help install demo test image-test slurm-test smoke docs web-demo web-demo-test lint clean
 
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
 	@echo "make test      install, run the tests; PYTEST_ARGS='-k scans' passes arguments on"
+	@echo "make image-test  the container image, built and run (root; Debian's docker.io, debootstrap; docs/jobs.md)"
+	@echo "make slurm-test  a job on a Slurm of two nodes (root; Debian's slurmctld, slurmd, munge; docs/jobs.md)"
 	@echo "make smoke     install, build every configuration; train, resume and test each task on tiny data"
 	@echo "make install   install only"
 	@echo "make docs      the documentation, into docs/_build (Python >= 3.11; an environment of its own, 10 s)"
@@ -55,6 +57,13 @@ demo: install | $(DEMO_DATA)
 
 test: install
 	@$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
+
+# ENGINE=podman or buildah; IMAGE_CACHE=folder keeps layers.
+image-test: install
+	@$(BIN)/python -m pytest -v -s tests/systems/test_image.py $(PYTEST_ARGS)
+
+slurm-test: install
+	@$(BIN)/python -m pytest -v tests/systems/test_slurm.py $(PYTEST_ARGS)
 
 smoke: install
 	@PATH="$(BIN):$$PATH" $(BIN)/python tools/smoke.py

@@ -35,12 +35,13 @@ if [ -n "${CONTAINER:-}" ]; then
 fi
 
 # All processes leave by themselves once one of them was told to. A node that is through must not take the others along.
+# Slurm signals every process of a node, this shell, too, which must wait for the code.
 # srun's exit code is the highest of the nodes', and one that had to be killed (137) must not hide that another left with
 # 75 and a checkpoint: 75 becomes the highest that there is.
 code=0
 # shellcheck disable=SC2016  # for the shell on the node
 srun --kill-on-bad-exit=0 \
-    bash -c '"$@"; code=$?; case $code in 75) exit 255 ;; 255) exit 1 ;; *) exit $code ;; esac' node \
+    bash -c 'trap : USR1 TERM; "$@"; code=$?; case $code in 75) exit 255 ;; 255) exit 1 ;; *) exit $code ;; esac' node \
     "${container[@]}" python tools/launch.py \
     --nnodes "${#nodes[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${nodes[0]}:$port" "$@" || code=$?

@@ -1,7 +1,7 @@
 """Containers and cluster files: valid, what they name exists, and what they run is what this project offers.
 
-No image is built: that takes a Docker engine. The steps of the build are replayed with an interpreter that only notes
-what pip is asked for.
+No image is built and no scheduler asked here: systems/ does. The steps of the build are replayed with an interpreter
+that only notes what pip is asked for.
 """
 import json
 import os
@@ -11,13 +11,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cluster
 import pytest
 import torch
 import yaml
-from processes import ROOT, finish, start
+from processes import ROOT, finish, port, start
 from torch.distributed import run as torchrun
 
 from mmlocalmamba.engine.preemption import EXIT_PREEMPTED, SIGNALS
@@ -78,7 +79,9 @@ def instructions():
 
 
 INSTRUCTIONS = list(instructions())
-ARGS = dict(argument.partition('=')[::2] for _, name, argument in INSTRUCTIONS if name == 'ARG' and '=' in argument)
+# With their defaults; a stage repeats the names that it wants to know.
+ARGS = {argument.partition('=')[0]: argument.partition('=')[2] for _, name, argument in reversed(INSTRUCTIONS)
+        if name == 'ARG'}
 
 
 def ignored(path):
@@ -154,7 +157,7 @@ def test_layers_install_what_make_installs(stack, context, tmp_path):
                     (image / target).mkdir(parents=True, exist_ok=True)
                     shutil.copy2(context / source, image / target)
         elif name == 'RUN':
-            command = arguments.partition('bash tools/install.sh ')[2]
+            command = arguments.partition('bash tools/install.sh ')[2].partition('&&')[0]
             outputs.append(install(image, *command.split()))
     shutil.copytree(context, clone)
     install(clone, '--no-dev')
@@ -345,6 +348,65 @@ def test_the_first_pod_hosts_the_store(index, conf, extra, monkeypatch):
         assert args.rdzv_conf == conf
 
 
+@pytest.fixture
+def pods(tmp_path):
+    """Starts pods of the job on this machine; `pods.answer()` makes the cluster's DNS know the first one's names.
+
+    A pod knows its own name from its /etc/hosts, as kubelet writes it, and others from the DNS: here, from that file.
+    """
+    namespaces = ['unshare', *(['--user', '--map-root-user'] if os.geteuid() else []), '--mount', '--uts']
+    (tmp_path / 'nsswitch').write_text('hosts: files\n')
+    name, service = JOB['metadata']['name'], SERVICE['metadata']['name']
+    files, number = [], port()
+
+    def pod(index, *task):
+        files.append(tmp_path / f'hosts{index}')
+        files[-1].write_text('127.0.0.1 localhost\n'
+                             f'127.0.3.{index + 1} {name}-{index}.{service}.default.svc.cluster.local {name}-{index}\n')
+        mounts = f'mount --bind {files[-1]} /etc/hosts && mount --bind {tmp_path}/nsswitch /etc/nsswitch.conf'
+        arguments = [re.sub(r'(?<=^--nproc-per-node=).*', '1', argument).replace(':29400', f':{number}')
+                     for argument in CONTAINER['args'][1:]]
+        arguments = arguments[:arguments.index('tools/train.py')]
+        script = f'hostname {name}-{index} && {mounts} && exec "$@"'
+        return start('env', f'--chdir={ROOT}', *namespaces, 'sh', '-c', script, 'sh', sys.executable, *arguments, *task,
+                     JOB_COMPLETION_INDEX=str(index), GLOO_SOCKET_IFNAME='lo')
+
+    def answer():
+        for file in files:
+            with open(file, 'a') as hosts:  # the same file: it is mounted
+                hosts.write(f'127.0.3.1 {name}-0.{service} {name}-0.{service}.default.svc.cluster.local\n')
+
+    def hosts_store():
+        with socket.socket() as sock:
+            return sock.connect_ex(('127.0.3.1', int(number))) == 0
+
+    trial = subprocess.run([*namespaces, 'mount', '--bind', tmp_path / 'nsswitch', '/etc/nsswitch.conf'],
+                           capture_output=True, text=True)
+    if trial.returncode:
+        pytest.skip(f'namespaces are not permitted here: {trial.stderr.strip()}')
+    pod.answer, pod.hosts_store = answer, hosts_store
+    return pod
+
+
+@pytest.mark.skipif(shutil.which('unshare') is None, reason='util-linux is not installed')
+def test_pods_meet_though_the_dns_is_late(pods, tmp_path):
+    """The first pod opens the store before anybody can resolve its name, and the others wait for the name."""
+    task = json.dumps(dict(work_dir=str(tmp_path / 'job'), launcher='pytorch', epochs=1))
+    processes = [pods(index, 'tests/job_task.py', task) for index in (0, 1)]
+    try:
+        end = time.monotonic() + 100
+        while not pods.hosts_store() and all(process.poll() is None for process in processes):
+            assert time.monotonic() < end, 'nobody hosts the store'
+            time.sleep(0.1)
+        assert not (tmp_path / 'job').exists()
+        pods.answer()
+        finish(*processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert {path.name for path in (tmp_path / 'job').glob('state*')} == {'state0.pt', 'state1.pt'}
+
+
 def test_kubernetes_tries_again_after_preemption():
     spec = JOB['spec']
     codes = [rule['onExitCodes'] for rule in spec['podFailurePolicy']['rules']
@@ -417,6 +479,17 @@ def test_slurm_requeues_what_was_preempted(slurm, codes, code):
     assert name == 'tools/launch.py' and arguments.training_script_args == ['CONFIG', '--resume']
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.rdzv_id) == ('2', 'gpu', JOB_ID)
     assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ('c10d', f'localhost:{20000 + int(JOB_ID) % 10000}')
+
+
+SIGNALLED = '''#!/usr/bin/env bash
+kill -USR1 $PPID; kill -TERM $PPID; sleep 0.5; exit 75
+'''
+
+
+def test_slurm_signals_the_shell_of_a_node_too(slurm):
+    """To all processes of a step: who reports the training's code must outlive them."""
+    finish(slurm('tools/train.py', 'CONFIG', programs=dict(python=SIGNALLED)), returncode=EXIT_PREEMPTED)
+    assert slurm.calls() == [f'requeue {JOB_ID}']
 
 
 def test_slurm_in_a_container(slurm):

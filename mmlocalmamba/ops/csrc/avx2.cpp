@@ -1,4 +1,6 @@
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "interface.h"
 // Only what follows may use the wider registers; the rest of the library must run anywhere.
 #if defined(__clang__)
@@ -10,6 +12,7 @@
 #define ISA kAvx2
 #define ISA_NAME "avx2"
 #define ISA_BYTES 32
+#define ISA_PERMUTE
 #define ISA_STATES 8
 #include "kernels.h"
 #if defined(__clang__)

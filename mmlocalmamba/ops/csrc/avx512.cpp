@@ -14,6 +14,7 @@
 #define ISA kAvx512
 #define ISA_NAME "avx512"
 #define ISA_BYTES 64
+#define ISA_PERMUTE
 #define ISA_STATES 16
 #define ISA_AVX512
 #include "kernels.h"

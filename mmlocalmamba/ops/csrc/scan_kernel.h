@@ -13,13 +13,14 @@ struct ChunkScratch {
   T *factor;              // (step, rank): low-rank delta, zeros for pads
   V<T> *weight;           // (block, rank): what makes delta of it
   V<T> *A;                // (block, state), times log2(e)
+  V<T> *A_largest;        // (block): the largest magnitude of these
   V<T> *h;                // (block, state): state, in the backward pass its gradient
   V<T> *dt, *dtu, *y;     // per step
 
   ChunkScratch(Scratch& s, int64_t N, int64_t R)
       : read(s.take<int64_t>(kChunk)), write(s.take<int64_t>(kChunk)), B(s.take<T>(kChunk * N)),
         C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)),
-        A(s.take<V<T>>(kBlocks * N)), h(s.take<V<T>>(kBlocks * N)), dt(s.take<V<T>>(kChunk)),
+        A(s.take<V<T>>(kBlocks * N)), A_largest(s.take<V<T>>(kBlocks)), h(s.take<V<T>>(kBlocks * N)), dt(s.take<V<T>>(kChunk)),
         dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
 };
 
@@ -98,6 +99,33 @@ void load_transposed(const T* from, int64_t count, T factor, int64_t total, Item
   }
 }
 
+// A of all states, in powers of two.
+template <typename S, typename T = Compute<S>>
+void load_A(const ScanProblem<S>& p, Item item, const Channels<T>& channels, const ChunkScratch<T>& c) {
+  load_transposed(p.A, p.states, Constants<T>::log2e, p.channels, item, channels, c.A);
+  for (int64_t block = 0; block < channels.blocks; ++block) {
+    c.A_largest[block] = V<T>{};
+    for (int64_t n = 0; n < p.states; ++n) {
+      c.A_largest[block] = larger<T>(magnitude<T>(c.A[block * p.states + n]), c.A_largest[block]);
+    }
+  }
+}
+
+// Calls f(near), known when it is compiled: whether exp2_near will do for all exponents of a chunk. Where one is not a
+// number, so is the result, either way.
+template <typename T, typename Function>
+INLINE void with_exp2(const ChunkScratch<T>& c, int64_t block, int64_t steps, Function f) {
+  if constexpr (kHasTable<T>) {
+    V<T> dt{};
+    for (int64_t t = 0; t < steps; ++t) dt = larger<T>(magnitude<T>(c.dt[t]), dt);
+    const V<T> largest = dt * c.A_largest[block];
+    bool near = true;
+    for (int lane = 0; lane < kLanes<T>; ++lane) near &= !(largest[lane] > kNear);
+    if (near) return f(std::true_type{});
+  }
+  f(std::false_type{});
+}
+
 template <typename S, typename T = Compute<S>>
 INLINE V<T> load_weight(const T* weight, const ScanProblem<S>& p, Item item, const Channels<T>& channels,
                         int64_t block) {
@@ -152,10 +180,10 @@ INLINE T* checkpoint(const ScanProblem<S>& p, Item item, int64_t chunk, int64_t 
 // Forward
 
 // A chunk of one block, `count` states at a time; y accumulates over the groups of states.
-template <typename T, int count>
-void advance(int64_t steps, int64_t N, const V<T>* A_memory, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
+template <typename T, int count, bool near>
+void advance(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
              V<T>* h_memory, V<T>* y) {
-  constexpr int side = count < ISA_STATES / 2 ? count : ISA_STATES / 2;
+  constexpr int side = count < kSideBySide ? count : kSideBySide;
   V<T> h[count];
   for (int n = 0; n < count; ++n) h[n] = h_memory[n];
   for (int64_t t = 0; t < steps; ++t, B += N, C += N) {
@@ -165,8 +193,8 @@ void advance(int64_t steps, int64_t N, const V<T>* A_memory, const T* B, const T
     for (int first = 0; first < count; first += side) {
       V<T> decay[side];
 #pragma GCC unroll 16
-      for (int i = 0; i < side; ++i) decay[i] = step * A_memory[first + i];
-      exp2<T, side>(decay);
+      for (int i = 0; i < side; ++i) decay[i] = step * A[first + i];
+      exp2<T, side, near>(decay);
 #pragma GCC unroll 16
       for (int i = 0, n = first; i < side; ++i, ++n) {
         h[n] = decay[i] * h[n] + input * B[n];
@@ -178,10 +206,10 @@ void advance(int64_t steps, int64_t N, const V<T>* A_memory, const T* B, const T
   for (int n = 0; n < count; ++n) h_memory[n] = h[n];
 }
 
-template <typename T, int count>
+template <typename T, int count, bool near>
 INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const ChunkScratch<T>& c, int64_t block) {
   for (; N - n >= count; n += count) {
-    advance<T, count>(steps, N, c.A + block * N + n, c.B + n, c.C + n, c.dt, c.dtu, c.h + block * N + n, c.y);
+    advance<T, count, near>(steps, N, c.A + block * N + n, c.B + n, c.C + n, c.dt, c.dtu, c.h + block * N + n, c.y);
   }
   return n;
 }
@@ -192,7 +220,7 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
   ChunkScratch<T> c(scratch, N, p.dt_rank);
-  load_transposed(p.A, N, Constants<T>::log2e, p.channels, item, channels, c.A);
+  load_A(p, item, channels, c);
   if (p.dt_rank) load_transposed(p.dt_weight, p.dt_rank, T(1), p.channels, item, channels, c.weight);
   for (int64_t i = 0; i < channels.blocks * N; ++i) c.h[i] = V<T>{};
 
@@ -243,10 +271,12 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
       } else {
         open_steps(std::false_type{});
       }
-      int64_t n = advance_groups<T, ISA_STATES>(0, steps, N, c, block);
-      n = advance_groups<T, 4>(n, steps, N, c, block);
-      n = advance_groups<T, 2>(n, steps, N, c, block);
-      advance_groups<T, 1>(n, steps, N, c, block);
+      with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {
+        int64_t n = advance_groups<T, ISA_STATES, near>(0, steps, N, c, block);
+        n = advance_groups<T, 4, near>(n, steps, N, c, block);
+        n = advance_groups<T, 2, near>(n, steps, N, c, block);
+        advance_groups<T, 1, near>(n, steps, N, c, block);
+      });
       if (y_columns) {
         store_columns(y + start, p.y_strides.channel, steps, lanes, c.y);
         continue;
@@ -310,22 +340,26 @@ INLINE V<T> sum_lanes(V<T>* x) {
 }
 
 // Forward again through a chunk, keeping what the way back needs.
-template <typename T, int count>
+template <typename T, int count, bool near>
 void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* dt, const V<T>* dtu,
                const V<T>* start, V<T>* decay, V<T>* decayed) {
+  constexpr int side = count < kSideBySide ? count : kSideBySide;
   V<T> h[count];
   for (int n = 0; n < count; ++n) h[n] = start[n];
   for (int64_t t = 0; t < steps; ++t, B += N, decay += count, decayed += count) {
     const V<T> step = dt[t], input = dtu[t];
-    V<T> exponent[count];
 #pragma GCC unroll 16
-    for (int n = 0; n < count; ++n) exponent[n] = step * A[n];
-    exp2<T, count>(exponent);
+    for (int first = 0; first < count; first += side) {
+      V<T> exponent[side];
 #pragma GCC unroll 16
-    for (int n = 0; n < count; ++n) {
-      decay[n] = exponent[n];
-      decayed[n] = decay[n] * h[n];
-      h[n] = decayed[n] + input * B[n];
+      for (int i = 0; i < side; ++i) exponent[i] = step * A[first + i];
+      exp2<T, side, near>(exponent);
+#pragma GCC unroll 16
+      for (int i = 0, n = first; i < side; ++i, ++n) {
+        decay[n] = exponent[i];
+        decayed[n] = decay[n] * h[n];
+        h[n] = decayed[n] + input * B[n];
+      }
     }
   }
 }
@@ -366,7 +400,7 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
   }
 }
 
-template <int count, typename S, typename T = Compute<S>>
+template <int count, bool near, typename S, typename T = Compute<S>>
 INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<S>& p, Item item, int64_t start, int64_t steps,
                                const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c,
                                const BackwardScratch<T>& g) {
@@ -379,7 +413,7 @@ INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<S>& p, 
                    : V<T>{};
     }
     const int64_t state = block * N + n;
-    recompute<T, count>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
+    recompute<T, count, near>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
     const auto sweep = [&](auto with_dA) {
       sweep_back<T, count, decltype(with_dA)::value>(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay,
                                                      g.decayed, c.h + state, g.dA + state, sums, g.ddt, g.ddtu);
@@ -417,7 +451,7 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   ChunkScratch<T> c(scratch, N, p.dt_rank);
   BackwardScratch<T> g(scratch, N);
-  load_transposed(p.A, N, Constants<T>::log2e, p.channels, item, channels, c.A);
+  load_A(p, item, channels, c);
   if (p.dt_rank) load_transposed(p.dt_weight, p.dt_rank, T(1), p.channels, item, channels, c.weight);
   for (int64_t block = 0; block < channels.blocks; ++block) {
     g.dD[block] = g.dbias[block] = V<T>{};
@@ -484,9 +518,11 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
         g.slope[t] = slope;
       }
       V<T>* sums = g.sums;
-      int64_t n = backward_groups<kBackwardStates<T>>(0, sums, p, item, start, steps, channels, block, c, g);
-      n = backward_groups<kBackwardTail<T>>(n, sums, p, item, start, steps, channels, block, c, g);
-      backward_groups<1>(n, sums, p, item, start, steps, channels, block, c, g);
+      with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {
+        int64_t n = backward_groups<kBackwardStates<T>, near>(0, sums, p, item, start, steps, channels, block, c, g);
+        n = backward_groups<kBackwardTail<T>, near>(n, sums, p, item, start, steps, channels, block, c, g);
+        backward_groups<1, near>(n, sums, p, item, start, steps, channels, block, c, g);
+      });
       for (int64_t t = 0; t < steps; ++t) {
         const V<T> ddt = (g.ddt[t] * Constants<T>::ln2 + g.ddtu[t] * g.u[t]) * g.slope[t];
         const V<T> gradient = g.ddtu[t] * c.dt[t] + g.dy[t] * D;

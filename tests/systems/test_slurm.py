@@ -1,0 +1,276 @@
+"""docker/slurm.sh on a real Slurm: two nodes of this machine, each with a network, names and processes of its own.
+
+Needs root and Debian's slurmctld, slurmd and munge: `make slurm-test`.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ('slurmctld', 'slurmd', 'sbatch', 'munged', 'mungekey', 'ip', 'unshare')
+NODES = ('node1', 'node2')
+ADDRESSES = dict(head='10.98.77.254', node1='10.98.77.1', node2='10.98.77.2')
+# Nodes say that they have what docker/slurm.sh asks for: 8 GPUs and 64 cores. A node that is silent for 10 s is down.
+CONFIGURATION = '''
+ClusterName=test
+SlurmctldHost=head({head})
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+SlurmdTimeout=10
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=node1 NodeAddr={node1} CPUs=64 Gres=gpu:8
+NodeName=node2 NodeAddr={node2} CPUs=64 Gres=gpu:8
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL PriorityTier=2
+'''
+
+
+def call(*command, **options):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, f'{command}: {done.stdout}{done.stderr}'
+    return done.stdout
+
+
+def until(condition, seconds=30):
+    """What the condition gives, once that is something."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, f'not after {seconds} s'
+        time.sleep(0.2)
+    return result
+
+
+class Cluster:
+    """A controller (head) and two nodes in namespaces; they share the file system, as clusters do."""
+
+    def __init__(self, folder):
+        self.folder, self.processes = folder, {}
+        self.prefix = f'mml{os.getpid() % 100000}'
+        self.env = dict(os.environ, SLURM_CONF=str(folder / 'slurm.conf'), OMP_NUM_THREADS='1',
+                        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]))
+
+    def namespace(self, host):
+        return f'{self.prefix}{host}'
+
+    def start(self):
+        folder = self.folder
+        for name in ('state', *(f'spool-{node}' for node in NODES)):
+            (folder / name).mkdir()
+        (folder / 'slurm.conf').write_text(CONFIGURATION.format(folder=folder, **ADDRESSES))
+        (folder / 'gres.conf').write_text('Name=gpu File=/dev/tty[0-7]\n')  # any devices
+        call('mungekey', '--create', '--keyfile', folder / 'munge.key')
+        for host, address in ADDRESSES.items():
+            space = self.namespace(host)
+            call('ip', 'netns', 'add', space)
+            call('ip', '-n', space, 'link', 'set', 'lo', 'up')
+            if host == 'head':
+                call('ip', '-n', space, 'link', 'add', 'eth0', 'type', 'bridge')
+            else:
+                call('ip', '-n', space, 'link', 'add', 'eth0', 'type', 'veth', 'peer', 'name', host, 'netns',
+                     self.namespace('head'))
+                call('ip', '-n', self.namespace('head'), 'link', 'set', host, 'up', 'master', 'eth0')
+            call('ip', '-n', space, 'addr', 'add', f'{address}/24', 'dev', 'eth0')
+            call('ip', '-n', space, 'link', 'set', 'eth0', 'up')
+            # As Debian has it: a host's own name leads to 127.0.1.1.
+            names = ''.join(f'{"127.0.1.1" if name == host else other} {name}\n' for name, other in ADDRESSES.items())
+            (folder / f'hosts-{host}').write_text(f'127.0.0.1 localhost\n{names}')
+        self.run('head', 'munge', 'munged', '--foreground', '--force', f'--key-file={folder}/munge.key',
+                 f'--socket={folder}/munge.socket', f'--pid-file={folder}/munge.pid',
+                 f'--log-file={folder}/munge.log', f'--seed-file={folder}/munge.seed')
+        until((folder / 'munge.socket').exists)
+        self.run('head', 'head', 'slurmctld', '-D')
+        for node in NODES:
+            self.power_on(node)
+        until(lambda: self('sinfo', '-h', '-o', '%t %D') == 'idle 2\n')
+
+    def inside(self, host, *command):
+        """A command on a host: its network, name, /etc/hosts and processes, which end with the first of them."""
+        return ['nsenter', f'--net=/run/netns/{self.namespace(host)}', 'unshare', '--uts', '--mount', '--pid', '--fork',
+                '--kill-child', '--mount-proc', 'sh', '-c',
+                f'hostname {host} && mount --bind {self.folder}/hosts-{host} /etc/hosts && exec "$@"', 'sh', *command]
+
+    def run(self, host, name, *command):
+        with open(self.folder / f'{name}.out', 'a') as output:
+            self.processes[name] = subprocess.Popen(self.inside(host, *command), env=self.env, stdout=output,
+                                                    stderr=output, start_new_session=True)
+
+    def power_on(self, node):
+        self.run(node, node, 'slurmd', '-D')
+
+    def power_off(self, node):
+        """SIGKILL to all of its processes at once: slurmd, steps, trainings."""
+        process = self.processes.pop(node)
+        process.kill()
+        process.wait()
+
+    def stop(self):
+        for name in list(self.processes):
+            self.power_off(name)
+        for host in ADDRESSES:
+            subprocess.run(['ip', 'netns', 'del', self.namespace(host)], capture_output=True)
+
+    def __call__(self, *command):
+        """The output of one of Slurm's commands."""
+        return call(*self.inside('head', *map(str, command)), env=self.env, cwd=ROOT)
+
+    def show(self, job):
+        return dict(re.findall(r'(\w+)=(\S*)', self('scontrol', 'show', 'job', job)))
+
+    def logs(self):
+        return '\n'.join(f'==== {path.name}\n{path.read_text(errors="replace")[-3000:]}'
+                         for path in sorted(self.folder.glob('*.*')) if path.suffix in ('.log', '.out'))
+
+
+@pytest.fixture(scope='module')
+def cluster(tmp_path_factory):
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing or os.geteuid():
+        pytest.fail(f'needs root, slurmctld, slurmd, slurm-client, munge and iproute2; missing: {missing}')
+    # munged wants a folder that nobody else may write to.
+    cluster = Cluster(tmp_path_factory.mktemp('cluster'))
+    try:
+        cluster.start()
+        yield cluster
+    except Exception:
+        print(cluster.logs())
+        raise
+    finally:
+        cluster.stop()
+
+
+EPOCHS = 8
+
+
+class Job:
+    """docker/slurm.sh as a user submits it, with nothing overridden but where the log goes."""
+
+    def __init__(self, cluster, folder, data):
+        self.cluster, self.folder = cluster, folder
+        self.log = folder / 'job.log'
+        options = [f'{name}_dataloader.dataset.data_root={data}' for name in ('train', 'val')]
+        self.id = cluster(
+            'env', 'PROCESSES=1', 'sbatch', '--parsable', '--output', self.log, 'docker/slurm.sh', 'tools/train.py',
+            'configs/localvmamba-nano_digits.py', '--launcher', 'pytorch', '--resume', '--work-dir', folder,
+            '--cfg-options', *options, 'train_dataloader.batch_size=4', f'train_cfg.max_epochs={EPOCHS}').strip()
+
+    def text(self):
+        return self.log.read_text() if self.log.exists() else ''
+
+    def wait_for(self, *states):
+        """Until the job is in one of the states; its description then."""
+        def there():
+            job = self.cluster.show(self.id)
+            assert job['JobState'] in states or job['JobState'] not in ('FAILED', 'CANCELLED', 'TIMEOUT'), self.text()
+            return job if job['JobState'] in states else None
+        return until(there, 600)
+
+    def is_training(self):
+        """After a checkpoint, within an epoch."""
+        until(lambda: re.search(r'Epoch\(train\)\s+\[2\]', self.text()), 300)
+
+    def restart(self):
+        """What Slurm does by itself after 2 minutes (BeginTime), or at once if a node was lost."""
+        job = self.wait_for('PENDING', 'RUNNING')
+        assert job['Restarts'] == '1', job
+        if job['JobState'] == 'PENDING':
+            assert job['Reason'] in ('BeginTime', 'None', 'Resources', 'Priority'), job
+            self.cluster('scontrol', 'update', f'JobId={self.id}', 'StartTime=now')
+
+    def result(self):
+        job = self.wait_for('COMPLETED')
+        assert job['ExitCode'] == '0:0'
+        checkpoint = torch.load(self.folder / f'epoch_{EPOCHS}.pth', weights_only=False)
+        return {name: checkpoint[name] for name in ('state_dict', 'optimizer', 'param_schedulers')}
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+@pytest.fixture(scope='module')
+def whole(cluster, tiny_digits, tmp_path_factory):
+    """What a training ends with that nothing disturbs."""
+    return Job(cluster, tmp_path_factory.mktemp('whole'), tiny_digits).result()
+
+
+@pytest.fixture
+def job(cluster, tiny_digits, tmp_path, whole):
+    job = Job(cluster, tmp_path, tiny_digits)
+    job.is_training()
+    yield job
+    print(job.text()[-3000:])
+    subprocess.run(cluster.inside('head', 'scancel', job.id), env=cluster.env)
+    until(lambda: cluster('sinfo', '-h', '-o', '%t %D') == 'idle 2\n', 120)
+
+
+def preempted(job, whole):
+    """It left with a checkpoint, comes back, and ends as if nothing had been."""
+    until(lambda: 'preempted after iteration' in job.text(), 60)
+    job.restart()
+    assert equal(job.result(), whole)
+    assert job.text().count('preempted after iteration') == 1
+
+
+def test_signalled(job, whole):
+    """SIGUSR1 as `--signal` sends it, to all processes of both nodes. Nobody brings the restart forward."""
+    job.cluster('scancel', '--signal=USR1', job.id)
+    until(lambda: job.cluster.show(job.id)['Restarts'] == '1', 120)
+    assert equal(job.result(), whole)
+    assert job.text().count('preempted after iteration') == 1
+
+
+def test_time_limit(job, whole):
+    """Two minutes before its time is up."""
+    job.cluster('scontrol', 'update', f'JobId={job.id}', 'TimeLimit=2')
+    until(lambda: job.cluster.show(job.id)['Restarts'] == '1', 120)
+    job.cluster('scontrol', 'update', f'JobId={job.id}', 'TimeLimit=60')
+    preempted(job, whole)
+
+
+def test_requeued(job, whole):
+    job.cluster('scontrol', 'requeue', job.id)
+    preempted(job, whole)
+
+
+def test_preempted_by_an_urgent_job(job, whole):
+    job.cluster('srun', '--partition=urgent', '--nodes=2', '--gpus-per-node=8', 'true')
+    preempted(job, whole)
+
+
+@pytest.mark.parametrize('node', NODES)
+def test_a_node_is_lost(job, whole, node):
+    """The one with the job's script and the store, or the other: from the last regular checkpoint."""
+    job.cluster.power_off(node)
+    until(lambda: job.cluster.show(job.id)['Restarts'] == '1', 180)
+    job.cluster.power_on(node)
+    job.restart()
+    assert equal(job.result(), whole)
