@@ -508,6 +508,7 @@ def test_slurm_signal():
     assert 'requeue' in options and options['open-mode'] == 'append' and options['ntasks-per-node'] == '1'
 
 
+@pytest.mark.slow
 def test_slurm_trains_on_two_nodes(slurm, tmp_path):
     """The training itself, on a process for each of two launchers: preempted on one, it leaves on both."""
     task = json.dumps(dict(work_dir=str(tmp_path / 'job'), launcher='pytorch', signal_at=4))

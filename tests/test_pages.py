@@ -87,6 +87,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('pages', PAGES)
+@pytest.mark.slow
 def test_a_reader_gets_to_the_end(pages, run, tmp_path):
     if pages == 'own_boxes':
         pytest.importorskip('globox')

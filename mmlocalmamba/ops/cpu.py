@@ -49,7 +49,7 @@ def unavailable(u: Tensor) -> str | None:
 
 def instruction_sets() -> list[str]:
     """What this machine can run, best first; empty without the extension."""
-    return [] if _MISSING else _EXTENSION.instruction_sets()
+    return [] if _EXTENSION is None else _EXTENSION.instruction_sets()
 
 
 _EXTENSION, _MISSING = _load()

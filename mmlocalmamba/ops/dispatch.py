@@ -122,7 +122,7 @@ class ScanInputs(NamedTuple):
             expect_shape('u', u, (batch, K, rows, width), '(B, K, L, D)')
         else:
             expect_shape('u', u, (batch, rows, width), '(B, L, D)')
-        if src is None:
+        if src is None or inv is None:
             if not in_scan_order:
                 raise ValueError('tables are needed unless in_scan_order=True')
         else:

@@ -80,7 +80,8 @@ def declare(name: str, schema: str, fake: Callable, backward: Callable = refuse_
 
     methods = dict(forward=forward, setup_context=setup_context, backward=backward, jvp=refuse_tangent,
                    vmap=one_by_one(partial(call, name)))
-    function = type(name, (torch.autograd.Function, ), {key: staticmethod(value) for key, value in methods.items()})
+    function: Any = type(name, (torch.autograd.Function, ),
+                         {key: staticmethod(value) for key, value in methods.items()})
 
     def differentiable(*args):
         if torch._C._are_functorch_transforms_active():
