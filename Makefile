@@ -26,11 +26,14 @@ OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
 
-.PHONY: help install demo test image-test slurm-test audit smoke docs web-demo web-demo-test lint clean
+.PHONY: help install demo test test-all coverage image-test slurm-test audit smoke docs web-demo web-demo-test lint \
+	clean
 
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
-	@echo "make test      install, run the tests; PYTEST_ARGS='-k scans' passes arguments on"
+	@echo "make test      install, run the fast tests; PYTEST_ARGS='-k scans' passes arguments on"
+	@echo "make test-all  all tests"
+	@echo "make coverage  the fast tests, and which lines they do not reach"
 	@echo "make image-test  the container image, built and run (root; Debian's docker.io, debootstrap; docs/jobs.md)"
 	@echo "make slurm-test  a job on a Slurm of two nodes (root; Debian's slurmctld, slurmd, munge; docs/jobs.md)"
 	@echo "make audit     bill of materials of the environment, and known holes of what is pinned (asks PyPI)"
@@ -39,7 +42,7 @@ help:
 	@echo "make docs      the documentation, into docs/_build (Python >= 3.11; an environment of its own, 10 s)"
 	@echo "make web-demo  the demo in a browser, into docs/demo/_build (npm; trains a classifier first, 2 to 4 minutes)"
 	@echo "make web-demo-test   the same, tested in a headless Chromium (npm, chromium)"
-	@echo "make lint      ruff"
+	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove what these commands have made"
 	@echo "STACK=onedl after any of them takes the OneDL stack instead of OpenMMLab."
 
@@ -57,7 +60,13 @@ demo: install | $(DEMO_DATA)
 	@$(BIN)/python tools/demo.py $(DEMO_CONFIG) $(DEMO_DIR)
 
 test: install
+	@$(BIN)/python -m pytest -q -m "not slow" tests $(PYTEST_ARGS)
+
+test-all: install
 	@$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
+
+coverage: install
+	@$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term-missing:skip-covered tests $(PYTEST_ARGS)
 
 # ENGINE=podman or buildah; IMAGE_CACHE=folder keeps layers.
 image-test: install
@@ -117,6 +126,7 @@ web-demo-test: web-demo
 
 lint: install
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-onedl .venv-docs .venv-audit build docs/_build $(WEB)/_build $(WEB)/node_modules \

@@ -25,7 +25,7 @@ def _restricted_getattr(owner: Any, name: str) -> Any:
 class _PlainDict:
     """Stands in for yacs' configuration in pickles: a dictionary without methods of its own."""
 
-    def __new__(cls) -> OrderedDict:
+    def __new__(cls) -> Any:
         return OrderedDict()
 
 

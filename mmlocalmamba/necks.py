@@ -1,4 +1,7 @@
 """Necks for plain backbones."""
+from collections.abc import Sequence
+from math import log2
+
 from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -50,3 +53,43 @@ class SimpleFPN(BaseModule):
         while len(outs) < self.num_outs:
             outs.append(F.max_pool2d(outs[-1], 1, stride=2))
         return tuple(outs)
+
+
+@MODELS.register_module()
+class Pyramid(BaseModule):
+    """Brings maps of one stride to several, for necks and heads that read a pyramid.
+
+    A map is enlarged by transposed convolutions of stride 2, with a norm and GELU between two of them, as in ViTDet and
+    BEiT, and reduced by max-pooling. (mmsegmentation's Feature2Pyramid has two fixed lists of scales, and is not there
+    for a detector.)
+
+    Args:
+        channels: of every map.
+        scales: of every map, powers of two: 4 makes stride 4 of stride 16.
+        norm_cfg: between two transposed convolutions; None for GroupNorm of one group.
+        init_cfg: as in BaseModule.
+
+    Raises:
+        ValueError: a scale is no power of two.
+    """
+
+    def __init__(self, channels: int, scales: Sequence[float], norm_cfg: dict | None = None,
+                 init_cfg: dict | None = None) -> None:
+        super().__init__(init_cfg)
+        if not scales or any(scale <= 0 or log2(scale) % 1 for scale in scales):
+            raise ValueError(f'scales must be powers of two, got {scales}')
+        norm_cfg = norm_cfg or dict(type='GN', num_groups=1)
+        self.resample = nn.ModuleList()
+        for steps in (int(log2(scale)) for scale in scales):
+            layers: list[nn.Module] = [nn.MaxPool2d(2 ** -steps, ceil_mode=True)] if steps < 0 else []
+            for step in range(steps):
+                if step:
+                    layers += [build_norm_layer(norm_cfg, channels)[1], nn.GELU()]
+                layers.append(nn.ConvTranspose2d(channels, channels, 2, 2))
+            self.resample.append(nn.Sequential(*layers))
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As many maps (B, channels, H, W) as scales -> maps (B, channels, scale * H, scale * W), rounded up."""
+        if len(inputs) != len(self.resample):
+            raise ValueError(f'{len(self.resample)} scales for {len(inputs)} maps')
+        return tuple(resample(x) for resample, x in zip(self.resample, inputs))

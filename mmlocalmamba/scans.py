@@ -228,7 +228,7 @@ def _make(sets: Iterable[tuple[str, ...]], H: int, W: int, pad: bool, middle_tok
 def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = True, middle_token: bool | str = False,
                    device: str | torch.device = 'cpu') -> dict[tuple[str, ...], ScanTables]:
     """:func:`scan_tables` of several sets of directions over the same tokens, e.g. of the blocks of a stage."""
-    sets = tuple(dict.fromkeys(map(tuple, sets)))
+    names_of: tuple[tuple[str, ...], ...] = tuple(dict.fromkeys(map(tuple, sets)))
     if torch.jit.is_tracing():  # FLOP counters do; sizes are tensors then, and the graph is for one size
         H, W = int(H), int(W)
     symbolic = not (isinstance(H, int) and isinstance(W, int))
@@ -236,12 +236,12 @@ def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = Tr
         # One node of a compiled graph, which finds the tables in the cache when it runs; expressions for the sizes of
         # later stages would take minutes to trace. A graph that is exported for one size (torch.export's default way)
         # holds plain operations instead, which need nothing of this package.
-        joined = ';'.join(','.join(names) for names in sets)
+        joined = ';'.join(','.join(names) for names in names_of)
         tables = _scan_tables(joined, H, W, pad, str(middle_token), torch.device(device))
-        return {names: ScanTables(*tables[2 * i:2 * i + 2]) for i, names in enumerate(sets)}
+        return {names: ScanTables(*tables[2 * i:2 * i + 2]) for i, names in enumerate(names_of)}
     _check_size(H, W)
-    return of_size(lambda device, traced: _make(sets, H, W, pad, middle_token, device, traced), device,
-                   'scan_tables', sets, H, W, pad, middle_token)
+    return of_size(lambda device, traced: _make(names_of, H, W, pad, middle_token, device, traced), device,
+                   'scan_tables', names_of, H, W, pad, middle_token)
 
 
 @torch.library.custom_op('mmlocalmamba::scan_tables', mutates_args=())
@@ -267,7 +267,7 @@ def _count_steps(base: str, H: int, W: int, pad: bool) -> int:
     function, built_in = _resolve(base)
     if not pad or built_in and not isinstance(function, partial):
         return H * W
-    if built_in:  # windows
+    if built_in and isinstance(function, partial):  # windows
         K = function.args[1]
         return -(-H // K) * K * (-(-W // K) * K)
     return function(H, W).shape[0]

@@ -1,8 +1,11 @@
 """Pictures of scan orders (the paper's Fig. 1), of the direction search (Figs. 4 and 5), and of what a trained
 backbone does: its effective receptive fields and the gates of its SCAttn modules."""
+from __future__ import annotations
+
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,8 +14,12 @@ from torch import Tensor, nn
 from mmlocalmamba.layers import SCAttn
 from mmlocalmamba.scans import CANDIDATES, scan_index
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def _panels(names: Sequence[str], H: int, W: int, columns: int, side: float):
+
+def _panels(names: Sequence[str], H: int, W: int, columns: int, side: float) -> Figure:
     """A figure, and axes with a frame of H x W tokens for each scan; borders of its windows are drawn."""
     from matplotlib.figure import Figure
 
@@ -38,7 +45,7 @@ def _panels(names: Sequence[str], H: int, W: int, columns: int, side: float):
     return figure
 
 
-def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | None = None, columns: int = 4):
+def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | None = None, columns: int = 4) -> Figure:
     """Draw the path that each scan takes over a grid of tokens.
 
     Args:
@@ -61,7 +68,7 @@ def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | N
         if image is not None:
             axes.imshow(image, extent=(-0.5, W - 0.5, H - 0.5, -0.5), alpha=0.8, interpolation='bilinear')
         axes.add_collection(LineCollection(
-            np.stack([points[:-1], points[1:]], axis=1), cmap='plasma', array=np.arange(len(points) - 1),
+            list(np.stack([points[:-1], points[1:]], axis=1)), cmap='plasma', array=np.arange(len(points) - 1),
             linewidths=1.6, path_effects=[patheffects.Stroke(linewidth=2.8, foreground='white', alpha=0.7),
                                           patheffects.Normal()]))
         axes.plot(*points[0], 'o', color='tab:red', markeredgecolor='white', markersize=7)
@@ -69,7 +76,7 @@ def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | N
 
 
 def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, int] | None = None,
-                        columns: int = 4):
+                        columns: int = 4) -> Figure:
     """Draw how many steps of each scan lie between the tokens and one of them.
 
     Args:
@@ -82,6 +89,7 @@ def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, 
         A matplotlib Figure; the scale is logarithmic, the token has a cross.
     """
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = _panels(names, H, W, columns, side=3.2)
     row, column = token or (5 * H // 7, 5 * W // 7)
@@ -93,11 +101,11 @@ def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, 
         shown = axes.imshow(away, norm=norm, cmap='viridis_r', extent=(-0.5, W - 0.5, H - 0.5, -0.5))
         axes.plot(column, row, 'x', color='tab:red', markersize=9, markeredgewidth=2.5)
     bar = figure.colorbar(shown, ax=figure.axes[:len(names)], label='steps away', shrink=0.8)
-    bar.formatter = '{x:g}'
+    bar.formatter = StrMethodFormatter('{x:g}')
     return figure
 
 
-def _grid_of_blocks(axes, blocks: int, names: Sequence[str]) -> None:
+def _grid_of_blocks(axes: Axes, blocks: int, names: Sequence[str]) -> None:
     """Ticks and cell borders of a matrix with a column a block and a row a direction."""
     axes.set_xticks(range(0, blocks, max(1, blocks // 20)))
     axes.set_yticks(range(len(names)), labels=names, family='monospace', fontsize=8)
@@ -119,7 +127,7 @@ def _used_names(directions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[str] | None = None,
-                    probabilities: np.ndarray | None = None, stages: Sequence[int] | None = None):
+                    probabilities: np.ndarray | None = None, stages: Sequence[int] | None = None) -> Figure:
     """Draw which directions each block has, like the paper's Figs. 4 and 5.
 
     Args:
@@ -160,7 +168,7 @@ def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[st
 
 
 def draw_alphas(steps: Sequence[int], probabilities: np.ndarray, candidates: Sequence[str], blocks: Sequence[str],
-                columns: int = 5):
+                columns: int = 5) -> Figure:
     """Draw the probabilities of a direction search over time, a panel a block.
 
     Args:
@@ -232,7 +240,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def _sum_of_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
     generator = torch.Generator().manual_seed(0)
-    fields = None
+    fields: list[Any] = []
     for image in images:  # one at a time: the graph of a large backbone is held for one image only
         image = image[None].clone().requires_grad_()
         outs = backbone(image)
@@ -266,7 +274,7 @@ def square_of_share(field: np.ndarray, share: float, stride: int = 1) -> tuple[i
 
 
 def draw_receptive_fields(fields: Sequence[np.ndarray], titles: Sequence[str], strides: Sequence[int],
-                          shares: Sequence[float] = (0.5, 0.9), columns: int = 4):
+                          shares: Sequence[float] = (0.5, 0.9), columns: int = 4) -> Figure:
     """Draw effective receptive fields, a panel an output.
 
     Args:
@@ -329,10 +337,10 @@ def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[st
               and isinstance(getattr(module, 'scattn', None), SCAttn)}
     if not mixers:
         raise ValueError(f'{type(backbone).__name__} has no SCAttn module: was it built with scattn=False?')
-    sums = {}
+    sums: dict[str, Any] = {}
 
-    def add(name):
-        def hook(scattn, inputs):
+    def add(name: str) -> Callable[[SCAttn, tuple[Tensor, ...]], None]:
+        def hook(scattn: SCAttn, inputs: tuple[Tensor, ...]) -> None:
             sums[name] = sums.get(name, 0) + scattn.gate(*inputs).mean(dim=(0, 2)).double().cpu().numpy()
         return hook
 
@@ -348,7 +356,7 @@ def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[st
             for name, mixer in mixers.items()]
 
 
-def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]):
+def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]) -> Figure:
     """Draw SCAttn's gates: a column a block, a row a direction.
 
     Args:

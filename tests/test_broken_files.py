@@ -149,6 +149,7 @@ def untouched(data):
 
 
 @pytest.mark.parametrize('task', CONFIGS)
+@pytest.mark.slow
 def test_a_training_stops_or_skips(digits, task):
     broken = damage_half(digits, task)
     stopped = runner(digits, task, 'stop', skip=0)
@@ -167,6 +168,7 @@ def test_a_training_stops_or_skips(digits, task):
     assert f'{len(skipped)} files were left out of the training' in log
 
 
+@pytest.mark.slow
 def test_a_training_skips_no_more_than_it_may(digits):
     damage_half(digits, 'classification')
     with pytest.raises(RuntimeError, match=r'1 files were left out before.*BrokenFilesHook\(skip=...\)'):
@@ -178,6 +180,7 @@ def test_a_training_skips_no_more_than_it_may(digits):
 
 
 @pytest.mark.parametrize('skip', [0, 100])
+@pytest.mark.slow
 def test_held_out_data_are_watched(digits, skip):
     """Of a direction search: they are trained on, too, so that files may be left out."""
     cfg = configure(digits, CONFIGS['classification'], digits.parent / 'work', iterations=1, batch=4)

@@ -49,6 +49,7 @@ def halves(model):
 @pytest.mark.parametrize('name', ['localvmamba-nano_digits', 'faster-rcnn_localvmamba-nano_digits',
                                   'upernet_localvim-nano_digits'])
 @pytest.mark.parametrize('place', ['child', 'option'])
+@pytest.mark.slow
 def test_pretrained_is_one_variable(name, place, configuration, tmp_path, messages):
     path = weights(name, tmp_path)
     cfg = (configuration(name, f'pretrained = {path!r}') if place == 'child' else
@@ -225,6 +226,7 @@ def test_no_name_is_right(configuration):
         runner(cfg).train()
 
 
+@pytest.mark.slow
 def test_classes_in_another_order(boxes):
     """MMDetection numbers them by the file: names would belong to other boxes."""
     def swap(content):
@@ -288,6 +290,7 @@ def test_a_sample_without_polygons_is_named(boxes):
 
 
 @pytest.mark.parametrize('name', ['faster-rcnn_localvmamba-nano_digits', 'retinanet_localvmamba-nano_digits'])
+@pytest.mark.slow
 def test_box_detectors_train_on_boxes_alone(name, boxes, tiny_digits, tmp_path, monkeypatch):
     cfg = boxes(name, no_polygons)
     val = rewrite(tiny_digits / 'coco/annotations/instances_val.json', tmp_path / 'val.json', no_polygons)

@@ -56,6 +56,16 @@ def gradients(model, x):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_channels_and_strides_of_outputs_are_told(kind):
+    model, x = build(kind), image(32, 48)
+    outs = model(x)
+    assert [out.shape[1] for out in outs] == model.out_channels
+    assert len(model.out_strides) == len(outs)
+    for out, stride in zip(outs, model.out_strides):
+        assert out.ndim == 2 or out.shape[-2:] == (32 // stride, 48 // stride)
+
+
 @pytest.mark.parametrize('cls,arch', ARCHS, ids=lambda value: getattr(value, '__name__', value))
 def test_architectures_are_those_of_the_paper(cls, arch):
     """Built without memory for their weights."""
@@ -179,6 +189,7 @@ def test_what_vim_taps(feature):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.slow
 def test_compiled_at_two_sizes(kind):
     """As one graph each; the second size makes torch.compile trace with symbolic sizes."""
     if 'search' in kind:
@@ -198,6 +209,7 @@ def test_compiled_at_two_sizes(kind):
 
 @pytest.mark.parametrize('kind', ['vmamba', 'vim', 'vim-class-token'])
 @pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.slow
 def test_exported_graphs(kind, dynamic):
     """For one size the graph has none of our table operators; with free H and W, others run too. What eager code has
     cached stays real."""

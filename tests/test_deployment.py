@@ -76,6 +76,7 @@ CASES = {
 
 
 @pytest.mark.parametrize('case', CASES)
+@pytest.mark.slow
 def test_onnx_equals_eager(case, spiral, tmp_path):
     """At a size that no patch and no window divides, in ONNX Runtime; stock operators alone."""
     graph = OfBackbone(randomised(CASES[case]())).eval()
@@ -91,6 +92,7 @@ def test_onnx_equals_eager(case, spiral, tmp_path):
         np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
 
 
+@pytest.mark.slow
 def test_any_number_of_images(tmp_path):
     graph, path = OfBackbone(randomised(vmamba())).eval(), str(tmp_path / 'model.onnx')
     exporting.to_onnx(graph, (32, 32), path, {}, any_batch=True)
@@ -108,6 +110,7 @@ def test_softplus_is_torchs():
 
 
 @pytest.mark.parametrize('plain', [False, True])
+@pytest.mark.slow
 def test_programs_of_torch(plain, tmp_path):
     """A plain one names no operator of ours, and metadata come back."""
     graph, path = OfBackbone(randomised(vim())).eval(), str(tmp_path / 'model.pt2')
@@ -145,6 +148,7 @@ def run(monkeypatch, *arguments):
     export.main()
 
 
+@pytest.mark.slow
 def test_command(classifier, tmp_path, monkeypatch, capsys):
     """A file with what its user must know, checked; smaller numbers; nothing else is left."""
     sizes = {}
@@ -163,6 +167,7 @@ def test_command(classifier, tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path)) == ['float16.onnx', 'float32.onnx', 'int8.onnx']
 
 
+@pytest.mark.slow
 def test_what_disagrees_is_not_left(classifier, tmp_path, monkeypatch):
     """Here the file's weights are halved after it was written; an older file stays."""
     out = tmp_path / 'model.onnx'
@@ -202,6 +207,7 @@ def test_bad_input(classifier, arguments, message, tmp_path, monkeypatch, capsys
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_operator_without_counterpart(classifier, tmp_path, monkeypatch):
     """It is named, and the remedy."""
     def load_model(cfg, checkpoint):
@@ -237,6 +243,7 @@ def small(name):
 
 
 @pytest.mark.parametrize('name', ['mask-rcnn_localvmamba-nano_digits', 'faster-rcnn_localvmamba-nano_digits'])
+@pytest.mark.slow
 def test_detectors(name, tmp_path):
     """The graph finds what MMDetection's own predict finds, and the file what the graph finds."""
     from mmdet.structures import DetDataSample
@@ -307,6 +314,7 @@ def test_other_detectors_give_their_features(tmp_path):
     ('localvmamba-nano_digits', (32, 32), 'accuracy/top1'),
     ('upernet_localvmamba-nano_digits', (128, 128), 'mIoU'),
 ])
+@pytest.mark.slow
 def test_metrics_of_a_file(name, shape, metric, configuration, tmp_path, monkeypatch, capsys):
     """They are those that the model itself has on the same data."""
     from mmengine.runner import Runner

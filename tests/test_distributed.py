@@ -45,6 +45,7 @@ def test_two_processes_have_the_loss_curve_of_one(tiny_digits, tmp_path):
         assert alone[0]['loss'] != alone[-1]['loss']
 
 
+@pytest.mark.slow
 def test_sharded_parameters_take_the_same_steps(tmp_path):
     """FSDP through MMEngine's FlexibleRunner: the checkpoint of two processes that hold half of the weights each."""
     program = [*PYTHON, ROOT / 'tests/fsdp_task.py']
@@ -79,6 +80,7 @@ def check(folder, whole):
         assert same(torch.load(folder / f'state{rank}.pt'), whole[rank])
 
 
+@pytest.mark.slow
 def test_all_leave_when_one_is_signalled(tmp_path, whole):
     run_on_two(*job(tmp_path, workers=1, signal_at=4), returncode=75)
     assert torch.load(tmp_path / 'preempted.pth', weights_only=True)['meta']['iter'] == 4
@@ -95,6 +97,7 @@ def local(restarts=0):
             f'127.0.0.1:{port()}', '--local-addr', '127.0.0.1']
 
 
+@pytest.mark.slow
 def test_elastic_restart_goes_on_from_the_last_checkpoint(tmp_path, whole):
     """Also if a process is late, so that another could find the address that it had in its first life."""
     task = job(tmp_path, workers=1, resume=True, kill_at=5)
@@ -103,6 +106,7 @@ def test_elastic_restart_goes_on_from_the_last_checkpoint(tmp_path, whole):
     check(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_launcher_says_that_it_was_preempted(tmp_path, whole):
     """The launcher is signalled, and signals the processes with their dataloader workers."""
     task = job(tmp_path, workers=1, slow=0.1)
@@ -143,6 +147,7 @@ two_nodes = pytest.fixture(namespaces)
 
 
 @pytest.mark.skipif(None in map(shutil.which, ('ip', 'unshare')), reason='iproute2 or util-linux is not installed')
+@pytest.mark.slow
 def test_two_nodes(two_nodes, tmp_path, whole):
     """One process on each of two hosts that see each other over a network alone, and share the work directory.
 

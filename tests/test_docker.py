@@ -388,6 +388,7 @@ def pods(tmp_path):
     return pod
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('unshare') is None, reason='util-linux is not installed')
 def test_pods_meet_though_the_dns_is_late(pods, tmp_path):
     """The first pod opens the store before anybody can resolve its name, and the others wait for the name."""
@@ -508,6 +509,7 @@ def test_slurm_signal():
     assert 'requeue' in options and options['open-mode'] == 'append' and options['ntasks-per-node'] == '1'
 
 
+@pytest.mark.slow
 def test_slurm_trains_on_two_nodes(slurm, tmp_path):
     """The training itself, on a process for each of two launchers: preempted on one, it leaves on both."""
     task = json.dumps(dict(work_dir=str(tmp_path / 'job'), launcher='pytorch', signal_at=4))

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmlocalmamba import backbones, layers, registry, scans, search
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *sorted((ROOT / 'docs').glob('*.md'))]
 CONFIGS = {path.stem for path in (ROOT / 'configs').glob('*.py')}
 CONFIG = r'[\w{},*-]+_(?:in1k|coco|ade20k-512x512|digits)\b'
 OPTION = r'(?<![\w-])--[a-z][a-z_-]*'

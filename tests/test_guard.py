@@ -169,6 +169,7 @@ def test_it_counts_on_after_resumption(tmp_path):
 
 @pytest.mark.parametrize('wrapper,where', [({}, 'loss'), (SCALED, 'loss'), (SCALED, 'gradient')],
                          ids=['plain-loss', 'scaled-loss', 'scaled-gradient'])
+@pytest.mark.slow
 def test_two_processes_stop_alike(tmp_path, wrapper, where):
     """One of them has the NaN: in its loss, which the other does not see; in a gradient, which both get."""
     task = dict(launcher='pytorch', wrapper=wrapper, epochs=1, guard=dict(skip=1, scaler_skips=1),

@@ -107,6 +107,7 @@ def test_batches_before_the_position_are_not_loaded(tmp_path):
     assert len((tmp_path / 'loaded').read_text().split()) == 6
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_samples_of_one():
     single = next(stream(DefaultSampler(Images(), seed=1)))['inputs']
     parts = []
@@ -239,6 +240,7 @@ def test_a_checkpoint_of_another_loop_begins_the_epoch_anew(tmp_path, caplog):
     assert train(tmp_path, epochs=2, resume=True).iter == 12
 
 
+@pytest.mark.slow
 def test_signals_to_a_whole_process_group(tmp_path):
     """Schedulers and torchrun signal dataloader workers, too, which would take the training with them."""
     options = dict(work_dir=str(tmp_path / 'parts'), workers=2, persistent=True)
@@ -299,6 +301,7 @@ def test_a_worker_obeys_its_parent_alone(tmp_path):
 
 # ---- SIGKILL ----
 
+@pytest.mark.slow
 def test_killed_at_a_random_iteration(tmp_path):
     kill_at = int(np.random.default_rng().integers(1, 18))
     options = dict(work_dir=str(tmp_path / 'parts'), workers=1)

@@ -305,6 +305,7 @@ for name, broken in breaks.items():
 '''
 
 
+@pytest.mark.slow
 def test_the_matrix_sees_what_is_lost(tmp_path):
     done = subprocess.run([*PYTHON, '-c', BROKEN, tmp_path, MATRIX.parent], capture_output=True, text=True)
     results = dict(line.split(' ', 1) for line in done.stdout.splitlines() if ' ' in line)
@@ -370,6 +371,7 @@ time.sleep(100)
 
 
 @pytest.mark.parametrize('codes,expected', [((3, 3), 3), ((75, 75), 75), ((0, 0), 0), ((75, 3), 75)])
+@pytest.mark.slow
 def test_the_launcher_takes_its_code_from_the_training(tmp_path, codes, expected):
     """And starts nothing again after a signal, whatever --max-restarts says."""
     (tmp_path / 'task.py').write_text(LEAVES)

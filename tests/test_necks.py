@@ -1,11 +1,11 @@
-"""SimpleFPN against a plain construction of ViTDet's pyramid."""
+"""SimpleFPN against a plain construction of ViTDet's pyramid; Pyramid against mmsegmentation's Feature2Pyramid."""
 import pytest
 import torch
 from mmcv.cnn import ConvModule
 from torch import nn
 from torch.nn import functional as F
 
-from mmlocalmamba.necks import SimpleFPN
+from mmlocalmamba.necks import Pyramid, SimpleFPN
 
 
 def image(H=6, W=5, C=16):
@@ -63,3 +63,35 @@ def test_convolutions_are_bare_unless_told():
 def test_too_few_levels(num_outs):
     with pytest.raises(ValueError, match=f'num_outs must be at least 4, got {num_outs}$'):
         SimpleFPN(16, 8, num_outs)
+
+
+def test_pyramid_is_feature2pyramid():
+    """Where that has the scales, with the same norm."""
+    necks = pytest.importorskip('mmseg.models.necks')
+    torch.manual_seed(0)
+    norm_cfg = dict(type='GN', num_groups=1)
+    for scales in ([4, 2, 1, 0.5], [2, 1, 0.5, 0.25]):
+        ours, theirs = Pyramid(8, scales), necks.Feature2Pyramid(8, scales, norm_cfg)
+        theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+        maps = [image(8, 4, 8) + level for level in range(4)]
+        for a, b in zip(ours(maps), theirs(maps), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_pyramid_of_other_scales():
+    neck = Pyramid(8, [8, 0.5, 2])
+    outs = neck([image(5, 3, 8).requires_grad_() for _ in range(3)])
+    assert [tuple(out.shape[-2:]) for out in outs] == [(40, 24), (3, 2), (10, 6)]  # the last row is kept
+    sum(out.square().sum() for out in outs).backward()
+    assert all(p.grad.abs().sum() > 0 for p in neck.parameters())
+
+
+@pytest.mark.parametrize('scales', [[], [3], [1, 0], [-2]])
+def test_pyramid_scales_are_powers_of_two(scales):
+    with pytest.raises(ValueError, match='powers of two'):
+        Pyramid(8, scales)
+
+
+def test_pyramid_needs_a_map_for_each_scale():
+    with pytest.raises(ValueError, match='2 scales for 1 maps'):
+        Pyramid(8, [1, 2])([image(4, 4, 8)])

@@ -83,6 +83,7 @@ def version_of(code, version):
 
 @built
 @pytest.mark.parametrize('suffix', ['.0a0+1234567.nv26.01', '.0.dev20260101+cu130', '.1', '.0'])
+@pytest.mark.slow
 def test_the_native_kernel_runs_with_every_build_of_its_torch(suffix):
     """NVIDIA's containers and nightly builds have the same interface under longer names."""
     release = '.'.join(torch.__version__.split('.')[:2])

@@ -106,6 +106,7 @@ def test_operators_refuse_tangents_themselves():
 
 
 @every_case
+@pytest.mark.slow
 def test_second_derivatives_of_the_reference(case, monkeypatch):
     """Also when the environment names it: for all ops of a model."""
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'reference')
@@ -196,6 +197,7 @@ def test_torch_func(case, backend):
 
 
 @pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.slow
 def test_chunked_compiles_as_one_graph(grad):
     torch._dynamo.reset()
     _, inputs = scan_case()

@@ -100,11 +100,13 @@ def test_equals_reference(plan, N):
     dict(H=1, W=9, D=33, N=2, directions=('h', )),  # two blocks of channels
     dict(omit=('D', 'delta_bias')),
 ], ids=str)
+@pytest.mark.slow
 def test_ways_to_call(plan, kwargs):
     compare(**kwargs)
 
 
 @pytest.mark.parametrize('forward,backward', list(zip(*tuning.CANDIDATES.values(), strict=True)), ids=str)
+@pytest.mark.slow
 def test_every_block_size(monkeypatch, forward, backward):
     """In segments, which takes all kernels, and on channels that fill no block: three of 16, two of 32, one of 64."""
     monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
@@ -112,6 +114,7 @@ def test_every_block_size(monkeypatch, forward, backward):
         compare(H=1, W=11, D=37, directions=('w2_flip', ), rank=2)
 
 
+@pytest.mark.slow
 def test_tuning(monkeypatch, tuning_file, capsys):
     """With a clock of our own: a candidate that fails and one that computes wrongly win no race, others do."""
     choices = {kernel: candidates[:4] for kernel, candidates in tuning.CANDIDATES.items()}
@@ -208,6 +211,7 @@ def test_strides_do_not_matter():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.slow
 def test_gradient_of_one_output_only(plan):
     inputs, tables = directional_inputs(**ODD, dtype=torch.float32)
     for pick in (0, 1):
@@ -296,6 +300,7 @@ def operator(name, x):
 
 @pytest.mark.parametrize('wanted', [[True, False, False, False, False, True, True], [False, True, True] + [False] * 4,
                                     [False] * 3 + [False, True, False, False], [False] * 7], ids=str)
+@pytest.mark.slow
 def test_gradients_that_nobody_wants(wanted):
     """They come out empty, the others as ever."""
     inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=2, dtype=torch.float32)
@@ -315,6 +320,7 @@ def test_gradients_that_nobody_wants(wanted):
         assert torch.equal(ours, expected) if needed else ours.numel() == 0
 
 
+@pytest.mark.slow
 def test_opcheck():
     """Shapes, strides and dtypes are as declared, which torch.compile relies on."""
     utilities = ('test_schema', 'test_faketensor', 'test_autograd_registration')

@@ -34,6 +34,7 @@ def wheel(tmp_path_factory):
         yield archive
 
 
+@pytest.mark.slow
 def test_wheel_holds_what_mim_looks_for(wheel):
     names = set(wheel.namelist())
     for file in ['tools/train.py', 'tools/test.py', 'tools/runner.py', 'model-index.yml',
@@ -43,6 +44,7 @@ def test_wheel_holds_what_mim_looks_for(wheel):
         assert f'mmlocalmamba/.mim/{file.relative_to(ROOT).as_posix()}' in names
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if '.dist-info/' not in name}
     assert {name.split('/')[0] for name in names} == {'mmlocalmamba'}
@@ -52,6 +54,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
     assert modules <= names
 
 
+@pytest.mark.slow
 def test_wheel_metadata(wheel):
     name, = (name for name in wheel.namelist() if name.endswith('.dist-info/METADATA'))
     metadata = wheel.read(name).decode()
@@ -99,6 +102,7 @@ def test_mim_search_and_download_read_the_metadata():
     ('localvim-s_8xb128_in1k', None, NO_WEIGHTS),
     ('localvim-t_8xb128_in1k', 'local_vim_tiny.ckpt', 'Successfully dumped localvim-t_8xb128_in1k.py'),
 ])
+@pytest.mark.slow
 def test_mim_download(config, there, output, tmp_path):
     """One without weights says so; one with weights, here downloaded before, gets its configuration beside them."""
     pytest.importorskip('mim')

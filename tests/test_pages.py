@@ -30,7 +30,7 @@ PAGES = {
     'new_style': ['work_dirs/new_style/epoch_2.pth'],
     'training testing inference': [
         'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'found_classes/*.png',
-        'found/boxes/vis/*.png', 'found/pixels/vis/*.png'],
+        'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'work_dirs/robustness.png'],
     'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
     'deployment': ['digits.onnx', 'digits.pt2'],
 }
@@ -87,6 +87,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('pages', PAGES)
+@pytest.mark.slow
 def test_a_reader_gets_to_the_end(pages, run, tmp_path):
     if pages == 'own_boxes':
         pytest.importorskip('globox')

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / 'mmlocalmamba'
 FLOORS = {
     'mmlocalmamba.compat': 0,
     'mmlocalmamba.files': 0,
+    'mmlocalmamba.methods': 1,
     'mmlocalmamba.recipes': 0,
     'mmlocalmamba.registry': 0,
     'mmlocalmamba.sizes': 0,

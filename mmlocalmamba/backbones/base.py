@@ -150,6 +150,9 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 class LocalMambaBackbone(BaseModule):
     """Freezing, and what loading asks of a backbone.
 
+    ``out_channels`` and ``out_strides`` are lists: channels of each output, and its stride in pixels (for a pooled
+    output, that of the tokens that are pooled).
+
     Whatever loads a state dict, MMEngine's and torch's functions too, resizes positions, refuses one that has nothing
     for this backbone, and one whose metadata say that it belongs to other scan directions (see :meth:`facts`).
 
@@ -157,6 +160,10 @@ class LocalMambaBackbone(BaseModule):
     of a classifier, detector or segmentor that holds one) and those of the authors, which are converted on the fly.
     See :class:`mmlocalmamba.weights.Pretrained`. ``checkpoint=None`` trains from scratch and says so.
     """
+
+    out_channels: list[int]
+    out_strides: list[int]
+    init_cfg: Any
 
     def __init__(self, frozen_stages: int, init_cfg: dict | None) -> None:
         super().__init__(init_cfg)
@@ -208,7 +215,8 @@ class LocalMambaBackbone(BaseModule):
             return
         lines = [f'{source} belongs to another {type(self).__name__}:']
         for key in differing:
-            theirs, ours = facts[key], own.get(key)
+            theirs: Any = facts[key]
+            ours: Any = own.get(key)
             if key == 'directions' and len(theirs) == len(ours):
                 block = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
                 count = sum(a != b for a, b in zip(theirs, ours))
@@ -217,8 +225,8 @@ class LocalMambaBackbone(BaseModule):
             elif key == 'directions':
                 theirs, ours = (f'{len(blocks)} blocks' for blocks in (theirs, ours))
             lines.append(f'{key}: its weights were trained with {theirs}, here: {ours}')
-        lines = '\n  '.join(lines)
-        raise RuntimeError(f'{lines}\nIts features would be meaningless here: set the backbone accordingly. If the '
+        report = '\n  '.join(lines)
+        raise RuntimeError(f'{report}\nIts features would be meaningless here: set the backbone accordingly. If the '
                            f'difference is meant, say allow={differing} in init_cfg or on the OfficialCheckpointHook, '
                            'or load dict(state_dict), which carries no metadata.')
 
@@ -258,7 +266,7 @@ def _tell_facts(backbone: LocalMambaBackbone, state_dict: dict[str, Any], prefix
 
 
 def _prepare_to_load(backbone: LocalMambaBackbone, state_dict: dict[str, Tensor], prefix: str, metadata: dict,
-                     *_) -> None:
+                     *_: Any) -> None:
     """Before any loading: MMEngine's skips what it does not know, so the files of others would leave random weights.
     Whether it is strict, a module is not told, by MMEngine nor by torch."""
     own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}

@@ -37,7 +37,7 @@ _EPS = 1e-5
 # Positions are scaled to the token grid of ImageNet pre-training, whatever the image size, as in Vim.
 _ROPE_SIZE = 14
 # What a scan's tables are told of it.
-CLS_TOKENS = {'none': False, 'middle': True, 'vim': 'flipped'}
+CLS_TOKENS: dict[str, bool | str] = {'none': False, 'middle': True, 'vim': 'flipped'}
 OUT_TYPES = ('avg_featmap', 'cls_token', 'featmap')
 OUT_FEATURES = ('mixer', 'residual')
 ROPES = (True, False, 'resized')
@@ -159,10 +159,12 @@ class LocalVim(LocalMambaBackbone):
         self.patch_size, self.stride = patch_size, patch_size if stride is None else stride
         if not 0 < self.stride <= patch_size:
             raise ValueError(f'stride must be from 1 to patch_size {patch_size}, got {stride}')
-        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims, kernel_size=patch_size, stride=self.stride,
                                       padding=0)
-        self.grid = self.token_grid(*img_size)
+        self.out_channels = [self.embed_dims] * len(self.out_indices)
+        self.out_strides = [self.stride] * len(self.out_indices)
+        self.grid = self.token_grid(height, width)
         tokens = self.grid[0] * self.grid[1] + self.num_cls_tokens
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, self.embed_dims))
         self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dims)) if self.num_cls_tokens else None
@@ -197,9 +199,10 @@ class LocalVim(LocalMambaBackbone):
                              f'{self.patch_size}')
         grid = self.token_grid(*x.shape[-2:])
         bottom, right = ((count - 1) * self.stride + self.patch_size - side for count, side in zip(grid, x.shape[-2:]))
+        size: tuple[int, int]
         x, size = self.patch_embed(F.pad(x, (0, right, 0, bottom)))
         middle = x.shape[1] // 2
-        if self.num_cls_tokens:
+        if self.cls_token is not None:
             x = torch.cat([x[:, :middle], self.cls_token.expand(len(x), -1, -1).to(x.dtype), x[:, middle:]], dim=1)
         x = x + resize_pos_embed(self.pos_embed, self.grid, size, self.num_cls_tokens)
         rotary = None
@@ -210,7 +213,8 @@ class LocalVim(LocalMambaBackbone):
         tables = scan_tables_of([layer.mixer.directions for layer in self.layers], *size,
                                 pad=self.window_pad == 'zero', middle_token=self.middle_token, device=x.device)
 
-        residual, outs = None, []
+        residual = None
+        outs: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, tables[layer.mixer.directions], rotary)
             if self.out_type == 'featmap' and index in self.out_indices:

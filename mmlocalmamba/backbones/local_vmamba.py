@@ -136,6 +136,8 @@ class LocalVMamba(LocalMambaBackbone):
             ], channels, widths[index + 1]))
         for index in self.out_indices:
             self.add_module(f'norm{index}', nn.LayerNorm(self.embed_dims[index]))
+        self.out_channels = [self.embed_dims[index] for index in self.out_indices]
+        self.out_strides = [patch_size * 2 ** index for index in self.out_indices]
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

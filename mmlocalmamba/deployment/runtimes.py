@@ -81,7 +81,7 @@ def _onnxruntime(path: str, threads: int | None, precision: str) -> Opened:
 
 def _openvino(path: str, threads: int | None, precision: str) -> Opened:
     core = needed('openvino').Core()
-    config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': precision}
+    config: dict[str, str | int] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = threads
     request = core.compile_model(path, 'CPU', config).create_infer_request()

@@ -74,7 +74,7 @@ class _Reader:
             if isinstance(error, KeyError) and error.args == ('mask', ):
                 message += (": one of its objects has a box but no polygon ('segmentation'). For boxes alone there are "
                             'configurations without masks, faster-rcnn_localvmamba-* and retinanet_localvmamba-*')
-            if not broken or not self.limit:
+            if not broken or not self.limit or self.skipped is None:
                 raise RuntimeError(message) from error
             allowed, new = self.skipped.add(broken, self.limit)
             if not allowed:

@@ -137,6 +137,8 @@ class CheckpointHook(MMEngineCheckpointHook):
                       logger='current', level=logging.WARNING)
             write_whole(record, whole[-1])
 
+    backend_args: dict | None
+
     def before_train(self, runner: Any) -> None:
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir or ''):
             self.backend_args = dict(backend='whole_files')

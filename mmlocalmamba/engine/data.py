@@ -60,7 +60,8 @@ def annotations_named() -> Iterator[None]:
     except Exception as error:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             dataset = frame.f_locals.get('self')
-            if frame.f_code.co_name == '_serialize_data' and not getattr(dataset, 'data_list', True):
+            if (frame.f_code.co_name == '_serialize_data' and dataset is not None
+                    and not getattr(dataset, 'data_list', True)):
                 source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_prefix', '')
                 raise RuntimeError(f'{type(dataset).__name__} has no sample: nothing in {source} is of the classes '
                                    f'{dataset.metainfo.get("classes")}, or no file has the ending that it looks for '

@@ -34,7 +34,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             return
         backbone = getattr(module, 'backbone', None)
-        if not hasattr(backbone, 'get_layer_depth'):
+        if backbone is None or not hasattr(backbone, 'get_layer_depth'):
             raise TypeError(f'layer decay needs model.backbone.get_layer_depth; {type(module).__name__} has the '
                             f'backbone {type(backbone).__name__}')
         names = {parameter: name for name, parameter in backbone.named_parameters()}

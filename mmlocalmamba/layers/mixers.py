@@ -5,6 +5,7 @@ Tokens are channels-last (B, L, D) throughout; directions are tables, which the 
 """
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from mmlocalmamba.scans import ScanTables, check_scan
 class _Mixer(nn.Module):
     """What both mixers share: input and output projection, scans, SCAttn, sum over the directions."""
 
-    def __init__(self, channels: int, directions: Sequence[str], expand: float, d_state: int, dt_rank: int | str,
-                 scattn: bool | dict) -> None:
+    def __init__(self, channels: int, directions: Sequence[str], expand: float, d_state: int,
+                 dt_rank: int | Literal['auto'], scattn: bool | dict) -> None:
         super().__init__()
         for name in directions:
             check_scan(name)
@@ -61,7 +62,7 @@ class LocalVMambaMixer(_Mixer):
     """
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float = 2., d_state: int = 16,
-                 dt_rank: int | str = 'auto', d_conv: int = 3, scattn: bool | dict = True) -> None:
+                 dt_rank: int | Literal['auto'] = 'auto', d_conv: int = 3, scattn: bool | dict = True) -> None:
         super().__init__(channels, directions, expand, d_state, dt_rank, scattn)
         inner = self.out_proj.in_features
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=(d_conv - 1) // 2, groups=inner)
@@ -90,7 +91,7 @@ class LocalVimMixer(_Mixer):
     """
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float = 2., d_state: int = 16,
-                 dt_rank: int | str = 'auto', d_conv: int = 4, scattn: bool | dict = True) -> None:
+                 dt_rank: int | Literal['auto'] = 'auto', d_conv: int = 4, scattn: bool | dict = True) -> None:
         super().__init__(channels, directions, expand, d_state, dt_rank, scattn)
         K, inner = len(self.directions), self.out_proj.in_features
         self.conv_weight = nn.Parameter(torch.empty(K, inner, d_conv))

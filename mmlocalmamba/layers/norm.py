@@ -9,7 +9,7 @@ class ResidualRMSNorm(nn.RMSNorm):
     :func:`mmlocalmamba.ops.add_rms_norm`. `eps` is a number on every backend and of every dtype: not None, which
     `nn.RMSNorm` has as its default."""
 
-    def __init__(self, channels: int, eps: float = 1e-5):
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(channels, eps=eps)
 
     def forward(self, x: Tensor, residual: Tensor | None,

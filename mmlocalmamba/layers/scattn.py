@@ -57,7 +57,7 @@ class SCAttn(nn.Module):
         x = self.norm(x)
         x_global = F.gelu(self.global_reduce(x.mean(-2, keepdim=True)))
         gate = self.channel_select(x_global).sigmoid()
-        if self.spatial_select is not None:
+        if self.local_reduce is not None and self.spatial_select is not None:
             x_local = F.gelu(self.local_reduce(x))
             x_both = torch.cat([x_local, x_global.expand_as(x_local)], dim=-1)
             gate = gate * self.spatial_select(x_both).sigmoid()

@@ -49,7 +49,7 @@ def unavailable(u: Tensor) -> str | None:
 
 def instruction_sets() -> list[str]:
     """What this machine can run, best first; empty without the extension."""
-    return [] if _MISSING else _EXTENSION.instruction_sets()
+    return [] if _EXTENSION is None else _EXTENSION.instruction_sets()
 
 
 _EXTENSION, _MISSING = _load()
@@ -58,6 +58,7 @@ BACKEND = Backend(
     library.run_scan,
     unavailable,
     home='cpu',
+    dtypes=(torch.float32, torch.float64, torch.bfloat16),
     low_rank_steps=True,
     linear=lambda *args: library.call('linear', *args),
     directional_conv=lambda x, weight, bias, tables: library.call('directional_conv', x, weight, bias, *tables),

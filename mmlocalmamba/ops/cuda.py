@@ -4,9 +4,9 @@ It scans ready-made sequences (B, D, L), so tokens are gathered by the table fir
 copies that :mod:`mmlocalmamba.ops.triton` does without. Its gradients of B and C are summed by atomics, hence differ in
 the last bits from run to run.
 """
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from mmlocalmamba.ops.scan_order import from_scan_order, to_scan_order
 
 
 @cache
-def _import() -> tuple[Callable | None, str | None]:
-    """mamba_ssm's function, or the reason why it is not there."""
+def _import() -> tuple[Any, str | None]:
+    """mamba_ssm's function, or None and the reason why it is not there."""
     try:
         function = import_module('mamba_ssm.ops.selective_scan_interface').selective_scan_fn
     except ModuleNotFoundError as error:

@@ -24,12 +24,13 @@ def scan_flops(sequences: int, steps: int, channels: int, d_state: int) -> int:
     return sequences * steps * channels * (9 * d_state + 1)
 
 
-def _shape(value: Any) -> list[int] | None:
+def _shape(value: Any) -> Any:
+    """List of ints, or None for what has no shape."""
     return value.type().sizes() if value.isCompleteTensor() else None
 
 
-def _arguments(op: str, inputs: Sequence[Any]) -> dict[str, list[int] | None]:
-    """{argument: shape} by the names in the op's schema, which outlive their order."""
+def _arguments(op: str, inputs: Sequence[Any]) -> dict[str, Any]:
+    """{argument: shape or None} by the names in the op's schema, which outlive their order."""
     schema = getattr(torch.ops.mmlocalmamba, op).default._schema
     return {argument.name: _shape(value) for argument, value in zip(schema.arguments, inputs)}
 

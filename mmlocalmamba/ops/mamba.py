@@ -7,6 +7,7 @@ state spaces, sequences that start within a batch. Bad shapes raise a ValueError
 import importlib.machinery
 import importlib.util
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,7 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
         if A.is_complex() and norm is not None:
             raise ValueError(f'{name.lower()}_rms_weight must be None where A is complex')
 
+    x: Any
     x, z = xz.chunk(2, dim=1)
     x = causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation='silu')
     projected = linear(x.transpose(1, 2), x_proj_weight)  # (B, L, rows)
@@ -150,7 +152,7 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
     delta = linear(projected[..., :rank], delta_proj_weight)
     if dt_rms_weight is not None:
         delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
-    y = selective_scan(x, delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
+    y: Any = selective_scan(x, delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
     return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
@@ -197,7 +199,7 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
         raise ValueError(f'state must be (B, D, N) or (B, H, D, N), got {tuple(state.shape)}')
     with_heads = state.dim() == 4
 
-    def heads(tensor: Tensor | None, axis: int, dims: int) -> Tensor | None:
+    def heads(tensor: Any, axis: int, dims: int) -> Any:
         """With an axis of heads, whether the tensor or the state has none."""
         return tensor.unsqueeze(axis) if tensor is not None and tensor.dim() == dims - 1 else tensor
 

@@ -1,6 +1,7 @@
 """Whether a backend computes rightly on this machine: a small scan and its gradients against the reference."""
 import math
 import time
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def _run(backend: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """Output and gradients of a small scan."""
     inputs, tables = scan_inputs(5, 7, 8, 4, device)
     inputs = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
-    y = ops.directional_scan(**inputs, tables=tables, delta_softplus=True, backend=backend)
+    y: Any = ops.directional_scan(**inputs, tables=tables, delta_softplus=True, backend=backend)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), list(inputs.values()))]
 
 

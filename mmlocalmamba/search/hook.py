@@ -57,7 +57,8 @@ def write_search(folder: str, candidates: Sequence[str], blocks: Sequence[str], 
     steps, alphas = [step for step, _ in history], [values for _, values in history]
     result = search_result(alphas[-1], candidates, blocks, k, provenance)
     probabilities = torch.stack(alphas).softmax(-1).numpy()
-    files = {'directions.json': result_json(result), 'alphas.csv': alphas_csv(steps, alphas, candidates, blocks)}
+    files: dict[str, Any] = {'directions.json': result_json(result),
+                             'alphas.csv': alphas_csv(steps, alphas, candidates, blocks)}
     # stages.2.blocks.0: LocalVim's layers have none
     stages = [len(list(group)) for stage, group in groupby(name.rpartition('.blocks.')[0] for name in blocks) if stage]
     pictures = {'directions.png': draw_directions(result['directions'], candidates, probabilities[-1], stages),
@@ -110,9 +111,9 @@ class ScanSearchHook(Hook):
             if mode == 'joint' and value is not None:
                 raise ValueError(f"mode='joint' has no use for {name}: the optimizer and the data of the weights "
                                  "train the logits, too. Remove it, or take mode='bilevel'")
-        for name, value in (('interval', interval), ('stop_after', stop_after)):
-            if value is not None and value < 1:
-                raise ValueError(f'{name} must be at least 1 or None, got {value}')
+        for name, number in (('interval', interval), ('stop_after', stop_after)):
+            if number is not None and number < 1:
+                raise ValueError(f'{name} must be at least 1 or None, got {number}')
         self.mode, self.k = mode, k
         self.held_out_cfg = held_out
         self.optimizer_cfg = optimizer or dict(type='Adam', lr=3e-4, betas=(0.5, 0.999), weight_decay=0.)
@@ -223,6 +224,7 @@ class ScanSearchHook(Hook):
             self._step_on_held_out(runner)
 
     def _step_on_held_out(self, runner: Any) -> None:
+        assert self.held_out is not None and self.optimizer is not None  # since mode is 'bilevel'
         wrapper, batch = runner.optim_wrapper, next(self.held_out)
         with wrapper.optim_context(self.model):
             data = self.model.data_preprocessor(batch, True)

@@ -1,7 +1,7 @@
 """The supernet of the direction search: mixers that scan along all candidates and weigh them (paper eq. 5), and the two
 ways to pay for less than all of it."""
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class _RelaxedMixer(nn.Module):
         mixed_scan: arguments of MixedScan, without ``candidates``.
     """
 
-    def __init__(self, *args, mixed_scan: Mapping, **kwargs) -> None:
+    def __init__(self, *args: Any, mixed_scan: Mapping, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mixed_scan = MixedScan(len(self.directions), **mixed_scan)
 
@@ -205,8 +205,8 @@ class RelaxedLocalVimMixer(_RelaxedMixer, LocalVimMixer):
 
     def _scan_selected(self, x: Tensor, weights: SSMWeights, tables: ScanTables,
                        selection: Selection) -> tuple[Tensor, Tensor]:
-        conv = map(selection.pick, (self.conv_weight, self.conv_bias))
-        scanned = directional_conv(_pick(x, -1, selection.channels), *conv, tables)
+        weight, bias = map(selection.pick, (self.conv_weight, self.conv_bias))
+        scanned = directional_conv(_pick(x, -1, selection.channels), weight, bias, tables)
         return project_and_scan(scanned, weights, tables, in_scan_order=True), F.silu(x)
 
 
@@ -231,7 +231,7 @@ class Supernet:
         ValueError: candidates that are no list of different names, options out of range.
     """
 
-    def __init__(self, mixer: type[nn.Module], candidates: Sequence[str] = CANDIDATES, **options) -> None:
+    def __init__(self, mixer: type[nn.Module], candidates: Sequence[str] = CANDIDATES, **options: Any) -> None:
         unknown = sorted(set(options) - {'sampling', 'samples', 'reduction'})
         if unknown:
             raise ValueError(f'a direction search has no options {", ".join(unknown)}: it takes candidates, sampling, '

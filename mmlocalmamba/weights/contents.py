@@ -130,7 +130,8 @@ def architecture(weights: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...], t
                           ('LocalVMamba', r'stages\.(\d+)\.blocks\.(\d+)\.mixer\.out_proj\.weight')):
         found = [(match, weights[name]) for name in weights if (match := re.fullmatch(pattern, name))]
         if found:
-            blocks, channels = {}, {}
+            blocks: dict[str, int] = {}
+            channels = {}
             for match, weight in found:
                 stage = match.group(1)
                 blocks[stage] = max(blocks.get(stage, 0), int(match.group(2)) + 1)

@@ -62,7 +62,7 @@ def implied_facts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     LocalMamba's say nothing about their scan directions.
     """
     family, weights, _ = _backbone_of(state_dict)
-    facts = {}
+    facts: dict[str, Any] = {}
     if family == 'VMamba':
         facts['directions'] = [list(VMAMBA_DIRECTIONS)] * _depth(weights, r'layers\.(\d+)\.blocks\.(\d+)\.')
     elif family == 'Vim':

@@ -75,9 +75,9 @@ class OfficialCheckpointHook(Hook):
                 lines.append(f'{len(random)} more parameters of {type(model).__name__} are not in the checkpoint or '
                              f'have another shape, and this is a test, not a training: {", ".join(grouped(random))}')
         if lines and self.strict:
-            lines = '\n'.join(lines)
-            raise RuntimeError(f'{lines}\nThe checkpoint is of another model. If a partial match is what you want, set '
-                               'strict=False on the OfficialCheckpointHook in custom_hooks.')
+            report = '\n'.join(lines)
+            raise RuntimeError(f'{report}\nThe checkpoint is of another model. If a partial match is what you want, '
+                               'set strict=False on the OfficialCheckpointHook in custom_hooks.')
         if contents.family is not None:
             lines = [*contents.remarks, *lines]
         if lines:

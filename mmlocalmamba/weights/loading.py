@@ -21,7 +21,7 @@ PARTIALS = (None, 'vmamba')
 
 def grouped(names: Sequence[str]) -> list[str]:
     """Names that differ in their numbers alone as one, with their count."""
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r'(?<=\.)\d+(?=\.)', '*', name), []).append(name)
     return [f'{pattern} ({len(group)})' if len(group) > 1 else group[0] for pattern, group in groups.items()]
@@ -97,7 +97,7 @@ def check_architecture(weights: StateDict, backbone: nn.Module, source: str) -> 
         return f'a {name} of {", ".join(map(str, blocks))} blocks and {", ".join(map(str, channels))} channels'
 
     found, own = architecture(weights), architecture(backbone.state_dict())
-    if found is None or found[0] == own[0]:
+    if found is None or own is None or found[0] == own[0]:
         return
     message = f'{source} holds {describe(*found)}: it is not of this backbone, {describe(*own)}.'
     if found == _LOCALVMAMBA_S:

@@ -91,7 +91,8 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str | None:
 
 
 def _convert_local_vim(weights: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
-    ours, unmatched, directions = {}, [], {}
+    ours, unmatched = {}, []
+    directions: dict[str, dict[int, Tensor]] = {}
     for name, tensor in weights.items():
         block = re.fullmatch(r'layers\.(\d+)\.mixer\.(\w+?)_(\d+)(\.\w+)?', name)
         if (renamed := _rename(name, _RENAMES['LocalVim'])) is not None:
@@ -103,7 +104,7 @@ def _convert_local_vim(weights: Mapping[str, Tensor]) -> tuple[StateDict, list[s
             directions.setdefault(target, {})[int(block.group(3))] = tensor
         elif name not in ('rope.freqs_cos', 'rope.freqs_sin'):
             unmatched.append(name)
-    counts = {}
+    counts: dict[str, int] = {}
     for target, tensors in directions.items():
         index = target.split('.')[0]
         counts[index] = max(counts.get(index, 0), max(tensors) + 1)

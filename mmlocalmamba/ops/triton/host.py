@@ -152,7 +152,8 @@ class _Problem:
         grad_y = self.u if grad_y is None else grad_y
         states = self.partial(self.batch * self.K, self.segments, self.N, self.channels)
         sizes = self.partial(self.batch * self.K, self.segments, self.channels)
-        _kernels().scan_local[(*self.grid, self.segments)](
+        grid = (*self.grid, self.segments)
+        _kernels().scan_local[grid](
             self.u, self.delta, self.A, vectors, grad_y, self.src, self.bias, self.weight, states, sizes,
             self.K, self.steps, self.channels, self.segment, 0,
             *self.strides(self.u), *self.strides(self.delta), *self.strides(vectors), *self.strides(grad_y),
@@ -181,7 +182,8 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     with _on(u.device):
         segmented = p.segments > 1
         enter = p.entering(p.B, None, None) if segmented else last
-        _kernels().scan_forward[(*p.grid, p.segments)](
+        grid = (*p.grid, p.segments)
+        _kernels().scan_forward[grid](
             p.u, p.delta, p.A, p.B, p.C, p.D, p.src, p.bias, p.weight, enter, y, last, checkpoints,
             p.K, p.steps, tokens, p.channels, p.segment, 0,
             *p.strides(p.u), *p.strides(p.delta), *p.strides(p.B), *p.strides(p.C),
@@ -195,8 +197,8 @@ def _backward(grad_y: Tensor | None, grad_last: Tensor | None, u: Tensor, delta:
               wanted: list[bool]) -> tuple[Tensor, ...]:
     p = _Problem(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, 'backward')
     batch, K, rows, channels, N = p.batch, p.K, p.rows, p.channels, p.N
-    want_u, want_delta, want_A, *want_vectors = wanted[:5]
-    want_vectors = any(want_vectors)  # B or C
+    want_u, want_delta, want_A = wanted[:3]
+    want_vectors = any(wanted[3:5])  # B or C
     # What nobody wants is not written; a pointer has to be there all the same.
     nothing = p.A
     grad_u = _empty(batch, K, rows, channels, dtype=u.dtype, device=u.device) if want_u else nothing

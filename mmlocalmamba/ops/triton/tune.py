@@ -47,7 +47,7 @@ def _measure(key: tuning.Key, shape: dict[str, int], device: str, rounds: int,
     if key.kernel == 'backward':
         run, (y, ) = backward, forward()
         grad_y = torch.ones_like(y)
-    samples = {choice: [] for choice in tuning.CANDIDATES[key.kernel]}
+    samples: dict[tuning.Choice, list[float]] = {choice: [] for choice in tuning.CANDIDATES[key.kernel]}
     for _ in range(rounds):
         for choice, times in samples.items():
             if math.inf in times:
@@ -73,10 +73,10 @@ def _measure(key: tuning.Key, shape: dict[str, int], device: str, rounds: int,
 
 def _fastest(times: dict[tuning.Choice, list[float]]) -> tuning.Choice:
     """By the mean over shapes of how many times as fast it is; the first of those that are about as fast."""
-    best, least = None, math.inf
+    best, least = next(iter(times)), math.inf
     for choice, values in times.items():
         mean = geometric_mean(values)
-        if best is None or mean < (1 - _GAIN) * least:
+        if mean < (1 - _GAIN) * least:
             best, least = choice, mean
     return best
 
@@ -121,8 +121,9 @@ def tune(dtypes: list[str], states: list[int], quick: bool = False, device: str 
     chosen = {}
     for dtype, N, kernel in product(dtypes, sorted({1 << (N - 1).bit_length() for N in states}), tuning.CANDIDATES):
         key = tuning.Key(gpu, kernel, N, dtype)
-        chosen[key] = _tune(key, shapes or tuning_shapes(quick), device, 1 if quick else 3, timer)
-    chosen = {key: choice for key, choice in chosen.items() if choice is not None}
+        choice = _tune(key, shapes or tuning_shapes(quick), device, 1 if quick else 3, timer)
+        if choice is not None:
+            chosen[key] = choice
     if chosen:
         tuning.save(chosen)
         print(f'\nWritten to {tuning.path()}')

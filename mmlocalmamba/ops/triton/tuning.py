@@ -92,11 +92,12 @@ def _read(name: str) -> dict[Key, Choice]:
         raise ValueError(f'its format is {content["format"]!r}, not {_FORMAT}')
     choices = {}
     for entry in content['choices']:
-        key, given = (kind(*(entry[field] for field in kind._fields)) for kind in (Key, Choice))
+        key, given = Key(*(entry[field] for field in Key._fields)), Choice(*(entry[field] for field in Choice._fields))
         # Taken from the list: 32.0 equals 32, but is not as good.
-        choices[key] = next((choice for choice in CANDIDATES[key.kernel] if choice == given), None)
-        if choices[key] is None:
+        candidate = next((choice for choice in CANDIDATES[key.kernel] if choice == given), None)
+        if candidate is None:
             raise ValueError(f'{given} is no candidate of the {key.kernel} kernel')
+        choices[key] = candidate
     return choices
 
 
