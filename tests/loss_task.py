@@ -48,12 +48,11 @@ def losses(data, work_dir, launcher='none', bfloat16=False, **task):
     hook = Losses()
     cfg = configure(data, work_dir=work_dir, **task)
     cfg.launcher = launcher
+    if bfloat16:
+        cfg.optim_wrapper.type = 'mmlocalmamba.BFloat16OptimWrapper'
     cfg.experiment_name = f'{cfg.work_dir}{os.environ.get("RANK", "")}'.replace('/', '_')
     runner = build_runner(cfg)
     runner.register_hook(hook)
-    if bfloat16:  # MMEngine's AmpOptimWrapper refuses CPUs
-        model = runner.model
-        model.forward = torch.autocast(next(model.parameters()).device.type, torch.bfloat16)(model.forward)
     runner.train()
     return hook.values
 

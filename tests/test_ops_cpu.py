@@ -365,11 +365,11 @@ def test_bad_input_is_an_error_not_a_crash(monkeypatch):
     detached = {name: x.detach() for name, x in inputs.items()}
     arguments = [detached[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')]
     rest = (tables.src, 35, detached['delta_bias'], None, True, False, False)
-    with pytest.raises(TypeError, match='A must be Double like the first argument, got Float'):
+    with pytest.raises(TypeError, match='A must be Double beside these tokens, got Float'):
         op(*arguments[:2], arguments[2].float(), *arguments[3:], *rest)
     with pytest.raises(ValueError, match='B must have shape'):
         op(*arguments[:3], arguments[3][..., :1], *arguments[4:], *rest)
-    with pytest.raises(TypeError, match='u must be float32 or float64'):
+    with pytest.raises(TypeError, match='u must be float32, float64 or bfloat16'):
         op(arguments[0].half(), *arguments[1:], *rest)
 
     monkeypatch.setenv('MMLOCALMAMBA_CPU_ISA', 'avx1024')

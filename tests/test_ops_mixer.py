@@ -209,8 +209,8 @@ def test_bad_input_is_an_error_not_a_crash(monkeypatch):
 
 
 @built
-def test_mixed_precision_takes_pytorch(monkeypatch):
-    """Under autocast products run in 16 bits, as torch's own."""
+def test_mixed_precision(monkeypatch):
+    """Under autocast products run in 16 bits, as torch's own; other ops keep their tokens' dtype."""
     inputs = {name: x.float() for name, x in linear_case()[1].items()}
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert ops.linear(**inputs).dtype == torch.bfloat16

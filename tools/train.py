@@ -12,6 +12,7 @@ if __name__ == '__main__':
     for number in (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, lambda *_: os._exit(75))
 
+from mmengine.device import get_device
 from runner import add_common_arguments, build_runner, load_config, parse_args
 
 from mmlocalmamba.engine.data import annotations_named
@@ -29,7 +30,10 @@ def main():
     args = parse_args(parser)
     cfg = load_config(args)
 
-    if args.amp:
+    if args.amp and get_device() == 'cpu':  # MMEngine's refuses
+        cfg.optim_wrapper.type = 'mmlocalmamba.BFloat16OptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale', None)
+    elif args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:

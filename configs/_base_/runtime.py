@@ -41,7 +41,8 @@ env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
-# Mixed precision is for GPUs: MMEngine's AmpOptimWrapper cannot be built on a CPU. Schedules take it from here.
+# Mixed precision by itself is for GPUs: MMEngine's AmpOptimWrapper cannot be built on a CPU, where
+# mmlocalmamba.BFloat16OptimWrapper can. Schedules take it from here.
 amp_optim_wrapper = ('OptimWrapper' if __import__('mmengine.device').device.get_device() in ('cpu', 'mps') else
                      'AmpOptimWrapper')
 

@@ -2,6 +2,7 @@
 
 What it promises, and what not: docs/jobs.md.
 """
+from mmlocalmamba.engine.bfloat16 import BFloat16OptimWrapper
 from mmlocalmamba.engine.broken_files import BrokenFilesHook
 from mmlocalmamba.engine.checkpoints import CheckpointHook, WholeFileBackend
 from mmlocalmamba.engine.data import DataStream, Loaders
@@ -10,6 +11,6 @@ from mmlocalmamba.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmlocalmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmlocalmamba.engine.preemption import EXIT_PREEMPTED
 
-__all__ = ['EXIT_PREEMPTED', 'BrokenFilesHook', 'CheckpointHook', 'DataStream', 'EpochBasedTrainLoop',
-           'IterBasedTrainLoop', 'LayerDecayOptimWrapperConstructor', 'Loaders', 'NumericalGuardHook',
-           'WholeFileBackend']
+__all__ = ['EXIT_PREEMPTED', 'BFloat16OptimWrapper', 'BrokenFilesHook', 'CheckpointHook', 'DataStream',
+           'EpochBasedTrainLoop', 'IterBasedTrainLoop', 'LayerDecayOptimWrapperConstructor', 'Loaders',
+           'NumericalGuardHook', 'WholeFileBackend']

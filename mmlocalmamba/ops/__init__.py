@@ -190,7 +190,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str |
     Returns:
         (..., O), or (B, K, T, O).
     """
-    fused = None if x.dim() < 2 or autocasts(x) else fused_op('linear', backend, x, weight, bias)
+    if x.dim() < 2 or autocasts(x):
+        return plain.linear(x, weight, bias)
+    fused, _ = fused_op('linear', backend, [x, weight, bias], [])
     return (fused or plain.linear)(x, weight, bias)
 
 
@@ -208,7 +210,7 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: Sca
     Returns:
         (B, K, T, D), in scan order: what ``directional_scan(in_scan_order=True)`` takes.
     """
-    fused = fused_op('directional_conv', backend, x, weight, bias)
+    fused, (weight, bias) = fused_op('directional_conv', backend, [x], [weight, bias])
     return (fused or plain.directional_conv)(x, weight, bias, tables)
 
 
@@ -230,9 +232,9 @@ def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tens
     Returns:
         (B, L, C).
     """
-    weights = norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias
-    fused = fused_op('scattn_sum', backend, y, z, *weights)
-    return (fused or plain.scattn_sum)(y, z, norm_weight, norm_bias, eps, *weights[2:])
+    fused, weights = fused_op('scattn_sum', backend, [y, z], [norm_weight, norm_bias, reduce_weight, reduce_bias,
+                                                              select_weight, select_bias])
+    return (fused or plain.scattn_sum)(y, z, *weights[:2], eps, *weights[2:])
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None = None,
@@ -250,7 +252,11 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
         backend: as in :func:`linear`.
 
     Returns:
-        The normalised sum and the sum, both (B, L, C). Under autocast the sum keeps the residual's precision.
+        The normalised sum in x's dtype, and the sum in the residual's, if there is one; both (B, L, C).
     """
-    fused = None if autocasts(x) else fused_op('add_rms_norm', backend, x, residual, weight, cos, sin)
+    tokens = [x]
+    # Under autocast the residual stream keeps its 32 bits between blocks of 16.
+    if residual is not None and residual.dtype != compute_dtype(x):
+        tokens.append(residual)
+    fused, (weight, cos, sin) = fused_op('add_rms_norm', backend, tokens, [weight, cos, sin])
     return (fused or plain.add_rms_norm)(x, residual, weight, eps, cos, sin)

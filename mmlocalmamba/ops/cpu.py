@@ -58,6 +58,7 @@ BACKEND = Backend(
     library.run_scan,
     unavailable,
     home='cpu',
+    dtypes=(torch.float32, torch.float64, torch.bfloat16),
     low_rank_steps=True,
     linear=lambda *args: library.call('linear', *args),
     directional_conv=lambda x, weight, bias, tables: library.call('directional_conv', x, weight, bias, *tables),

@@ -2,6 +2,9 @@
 
 The backends stand in :data:`BACKENDS`; :func:`run_scan` and :func:`fused_op` choose among them. Every rule about dtypes
 is in this file: what is computed in (:func:`compute_dtype`), what a backend reads as it is (:meth:`Backend.reads`).
+Tokens (u, delta, B and C of a scan, features) are read and written as they are stored, in 16 bits where the backend
+can; parameters, states and sums have the dtype that is computed in. What has another is converted, in a fused op
+parameters alone: tokens that its backend does not read go to plain PyTorch.
 """
 import os
 import warnings
@@ -36,6 +39,11 @@ def autocasts(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which products keep the dtype of their factors."""
     return torch.autocast(x.device.type, enabled=False) if _has_autocast(x.device.type) else nullcontext()
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Exported graphs would keep a conversion that changes nothing.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
@@ -78,9 +86,16 @@ class ScanInputs(NamedTuple):
     delta_softplus: bool = False
     in_scan_order: bool = False
 
+    def tokens(self) -> list[Tensor]:
+        return [self.u, self.delta, self.B, self.C]
+
+    def parameters(self) -> list[Tensor]:
+        """Those that are there."""
+        return [x for x in (self.A, self.D, self.delta_bias, self.dt_weight) if x is not None]
+
     def tensors(self) -> list[Tensor]:
         """Those that are there, without the tables."""
-        return [x for x in (*self[:6], self.delta_bias, self.dt_weight) if x is not None]
+        return self.tokens() + self.parameters()
 
     def check(self) -> 'ScanInputs':
         """Itself.
@@ -119,10 +134,13 @@ class ScanInputs(NamedTuple):
         return self
 
     def to(self, dtype: torch.dtype) -> 'ScanInputs':
-        """In this dtype; A, B and C in the complex one of its precision if A is complex."""
-        states = dtype.to_complex() if self.A.is_complex() else dtype
-        return self._replace(**{name: x.to(states if name in ('A', 'B', 'C') else dtype)
-                                for name, x in zip(self._fields, self)
+        """With tokens in this dtype, and parameters in what is computed in for it; A, B and C in the complex one of
+        that precision if A is complex."""
+        computed = torch.promote_types(dtype, torch.float32)
+        dtypes = dict.fromkeys(('u', 'delta', 'B', 'C'), dtype)
+        if self.A.is_complex():
+            dtypes.update(dict.fromkeys(('A', 'B', 'C'), computed.to_complex()))
+        return self._replace(**{name: _to(x, dtypes.get(name, computed)) for name, x in zip(self._fields, self)
                                 if isinstance(x, Tensor) and name not in ('src', 'inv')})
 
     def with_all_step_sizes(self) -> 'ScanInputs':
@@ -142,8 +160,9 @@ class Backend(NamedTuple):
             u's.
         unavailable: tensor like u -> None, or the reason why it cannot run such tensors.
         home: type of the device that it is chosen on by itself; None: any.
-        dtypes: of tensors that it reads; whatever holds others is converted to :func:`compute_dtype` before.
-        mixed_dtypes: whether each tensor may have its own.
+        dtypes: of tokens that it reads, if all have the same; others are converted to :func:`compute_dtype` before, as
+            are parameters.
+        mixed_dtypes: whether each tensor, parameters too, may have its own of these.
         low_rank_steps: whether its scan takes ``dt_weight``.
         complex_states: whether its scan takes complex A, B and C.
         linear, directional_conv, scattn_sum, add_rms_norm: its fused versions of these ops of
@@ -162,9 +181,9 @@ class Backend(NamedTuple):
     scattn_sum: Callable | None = None
     add_rms_norm: Callable | None = None
 
-    def reads(self, tensors: list[Tensor]) -> bool:
-        """Whether it takes them as they are."""
-        return all(x.dtype in self.dtypes and (self.mixed_dtypes or x.dtype == tensors[0].dtype) for x in tensors)
+    def reads(self, tokens: list[Tensor]) -> bool:
+        """Whether it takes these tokens as they are."""
+        return all(x.dtype in self.dtypes and (self.mixed_dtypes or x.dtype == tokens[0].dtype) for x in tokens)
 
     def refuses(self, u: Tensor, complex_states: bool = False) -> str | None:
         """The reason why it cannot run tensors like u, or None."""
@@ -218,17 +237,21 @@ def run_scan(inputs: ScanInputs, name: str | None) -> tuple[Tensor, Tensor]:
     backend = choose(inputs.u, name, inputs.A.is_complex())
     # Autocast would take the recurrence to 16 bits.
     with without_autocast(inputs.u):
-        if not backend.reads(inputs.tensors()):
-            inputs = inputs.to(compute_dtype(inputs.u))
+        if not (backend.mixed_dtypes and backend.reads(inputs.tensors())):
+            inputs = inputs.to(inputs.u.dtype if backend.reads(inputs.tokens()) else compute_dtype(inputs.u))
         if not backend.low_rank_steps:
             inputs = inputs.with_all_step_sizes()
         return backend.scan(inputs)
 
 
-def fused_op(op: str, name: str | None, *tensors: Tensor | None) -> Callable | None:
-    """The version of an op that the backend of this name, or the chosen one, has for these tensors; None if plain
-    PyTorch has to do it."""
-    given = [x for x in tensors if x is not None]
+def fused_op(op: str, name: str | None, tokens: list[Tensor | None],
+             parameters: list[Tensor | None]) -> tuple[Callable | None, list[Tensor | None]]:
+    """The version of an op that the backend of this name, or the chosen one, has for these tokens, and the parameters
+    in the dtype that it computes in; None, and the parameters as they are, if plain PyTorch has to do it."""
+    given = [x for x in tokens if x is not None]
     backend = choose(given[0], name)
     function = getattr(backend, op)
-    return function if function is not None and backend.reads(given) else None
+    if function is None or not backend.reads(given):
+        return None, parameters
+    dtype = compute_dtype(given[0])
+    return function, [None if x is None else _to(x, dtype) for x in parameters]

@@ -7,7 +7,8 @@ They are declared whatever can run here, so that an exported graph that holds th
 - ``directional_conv``, ``linear`` and ``scattn_sum``, what stands around the scan in a mixer, and ``add_rms_norm``,
   what stands between two mixers; their backwards.
 
-Last states are (B, K, N, D) here. States are float32, or float64 if u is. A backward operator is told which gradients
+Last states are (B, K, N, D) here. Tokens, and their gradients, may be 16 bits wide; states, parameters, their gradients
+and statistics are float32, or float64 if the tokens are. A backward operator is told which gradients
 are wanted (``wanted``, in the order of its outputs); the others come out empty.
 
 Operators are called by :func:`call`, which also works under ``torch.func.grad`` and ``torch.func.vmap``. Derivatives
@@ -104,7 +105,7 @@ def call(name: str, *args):
 def _product(x, weight):
     """x (..., I) times weight (O, I)^T, or (B, K, T, I) times (K, O, I)^T, in x's dtype even under autocast."""
     weight = weight.to(x.dtype)
-    if x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64):
+    if x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return call('linear', x, weight, None)
     with without_autocast(x):
         return linear(x, weight)
@@ -144,14 +145,15 @@ def _fake_scan(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_s
             state.new_empty(batch, K, max(0, (steps - 1) // CHUNK) if save else 0, N, width))
 
 
-def _fake_scan_backward(grad_y, grad_last, u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, checkpoints,
-                        delta_softplus, in_scan_order, wanted):
+def _fake_scan_backward(suffix, grad_y, grad_last, u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight,
+                        checkpoints, delta_softplus, in_scan_order, wanted):
     channels = A.shape[:2]
     batch, K, rows = delta.shape[:3]
     shape = (batch, K, rows, channels[1])
-    # With a factor of delta, all rows of a direction lie together, for the products that follow.
+    # With a factor of delta, all rows of a direction lie together, for the products that follow; on a CPU in 32 bits.
+    product = compute_dtype(delta) if delta.device.type == 'cpu' and not suffix else delta.dtype
     grad_delta = (_like(delta, src, shape) if dt_weight is None
-                  else delta.new_empty(K, batch, *shape[2:]).transpose(0, 1))
+                  else delta.new_empty(K, batch, *shape[2:], dtype=product).transpose(0, 1))
     return _only(wanted, (_like(u, src, u.shape), grad_delta, A.new_empty(A.shape), B.new_empty(B.shape),
                           C.new_empty(C.shape), A.new_empty(channels), A.new_empty(channels)))
 
@@ -182,8 +184,8 @@ def _scan_backward(suffix):
         grad_weight = None
         if dt_weight is not None:  # delta = factor (B, K, L, R) times weight (K, D, R)
             grad, factor = grads[1], tensors[1]
-            grads[1] = _product(grad, dt_weight.mT) if needs[1] else None
-            grad_weight = _grad_weight(grad, factor, 3).to(dt_weight.dtype) if needs[9] else None
+            grads[1] = _product(grad, dt_weight.mT).to(factor.dtype) if needs[1] else None
+            grad_weight = _grad_weight(grad, factor.to(grad.dtype), 3).to(dt_weight.dtype) if needs[9] else None
         return *grads, None, None, grad_bias, grad_weight, None, None, None
 
     return backward
@@ -218,7 +220,7 @@ def _conv_backward(suffix):
 def declare_scan_and_conv(suffix: str = '') -> None:
     """Declare both operators, with ``suffix`` behind their names: one device can then have two implementations."""
     declare(f'directional_scan{suffix}', _SCAN, _fake_scan, _scan_backward(suffix), _setup_scan)
-    declare(f'directional_scan_backward{suffix}', _SCAN_BACKWARD, _fake_scan_backward)
+    declare(f'directional_scan_backward{suffix}', _SCAN_BACKWARD, partial(_fake_scan_backward, suffix))
     declare(f'directional_conv{suffix}', _CONV, _fake_conv, _conv_backward(suffix),
             lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
     declare(f'directional_conv_backward{suffix}', _CONV_BACKWARD, _fake_conv_backward)
@@ -270,16 +272,15 @@ declare('linear', '(Tensor x, Tensor weight, Tensor? bias) -> Tensor', _fake_lin
 
 def _fake_sum(y, z, norm_weight, norm_bias, eps, reduce_weight, reduce_bias, select_weight, select_bias):
     batch, K, tokens, width = y.shape
-    return (y.new_empty(batch, tokens, width), y.new_empty(batch, K, width), y.new_empty(batch, K, tokens),
-            y.new_empty(batch, K, tokens), y.new_empty(batch, K, reduce_weight.shape[0]), y.new_empty(batch, K, width))
+    kept = [(width, ), (tokens, ), (tokens, ), (reduce_weight.shape[0], ), (width, )]
+    return y.new_empty(batch, tokens, width), *(norm_weight.new_empty(batch, K, *shape) for shape in kept)
 
 
 def _fake_sum_backward(grad, y, z, norm_weight, norm_bias, reduce_weight, select_weight, average, mean, inverse,
                        reduced, gate, wanted):
-    width = y.shape[-1]
-    return _only(wanted, (y.new_empty(y.shape), grad.new_empty(grad.shape), y.new_empty(width), y.new_empty(width),
-                          y.new_empty(reduce_weight.shape), y.new_empty(reduce_weight.shape[0]),
-                          y.new_empty(select_weight.shape), y.new_empty(width)))
+    new, width = norm_weight.new_empty, y.shape[-1]
+    return _only(wanted, (y.new_empty(y.shape), grad.new_empty(grad.shape), new(width), new(width),
+                          new(reduce_weight.shape), new(reduce_weight.shape[0]), new(select_weight.shape), new(width)))
 
 
 def _setup_sum(ctx, inputs, output):
@@ -313,11 +314,12 @@ declare('scattn_sum_backward',
 
 
 def _fake_norm(x, residual, weight, eps, cos, sin):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return x.new_empty(x.shape), (x if residual is None else residual).new_empty(x.shape)
 
 
 def _setup_norm(ctx, inputs, output):
-    _, _, weight, ctx.eps, cos, sin = inputs
+    x, _, weight, ctx.eps, cos, sin = inputs
+    ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(weight, cos, sin, output[1])
 
@@ -326,7 +328,9 @@ def _norm_backward(ctx, grad, grad_sum):
     weight, cos, sin, total = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_weight = None
+    stream = total.dtype
     if grad is not None:
+        total, grad = total.to(weight.dtype), grad.to(weight.dtype)
         inverse = (total.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
         normal = total * inverse
         if needs[2]:
@@ -337,7 +341,9 @@ def _norm_backward(ctx, grad, grad_sum):
             grad_sum = grad if grad_sum is None else grad_sum + grad
     if grad_sum is not None and cos is not None:
         grad_sum = rotate_back(grad_sum, cos, sin)
-    return grad_sum if needs[0] else None, grad_sum if needs[1] else None, grad_weight, None, None, None
+    grad_x = grad_sum.to(ctx.dtype) if grad_sum is not None and needs[0] else None
+    grad_residual = grad_sum.to(stream) if grad_sum is not None and needs[1] else None
+    return grad_x, grad_residual, grad_weight, None, None, None
 
 
 declare('add_rms_norm',

@@ -52,4 +52,4 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     total = x if residual is None else residual + x
     if cos is not None:
         total = rotate(total, cos, sin)
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    return F.rms_norm(total, weight.shape, weight, eps).to(x.dtype), total

@@ -24,8 +24,8 @@ INLINE void transpose(V<T>* x) {
 }
 
 // `steps` <= kChunk steps of `lanes` channels that are `stride` apart; writes whole squares.
-template <typename T>
-void load_columns(const T* from, int64_t stride, int64_t steps, int lanes, V<T>* to) {
+template <typename S, typename T = Compute<S>>
+void load_columns(const S* from, int64_t stride, int64_t steps, int lanes, V<T>* to) {
   constexpr int W = kLanes<T>;
   for (int64_t t = 0; t < steps; t += W) {
     const int count = steps - t < W ? int(steps - t) : W;
@@ -38,8 +38,8 @@ void load_columns(const T* from, int64_t stride, int64_t steps, int lanes, V<T>*
   }
 }
 
-template <typename T>
-void store_columns(T* to, int64_t stride, int64_t steps, int lanes, const V<T>* from) {
+template <typename S, typename T = Compute<S>>
+void store_columns(S* to, int64_t stride, int64_t steps, int lanes, const V<T>* from) {
   constexpr int W = kLanes<T>;
   for (int64_t t = 0; t < steps; t += W) {
     const int count = steps - t < W ? int(steps - t) : W;
@@ -55,10 +55,10 @@ void store_columns(T* to, int64_t stride, int64_t steps, int lanes, const V<T>* 
 }
 
 // A chunk of channels: no hardware prefetcher follows that many of them.
-template <typename T, bool for_writing>
-INLINE void prefetch_columns(const T* chunk, int64_t stride, int lanes) {
+template <bool for_writing, typename S>
+INLINE void prefetch_columns(const S* chunk, int64_t stride, int lanes) {
   for (int i = 0; i < lanes; ++i) {
-    for (int64_t t = 0; t < kChunk; t += 64 / int64_t(sizeof(T))) __builtin_prefetch(chunk + i * stride + t, for_writing);
+    for (int64_t t = 0; t < kChunk; t += 64 / int64_t(sizeof(S))) __builtin_prefetch(chunk + i * stride + t, for_writing);
   }
 }
 

@@ -15,15 +15,14 @@ struct ConvArguments {
   int64_t batch, directions, steps, tokens, channels, width;
 
   ConvArguments(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, const OptionalTensor& table_) {
-    TORCH_CHECK_TYPE(x_.scalar_type() == at::kFloat || x_.scalar_type() == at::kDouble,
-                     "x must be float32 or float64, got ", x_.scalar_type());
+    check_tokens(x_, "x");
     TORCH_CHECK_VALUE(x_.dim() == 3 && weight_.dim() == 3, "x must be (B, L, D) and weight (K, D, W), got ", x_.sizes(),
                       " and ", weight_.sizes());
     batch = x_.size(0), tokens = x_.size(1), channels = x_.size(2);
     directions = weight_.size(0), width = weight_.size(2), steps = tokens;
     TORCH_CHECK_VALUE(width > 0, "weight must have at least one tap");
-    check(weight_, "weight", {directions, channels, width}, x_);
-    if (bias_) check(*bias_, "bias", {directions, channels}, x_), bias = bias_->contiguous();
+    check(weight_, "weight", {directions, channels, width}, compute_type(x_));
+    if (bias_) check(*bias_, "bias", {directions, channels}, compute_type(x_)), bias = bias_->contiguous();
     if (table_) {
       table = checked_table(*table_, directions, tokens);
       steps = table.size(1);
@@ -32,15 +31,14 @@ struct ConvArguments {
     weight = weight_.contiguous();
   }
 
-  template <typename T>
-  ConvProblem<T> problem() const {
-    ConvProblem<T> p{};
+  template <typename S>
+  ConvProblem<S> problem() const {
+    ConvProblem<S> p{};
     p.batch = batch, p.directions = directions, p.steps = steps, p.tokens = tokens, p.channels = channels;
     p.width = width;
     p.table = table.defined() ? table.const_data_ptr<int32_t>() : nullptr;
-    p.x = x.const_data_ptr<T>(), p.x_strides = strides(x);
-    p.weight = weight.const_data_ptr<T>();
-    p.bias = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+    p.x = data<S>(x), p.x_strides = strides(x);
+    p.weight = data<Compute<S>>(weight), p.bias = data<Compute<S>>(bias);
     return p;
   }
 };
@@ -49,10 +47,11 @@ Tensor directional_conv(const Tensor& x, const Tensor& weight, const OptionalTen
                         const OptionalTensor&) {
   const ConvArguments a(x, weight, bias, src);
   Tensor y = at::empty({a.directions, a.batch, a.steps, a.channels}, x.options());
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "directional_conv", [&] {
-    ConvProblem<scalar_t> p = a.problem<scalar_t>();
-    p.y = y.mutable_data_ptr<scalar_t>();
-    const auto& kernel = kernels<scalar_t>().conv;
+  dispatch(x.scalar_type(), [&](auto element) {
+    using S = decltype(element);
+    ConvProblem<S> p = a.problem<S>();
+    p.y = memory<S>(y);
+    const auto& kernel = kernels<S>().conv;
     const int64_t items = ceil_div(p.channels, kernel.channels);
     for_each(p.batch * p.directions * items, kernel.scratch(p.width), [&](int64_t i, void* scratch) {
       kernel.forward(p, Item{i / items / p.directions, i / items % p.directions, i % items}, scratch);
@@ -65,20 +64,21 @@ std::tuple<Tensor, Tensor, Tensor> directional_conv_backward(const Tensor& dy_, 
                                                              const OptionalTensor& bias, const OptionalTensor& src,
                                                              const OptionalTensor&, std::array<bool, 3> wanted) {
   const ConvArguments a(x, weight, bias, src);
-  check(dy_, "grad", {a.batch, a.directions, a.steps, a.channels}, x);
+  check(dy_, "grad", {a.batch, a.directions, a.steps, a.channels}, x.scalar_type());
+  const auto options = compute_options(x);
   const Tensor dy = with_contiguous_channels(dy_);
   Tensor dx, dweight, dbias;
-  if (wanted[0]) dx = at::empty({a.batch, a.tokens, a.channels}, x.options());
+  if (wanted[0]) dx = at::empty({a.batch, a.tokens, a.channels}, options);
   if (wanted[1] || wanted[2]) {
-    dweight = at::empty({a.batch, a.directions, a.channels, a.width}, x.options());
-    dbias = at::empty({a.batch, a.directions, a.channels}, x.options());
+    dweight = at::empty({a.batch, a.directions, a.channels, a.width}, options);
+    dbias = at::empty({a.batch, a.directions, a.channels}, options);
   }
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "directional_conv_backward", [&] {
-    ConvProblem<scalar_t> p = a.problem<scalar_t>();
-    p.dy = dy.const_data_ptr<scalar_t>(), p.dy_strides = strides(dy);
-    p.dx = data_or_null<scalar_t>(dx);
-    p.dweight = data_or_null<scalar_t>(dweight), p.dbias = data_or_null<scalar_t>(dbias);
-    const auto& kernel = kernels<scalar_t>().conv;
+  dispatch(x.scalar_type(), [&](auto element) {
+    using S = decltype(element);
+    ConvProblem<S> p = a.problem<S>();
+    p.dy = data<S>(dy), p.dy_strides = strides(dy);
+    p.dx = memory<Compute<S>>(dx), p.dweight = memory<Compute<S>>(dweight), p.dbias = memory<Compute<S>>(dbias);
+    const auto& kernel = kernels<S>().conv;
     const int64_t items = ceil_div(p.channels, kernel.channels);
     for_each(p.batch * items, kernel.scratch(p.width), [&](int64_t i, void* scratch) {
       for (int64_t direction = 0; direction < p.directions; ++direction) {
@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> directional_conv_backward(const Tensor& dy_, 
       }
     });
   });
-  return {wanted[0] ? dx : nothing(x), wanted[1] ? ordered_sum(dweight) : nothing(x),
-          wanted[2] ? ordered_sum(dbias) : nothing(x)};
+  return {wanted[0] ? dx.to(x.scalar_type()) : nothing(x), wanted[1] ? ordered_sum(dweight) : nothing(weight),
+          wanted[2] ? ordered_sum(dbias) : nothing(weight)};
 }
 
 }  // namespace

@@ -24,14 +24,14 @@ int64_t conv_scratch(int64_t width) {
   return scratch.used;
 }
 
-template <typename T>
-INLINE int64_t conv_token(const ConvProblem<T>& p, Item item, int64_t step) {
+template <typename S>
+INLINE int64_t conv_token(const ConvProblem<S>& p, Item item, int64_t step) {
   if (step < 0 || step >= p.steps) return -1;
   return p.table ? p.table[item.direction * p.steps + step] : step;
 }
 
-template <typename T>
-void conv_open(const ConvProblem<T>& p, Item item, const Channels<T>& channels, const ConvScratch<T>& c) {
+template <typename S, typename T = Compute<S>>
+void conv_open(const ConvProblem<S>& p, Item item, const Channels<T>& channels, const ConvScratch<T>& c) {
   for (int64_t block = 0; block < channels.blocks; ++block) {
     const int64_t channel = item.direction * p.channels + channels.begin(block);
     const int lanes = channels.lanes(block);
@@ -61,8 +61,8 @@ INLINE V<T> conv_at(const V<T>* x, const V<T>* weight, V<T> bias, int64_t W) {
   return bias;
 }
 
-template <typename T>
-void conv_forward(const ConvProblem<T>& p, Item item, void* memory) {
+template <typename S, typename T = Compute<S>>
+void conv_forward(const ConvProblem<S>& p, Item item, void* memory) {
   const int64_t W = p.width;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
@@ -73,8 +73,8 @@ void conv_forward(const ConvProblem<T>& p, Item item, void* memory) {
     for (int64_t t = 0; t < steps; ++t) c.token[t] = conv_token(p, item, start + t);
     for (int64_t block = 0; block < channels.blocks; ++block) {
       const int lanes = channels.lanes(block);
-      const T* from = p.x + item.batch * p.x_strides.batch + channels.begin(block);
-      T* y = p.y + ((item.direction * p.batch + item.batch) * p.steps + start) * p.channels + channels.begin(block);
+      const S* from = p.x + item.batch * p.x_strides.batch + channels.begin(block);
+      S* y = p.y + ((item.direction * p.batch + item.batch) * p.steps + start) * p.channels + channels.begin(block);
       V<T>* x = c.x + block * (kChunk + W);
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t next = conv_token(p, item, start + kChunk + t);
@@ -89,8 +89,8 @@ void conv_forward(const ConvProblem<T>& p, Item item, void* memory) {
   }
 }
 
-template <typename T>
-void conv_backward(const ConvProblem<T>& p, Item item, void* memory) {
+template <typename S, typename T = Compute<S>>
+void conv_backward(const ConvProblem<S>& p, Item item, void* memory) {
   const int64_t W = p.width, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
@@ -103,8 +103,8 @@ void conv_backward(const ConvProblem<T>& p, Item item, void* memory) {
     for (int64_t t = 0; t < steps + W - 1; ++t) c.token[t] = conv_token(p, item, start - (W - 1) + t);
     for (int64_t block = 0; block < channels.blocks; ++block) {
       const int lanes = channels.lanes(block);
-      const T* from = p.x + item.batch * p.x_strides.batch + channels.begin(block);
-      const T* dy = p.dy + offset(p.dy_strides, item) + start * p.dy_strides.row + channels.begin(block);
+      const S* from = p.x + item.batch * p.x_strides.batch + channels.begin(block);
+      const S* dy = p.dy + offset(p.dy_strides, item) + start * p.dy_strides.row + channels.begin(block);
       T* dx = p.dx ? p.dx + item.batch * p.tokens * p.channels + channels.begin(block) : nullptr;
       V<T>* x = c.x + block * (kChunk + W);
       V<T>* gradient = c.gradient + block * (kChunk + W);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -22,12 +23,32 @@ using OptionalTensor = std::optional<Tensor>;
 // The best that this machine has, or the one that the environment names.
 const InstructionSet& instruction_set();
 
-template <typename T>
-const Kernels<T>& kernels();
+template <typename S>
+const Kernels<S>& kernels();
 template <>
 inline const Kernels<float>& kernels<float>() { return instruction_set().f32; }
 template <>
 inline const Kernels<double>& kernels<double>() { return instruction_set().f64; }
+template <>
+inline const Kernels<bfloat16>& kernels<bfloat16>() { return instruction_set().bf16; }
+
+// Calls run with an element of the type that tokens have.
+template <typename Function>
+void dispatch(at::ScalarType tokens, Function run) {
+  if (tokens == at::kFloat) return run(float());
+  if (tokens == at::kDouble) return run(double());
+  run(bfloat16());
+}
+
+inline void check_tokens(const Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble || x.scalar_type() == at::kBFloat16,
+                   name, " must be float32, float64 or bfloat16, got ", x.scalar_type());
+}
+
+// What is computed in for tokens of this type; see interface.h.
+inline at::ScalarType compute_type(at::ScalarType tokens) { return tokens == at::kBFloat16 ? at::kFloat : tokens; }
+inline at::ScalarType compute_type(const Tensor& tokens) { return compute_type(tokens.scalar_type()); }
+inline at::TensorOptions compute_options(const Tensor& tokens) { return tokens.options().dtype(compute_type(tokens)); }
 
 // Decaying states end as denormal numbers, which take some processors a hundred times longer: they count as zero here.
 class FlushDenormals {
@@ -71,22 +92,38 @@ inline Strides strides(const Tensor& x) {
 // What an operator returns for a gradient that nobody wants.
 inline Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
 
-template <typename T>
-T* data_or_null(const Tensor& x) {
-  return x.defined() ? x.mutable_data_ptr<T>() : nullptr;
+// Elements to read, null if x is undefined.
+template <typename S>
+const S* data(const Tensor& x) {
+  if (!x.defined()) return nullptr;
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    return reinterpret_cast<const S*>(x.const_data_ptr<at::BFloat16>());
+  } else {
+    return x.const_data_ptr<S>();
+  }
 }
 
-inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, const Tensor& like) {
+// Elements to write, null if x is undefined.
+template <typename S>
+S* memory(const Tensor& x) {
+  if (!x.defined()) return nullptr;
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    return reinterpret_cast<S*>(x.mutable_data_ptr<at::BFloat16>());
+  } else {
+    return x.mutable_data_ptr<S>();
+  }
+}
+
+inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, at::ScalarType type) {
   TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
-                   " like the first argument, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, " beside these tokens, got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
 }
 
 // The table of K directions: a row holds every token once, and pads (-1). Otherwise outputs would stay unwritten.
 Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens);
 
-// Sum over the first dimension in ascending order, whatever the number of threads.
+// Sum over the first dimension in ascending order, whatever the number of threads; float32 or float64.
 Tensor ordered_sum(const Tensor& x);
 
 }  // namespace mmlocalmamba

@@ -13,6 +13,24 @@ constexpr int64_t kChunk = 32;
 // the rows of B and C are fetched once. A constant: sums over channels do not depend on the number of threads.
 constexpr int64_t kBlocks = 4;
 
+// Storage in 16 bits: the upper half of a float.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// What is computed in where elements are stored as S: parameters, states, sums over more than one step, and whatever the
+// kernels keep for themselves have this type; tokens, and gradients of tokens that are written once, have S.
+template <typename S>
+struct ComputeType {
+  using type = S;
+};
+template <>
+struct ComputeType<bfloat16> {
+  using type = float;
+};
+template <typename S>
+using Compute = typename ComputeType<S>::type;
+
 // Element strides of (batch, direction, row, channel); channels and states are contiguous unless said otherwise.
 struct Strides {
   int64_t batch = 0, direction = 0, row = 0, channel = 1;
@@ -23,7 +41,7 @@ struct Strides {
 
 // One scan of all directions; see directional_scan in ops/__init__.py for the meaning of the arrays. Row r of an array
 // is a token, or a step if in_scan_order.
-template <typename T>
+template <typename S, typename T = Compute<S>>
 struct ScanProblem {
   int64_t batch, directions, steps, rows, tokens, channels, states;
   int64_t dt_rank;        // of delta; 0: delta is given in full
@@ -31,28 +49,30 @@ struct ScanProblem {
   const int32_t* table;  // (K, steps): token of each step or -1; null: step t is token t
 
   // Channels or rows of u, delta, y, dy, du and ddelta are contiguous.
-  const T *u, *delta, *B, *C;  // delta: (B, K, rows, D), or (B, K, rows, dt_rank)
+  const S *u, *delta, *B, *C;  // delta: (B, K, rows, D), or (B, K, rows, dt_rank)
   Strides u_strides, delta_strides, B_strides, C_strides;
   int64_t B_state_stride, C_state_stride;
   const T *A;             // (K, D, N)
   const T *dt_weight;     // (K, D, dt_rank), with delta (B, K, rows, dt_rank)
   const T *D, *bias;      // (K, D) or null
-  T *y;                   // (B, K, tokens, D)
+  S *y;                   // (B, K, tokens, D)
   Strides y_strides;
   T *last;                // (B, K, N, D)
   T *checkpoints;         // (B, K, chunks - 1, N, D): states at the start of every chunk but the first; null: none
 
   // Backward only.
-  const T *dy;
+  const S *dy;
   Strides dy_strides;
   const T *dlast;         // (B, K, N, D) or null
-  T *ddelta;              // (B, K, rows, D), also where delta is given by a factor; null: not wanted
-  Strides ddelta_strides;
+  S *ddelta;              // (B, K, rows, D), where delta is given in full, or null: not wanted
+  T *dproduct;            // the same, where it is a product, whose factors' gradients are products of this; or null
+  Strides ddelta_strides; // of ddelta or dproduct
   T *dA;                  // (B, K, D, N), or null
+  S *du;                  // (B, K, rows, D), where directions have a u of their own, or null
   // Sums over directions, and over the items of a sequence: either in place, which needs the summands to be computed
   // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later. Or null.
-  T *du;
-  Strides du_strides;     // its directions are 0 apart if in place
+  T *du_sum;
+  Strides du_strides;     // of du or du_sum, whose directions are 0 apart if in place
   bool du_in_parts;
   T *dB, *dC;
   bool dB_in_parts;
@@ -66,17 +86,17 @@ struct Item {
 
 // The causal depthwise convolution along every scan, and SiLU: y[k, t] = silu(bias + sum_j weight[j] x[t - W + 1 + j]),
 // where x[t] is the token that step t reads, zero for pads and before the first step.
-template <typename T>
+template <typename S, typename T = Compute<S>>
 struct ConvProblem {
   int64_t batch, directions, steps, tokens, channels, width;
   const int32_t* table;   // (K, steps): token of each step or -1; null: step t is token t
-  const T* x;             // (B, tokens, D), the same for all directions
+  const S* x;             // (B, tokens, D), the same for all directions
   Strides x_strides;
   const T *weight, *bias; // (K, D, W), (K, D)
-  T* y;                   // (K, B, steps, D)
+  S* y;                   // (K, B, steps, D)
 
   // Backward only. A work item's directions run one after the other: dx is summed in place.
-  const T* dy;
+  const S* dy;
   Strides dy_strides;
   T* dx;                  // (B, tokens, D), or null: not wanted
   T *dweight, *dbias;     // (B, K, D, W), (B, K, D), or both null
@@ -90,66 +110,75 @@ constexpr int64_t kTokensPerItem = 64;
 //   forward     out = sum over k of f[k] * gate[k]
 //   reduce      gradient of the gate, in parts (ranges of tokens, B, K, D)
 //   backward    dy = (dout * gate[k] + gradient through the normalised mean) * silu(z), and dz
-template <typename T>
+template <typename S, typename T = Compute<S>>
 struct SCAttnSumProblem {
   int64_t batch, directions, tokens, channels;
   T eps;
-  const T* y;             // (B, K, tokens, D)
-  const T* z;             // (B, tokens, D), channels contiguous, or null
+  const S* y;             // (B, K, tokens, D)
+  const S* z;             // (B, tokens, D), channels contiguous, or null
   Strides z_strides;
   T *mean, *inverse;      // (B, K, tokens): mean and 1 / standard deviation over channels
   T* parts;
   const T* gate;          // (B, K, D)
-  T* out;                 // (B, tokens, D)
-  const T* dout;          // (B, tokens, D)
+  S* out;                 // (B, tokens, D)
+  const S* dout;          // (B, tokens, D)
   const T* dmean;         // (B, K, D): gradient of the sum over tokens of the normalised features
-  T *dy, *dz;             // dz may be null
+  S *dy, *dz;             // dz may be null
 };
 
 // The residual stream between two blocks, token by token: sum = turn(x + residual), out = sum * weight / rms(sum).
-// Neighbouring channels (a, b) are turned to (a cos - b sin, b cos + a sin).
-template <typename T>
+// Neighbouring channels (a, b) are turned to (a cos - b sin, b cos + a sin). The stream, R, may be wider than what comes
+// from a block and goes into the next.
+template <typename S, typename R, typename T = Compute<S>>
 struct AddRMSNormProblem {
   int64_t batch, tokens, channels;
   T eps;
-  const T *x, *residual;  // (B, tokens, D), channels contiguous; residual may be null
+  const S *x;             // (B, tokens, D), channels contiguous
+  const R *residual;      // the same, or null
   Strides x_strides, residual_strides;
   const T *cosine, *sine; // (tokens, D), each value twice, or null: nothing is turned
   const T* weight;        // (D)
-  T *sum, *out;           // (B, tokens, D)
+  R *sum;                 // (B, tokens, D)
+  S *out;                 // (B, tokens, D)
 };
 
-template <typename T>
+template <typename S, typename T = Compute<S>>
 struct Kernels {
   struct {
     int64_t channels;  // per work item
     int64_t (*scratch)(int64_t states, int64_t dt_rank, bool backward);  // bytes, to be aligned to 64
-    void (*forward)(const ScanProblem<T>&, Item, void* scratch);
-    void (*backward)(const ScanProblem<T>&, Item, void* scratch);
+    void (*forward)(const ScanProblem<S>&, Item, void* scratch);
+    void (*backward)(const ScanProblem<S>&, Item, void* scratch);
   } scan;
   struct {
     int64_t channels;
     int64_t (*scratch)(int64_t width);
-    void (*forward)(const ConvProblem<T>&, Item, void* scratch);
-    void (*backward)(const ConvProblem<T>&, Item, void* scratch);
+    void (*forward)(const ConvProblem<S>&, Item, void* scratch);
+    void (*backward)(const ConvProblem<S>&, Item, void* scratch);
   } conv;
   struct {
     int64_t (*scratch)(int64_t directions, int64_t channels);
     // One batch item and piece of tokens.
-    void (*statistics)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*forward)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*reduce)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
-    void (*backward)(const SCAttnSumProblem<T>&, int64_t batch, int64_t piece, void* scratch);
+    void (*statistics)(const SCAttnSumProblem<S>&, int64_t batch, int64_t piece, void* scratch);
+    void (*forward)(const SCAttnSumProblem<S>&, int64_t batch, int64_t piece, void* scratch);
+    void (*reduce)(const SCAttnSumProblem<S>&, int64_t batch, int64_t piece, void* scratch);
+    void (*backward)(const SCAttnSumProblem<S>&, int64_t batch, int64_t piece, void* scratch);
     // out = act(weight (rows, columns) times x + bias), act being the identity or the logistic function.
     void (*product)(const T* weight, const T* x, const T* bias, int64_t rows, int64_t columns, bool logistic, T* out);
   } scattn_sum;
-  void (*add_rms_norm)(const AddRMSNormProblem<T>&, int64_t batch, int64_t piece);
+  struct {
+    int64_t (*scratch)(int64_t channels);
+    // With the stream stored as S, and as T.
+    void (*narrow)(const AddRMSNormProblem<S, S>&, int64_t batch, int64_t piece, void* scratch);
+    void (*wide)(const AddRMSNormProblem<S, T>&, int64_t batch, int64_t piece, void* scratch);
+  } add_rms_norm;
 };
 
 struct InstructionSet {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  Kernels<bfloat16> bf16;
 };
 
 extern const InstructionSet kAvx512, kAvx2, kPortable;

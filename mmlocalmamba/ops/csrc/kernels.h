@@ -15,16 +15,16 @@
 namespace mmlocalmamba {
 namespace {
 
-template <typename T>
-constexpr Kernels<T> kKernels = {
-    {kBlocks * kLanes<T>, scan_scratch<T>, scan_forward<T>, scan_backward<T>},
-    {kBlocks * kLanes<T>, conv_scratch<T>, conv_forward<T>, conv_backward<T>},
-    {scattn_scratch<T>, scattn_statistics<T>, scattn_forward<T>, scattn_reduce<T>, scattn_backward<T>, gate_product<T>},
-    add_rms_norm<T>,
+template <typename S, typename T = Compute<S>>
+constexpr Kernels<S> kKernels = {
+    {kBlocks * kLanes<T>, scan_scratch<T>, scan_forward<S>, scan_backward<S>},
+    {kBlocks * kLanes<T>, conv_scratch<T>, conv_forward<S>, conv_backward<S>},
+    {scattn_scratch<T>, scattn_statistics<S>, scattn_forward<S>, scattn_reduce<S>, scattn_backward<S>, gate_product<T>},
+    {norm_scratch<T>, add_rms_norm<S, S>, add_rms_norm<S, T>},
 };
 
 }  // namespace
 
-const InstructionSet ISA = {ISA_NAME, kKernels<float>, kKernels<double>};
+const InstructionSet ISA = {ISA_NAME, kKernels<float>, kKernels<double>, kKernels<bfloat16>};
 
 }  // namespace mmlocalmamba

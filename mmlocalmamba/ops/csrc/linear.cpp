@@ -39,8 +39,8 @@ Tensor weight_product(const Tensor& x, const Tensor& weight, const OptionalTenso
                     "x must be (..., I), weight (O, I) and bias (O,), got ", x.sizes(), ", ", weight.sizes(), " and ",
                     bias ? bias->sizes() : at::IntArrayRef());
   const auto& product = mkldnn_linear();
-  if (!product || x.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat || x.numel() == 0 ||
-      weight.numel() == 0) {
+  const bool known = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
+  if (!product || !known || weight.scalar_type() != x.scalar_type() || x.numel() == 0 || weight.numel() == 0) {
     return at::linear(x, weight, bias);
   }
   return product->call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");

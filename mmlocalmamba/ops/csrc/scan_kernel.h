@@ -24,8 +24,8 @@ struct ChunkScratch {
         dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
 };
 
-template <typename T>
-void copy_rows(const T* from, int64_t row_stride, int64_t state_stride, const int64_t* rows, bool in_order,
+template <typename S, typename T = Compute<S>>
+void copy_rows(const S* from, int64_t row_stride, int64_t state_stride, const int64_t* rows, bool in_order,
                int64_t steps, int64_t N, T* to) {
   if (N == 0) return;
   if (in_order && row_stride == 1 && state_stride != 1) {
@@ -42,18 +42,18 @@ void copy_rows(const T* from, int64_t row_stride, int64_t state_stride, const in
       for (int64_t n = 0; n < N; ++n) to[n] = 0;
       continue;
     }
-    const T* row = from + rows[t] * row_stride;
+    const S* row = from + rows[t] * row_stride;
     if (state_stride == 1) {
-      for (int64_t n = 0; n < N; ++n) to[n] = row[n];
+      for (int64_t n = 0; n < N; ++n) to[n] = value(row[n]);
     } else {
-      for (int64_t n = 0; n < N; ++n) to[n] = row[n * state_stride];
+      for (int64_t n = 0; n < N; ++n) to[n] = value(row[n * state_stride]);
     }
   }
 }
 
 // The row that a step reads or writes, -1: none.
-template <typename T>
-INLINE int64_t token(const ScanProblem<T>& p, Item item, int64_t step) {
+template <typename S>
+INLINE int64_t token(const ScanProblem<S>& p, Item item, int64_t step) {
   return p.table ? p.table[item.direction * p.steps + step] : step;
 }
 
@@ -62,8 +62,8 @@ INLINE int64_t token(const ScanProblem<T>& p, Item item, int64_t step) {
 struct Next {
   int64_t read = -1, write = -1;
 
-  template <typename T>
-  INLINE Next(const ScanProblem<T>& p, Item item, int64_t step) {
+  template <typename S>
+  INLINE Next(const ScanProblem<S>& p, Item item, int64_t step) {
     if (step < 0 || step >= p.steps) return;
     write = token(p, item, step);
     read = p.in_scan_order ? step : write;
@@ -71,8 +71,8 @@ struct Next {
 };
 
 // Rows of the chunk's steps, B, C and the factor of delta.
-template <typename T>
-void open_chunk(const ScanProblem<T>& p, Item item, int64_t start, int64_t steps, ChunkScratch<T>& c) {
+template <typename S, typename T = Compute<S>>
+void open_chunk(const ScanProblem<S>& p, Item item, int64_t start, int64_t steps, ChunkScratch<T>& c) {
   for (int64_t t = 0; t < steps; ++t) {
     c.write[t] = token(p, item, start + t);
     c.read[t] = p.in_scan_order ? start + t : c.write[t];
@@ -100,8 +100,8 @@ void load_transposed(const T* from, int64_t count, T factor, int64_t total, Item
 }
 
 // A of all states, in powers of two.
-template <typename T>
-void load_A(const ScanProblem<T>& p, Item item, const Channels<T>& channels, const ChunkScratch<T>& c) {
+template <typename S, typename T = Compute<S>>
+void load_A(const ScanProblem<S>& p, Item item, const Channels<T>& channels, const ChunkScratch<T>& c) {
   load_transposed(p.A, p.states, Constants<T>::log2e, p.channels, item, channels, c.A);
   for (int64_t block = 0; block < channels.blocks; ++block) {
     c.A_largest[block] = V<T>{};
@@ -126,8 +126,8 @@ INLINE void with_exp2(const ChunkScratch<T>& c, int64_t block, int64_t steps, Fu
   f(std::false_type{});
 }
 
-template <typename T>
-INLINE V<T> load_weight(const T* weight, const ScanProblem<T>& p, Item item, const Channels<T>& channels,
+template <typename S, typename T = Compute<S>>
+INLINE V<T> load_weight(const T* weight, const ScanProblem<S>& p, Item item, const Channels<T>& channels,
                         int64_t block) {
   return weight ? load(weight + item.direction * p.channels + channels.begin(block), channels.lanes(block)) : V<T>{};
 }
@@ -145,8 +145,8 @@ INLINE void expand_steps(const T* factor, const V<T>* weight, int64_t R, V<T> bi
 }
 
 // delta + bias of a chunk, into c.dt.
-template <typename T>
-INLINE void load_steps(const ScanProblem<T>& p, const ChunkScratch<T>& c, Item item, int64_t steps, int64_t block,
+template <typename S, typename T = Compute<S>>
+INLINE void load_steps(const ScanProblem<S>& p, const ChunkScratch<T>& c, Item item, int64_t steps, int64_t block,
                        int64_t channel, int lanes, V<T> bias) {
   if (p.dt_rank) {
     const V<T>* weight = c.weight + block * p.dt_rank;
@@ -157,7 +157,7 @@ INLINE void load_steps(const ScanProblem<T>& p, const ChunkScratch<T>& c, Item i
     for (; t < steps; ++t) expand_steps<T, 1>(c.factor + t * p.dt_rank, weight, p.dt_rank, bias, c.dt + t);
     return;
   }
-  const T* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
+  const S* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
   if (p.delta_strides.columns()) {
     load_columns(delta + c.read[0], p.delta_strides.channel, steps, lanes, c.dt);
     for (int64_t t = 0; t < steps; ++t) c.dt[t] += bias;
@@ -169,8 +169,8 @@ INLINE void load_steps(const ScanProblem<T>& p, const ChunkScratch<T>& c, Item i
 }
 
 // Where the state before chunk number `chunk` >= 1 is kept.
-template <typename T>
-INLINE T* checkpoint(const ScanProblem<T>& p, Item item, int64_t chunk, int64_t channel) {
+template <typename S, typename T = Compute<S>>
+INLINE T* checkpoint(const ScanProblem<S>& p, Item item, int64_t chunk, int64_t channel) {
   const int64_t saved = (p.steps + kChunk - 1) / kChunk - 1;
   const int64_t sequence = item.batch * p.directions + item.direction;
   return p.checkpoints + ((sequence * saved + chunk - 1) * p.states) * p.channels + channel;
@@ -214,8 +214,8 @@ INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const ChunkSc
   return n;
 }
 
-template <typename T>
-void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
+template <typename S, typename T = Compute<S>>
+void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
@@ -232,9 +232,9 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
       const int lanes = channels.lanes(block);
       const V<T> bias = load_weight(p.bias, p, item, channels, block);
       const V<T> D = load_weight(p.D, p, item, channels, block);
-      const T* u = p.u + offset(p.u_strides, item) + channel * p.u_strides.channel;
-      const T* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
-      T* y = p.y + offset(p.y_strides, item) + channel * p.y_strides.channel;
+      const S* u = p.u + offset(p.u_strides, item) + channel * p.u_strides.channel;
+      const S* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
+      S* y = p.y + offset(p.y_strides, item) + channel * p.y_strides.channel;
 
       if (p.checkpoints && start) {
         T* to = checkpoint(p, item, start / kChunk, channel);
@@ -246,9 +246,9 @@ void scan_forward(const ScanProblem<T>& p, Item item, void* memory) {
       if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, c.dtu);
       if (start + kChunk < p.steps) {
         const int64_t ahead = start + kChunk;
-        if (u_columns) prefetch_columns<T, false>(u + ahead, p.u_strides.channel, lanes);
-        if (delta_columns && !p.dt_rank) prefetch_columns<T, false>(delta + ahead, p.delta_strides.channel, lanes);
-        if (y_columns) prefetch_columns<T, true>(y + ahead, p.y_strides.channel, lanes);
+        if (u_columns) prefetch_columns<false>(u + ahead, p.u_strides.channel, lanes);
+        if (delta_columns && !p.dt_rank) prefetch_columns<false>(delta + ahead, p.delta_strides.channel, lanes);
+        if (y_columns) prefetch_columns<true>(y + ahead, p.y_strides.channel, lanes);
       }
       // Known when it is compiled: with few states a test for each step shows.
       const auto open_steps = [&](auto any_columns) __attribute__((always_inline)) {
@@ -400,8 +400,8 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
   }
 }
 
-template <typename T, int count, bool near>
-INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<T>& p, Item item, int64_t start, int64_t steps,
+template <int count, bool near, typename S, typename T = Compute<S>>
+INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<S>& p, Item item, int64_t start, int64_t steps,
                                const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c,
                                const BackwardScratch<T>& g) {
   const int64_t N = p.states;
@@ -444,8 +444,8 @@ INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c
   return n;
 }
 
-template <typename T>
-void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
+template <typename S, typename T = Compute<S>>
+void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
   Scratch scratch{static_cast<char*>(memory)};
@@ -474,11 +474,15 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       const int lanes = channels.lanes(block);
       const V<T> bias = load_weight(p.bias, p, item, channels, block);
       const V<T> D = load_weight(p.D, p, item, channels, block);
-      const T* u = p.u + offset(p.u_strides, item) + channel * p.u_strides.channel;
-      const T* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
-      const T* dy = p.dy + offset(p.dy_strides, item) + channel * p.dy_strides.channel;
-      T* du = p.du ? p.du + offset(p.du_strides, item) + channel * p.du_strides.channel : nullptr;
-      T* ddelta = p.ddelta ? p.ddelta + offset(p.ddelta_strides, item) + channel * p.ddelta_strides.channel : nullptr;
+      const S* u = p.u + offset(p.u_strides, item) + channel * p.u_strides.channel;
+      const S* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
+      const S* dy = p.dy + offset(p.dy_strides, item) + channel * p.dy_strides.channel;
+      const int64_t to_du = offset(p.du_strides, item) + channel * p.du_strides.channel;
+      S* du = p.du ? p.du + to_du : nullptr;
+      T* du_sum = p.du_sum ? p.du_sum + to_du : nullptr;
+      const int64_t to_ddelta = offset(p.ddelta_strides, item) + channel * p.ddelta_strides.channel;
+      S* ddelta = p.ddelta ? p.ddelta + to_ddelta : nullptr;
+      T* dproduct = p.dproduct ? p.dproduct + to_ddelta : nullptr;
       load_steps(p, c, item, steps, block, channel, lanes, bias);
       const bool u_columns = p.u_strides.columns(), dy_columns = p.dy_strides.columns();
       const bool du_columns = p.du_strides.columns(), ddelta_columns = p.ddelta_strides.columns();
@@ -487,11 +491,11 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       if (dy_columns) load_columns(dy + start, p.dy_strides.channel, steps, lanes, g.dy);
       if (start) {
         const int64_t ahead = start - kChunk;
-        if (u_columns) prefetch_columns<T, false>(u + ahead, p.u_strides.channel, lanes);
-        if (delta_columns && !p.dt_rank) prefetch_columns<T, false>(delta + ahead, p.delta_strides.channel, lanes);
-        if (dy_columns) prefetch_columns<T, false>(dy + ahead, p.dy_strides.channel, lanes);
-        if (du_columns) prefetch_columns<T, true>(du + ahead, p.du_strides.channel, lanes);
-        if (ddelta_columns) prefetch_columns<T, true>(ddelta + ahead, p.ddelta_strides.channel, lanes);
+        if (u_columns) prefetch_columns<false>(u + ahead, p.u_strides.channel, lanes);
+        if (delta_columns && !p.dt_rank) prefetch_columns<false>(delta + ahead, p.delta_strides.channel, lanes);
+        if (dy_columns) prefetch_columns<false>(dy + ahead, p.dy_strides.channel, lanes);
+        if (du_columns && du) prefetch_columns<true>(du + ahead, p.du_strides.channel, lanes);
+        if (ddelta_columns) prefetch_columns<true>(ddelta + ahead, p.ddelta_strides.channel, lanes);
       }
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
@@ -500,7 +504,9 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
         if (!delta_columns && !p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
         if (!dy_columns) PREFETCH(dy, next.write, p.dy_strides.row, 0);
         if (du && !du_columns) PREFETCH(du, next.read, p.du_strides.row, 1);
+        if (du_sum && !du_columns) PREFETCH(du_sum, next.read, p.du_strides.row, 1);
         if (ddelta && !ddelta_columns) PREFETCH(ddelta, next.read, p.ddelta_strides.row, 1);
+        if (dproduct) PREFETCH(dproduct, next.read, p.ddelta_strides.row, 1);
         V<T> slope = splat(T(1));
         if (!u_columns) g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
         if (!dy_columns) {
@@ -513,9 +519,9 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
       }
       V<T>* sums = g.sums;
       with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {
-        int64_t n = backward_groups<T, kBackwardStates<T>, near>(0, sums, p, item, start, steps, channels, block, c, g);
-        n = backward_groups<T, kBackwardTail<T>, near>(n, sums, p, item, start, steps, channels, block, c, g);
-        backward_groups<T, 1, near>(n, sums, p, item, start, steps, channels, block, c, g);
+        int64_t n = backward_groups<kBackwardStates<T>, near>(0, sums, p, item, start, steps, channels, block, c, g);
+        n = backward_groups<kBackwardTail<T>, near>(n, sums, p, item, start, steps, channels, block, c, g);
+        backward_groups<1, near>(n, sums, p, item, start, steps, channels, block, c, g);
       });
       for (int64_t t = 0; t < steps; ++t) {
         const V<T> ddt = (g.ddt[t] * Constants<T>::ln2 + g.ddtu[t] * g.u[t]) * g.slope[t];
@@ -525,16 +531,21 @@ void scan_backward(const ScanProblem<T>& p, Item item, void* memory) {
         if (du_columns) {
           g.ddtu[t] = gradient;
         } else if (du && c.read[t] >= 0) {
-          T* to = du + c.read[t] * p.du_strides.row;
+          store(du + c.read[t] * p.du_strides.row, gradient, lanes);
+        } else if (du_sum && c.read[t] >= 0) {
+          T* to = du_sum + c.read[t] * p.du_strides.row;
           store(to, add_du ? load(to, lanes) + gradient : gradient, lanes);
         }
         if (ddelta_columns) {
           g.ddt[t] = ddt;
         } else if (ddelta && c.read[t] >= 0) {
           store(ddelta + c.read[t] * p.ddelta_strides.row, ddt, lanes);
+        } else if (dproduct && c.read[t] >= 0) {
+          store(dproduct + c.read[t] * p.ddelta_strides.row, ddt, lanes);
         }
       }
-      if (du_columns) store_columns(du + start, p.du_strides.channel, steps, lanes, g.ddtu);
+      if (du_columns && du) store_columns(du + start, p.du_strides.channel, steps, lanes, g.ddtu);
+      if (du_columns && du_sum) store_columns(du_sum + start, p.du_strides.channel, steps, lanes, g.ddtu);
       if (ddelta_columns) store_columns(ddelta + start, p.ddelta_strides.channel, steps, lanes, g.ddt);
     }
     if (!p.dB) continue;

@@ -16,31 +16,30 @@ struct SCAttnSumArguments {
   int64_t batch, directions, tokens, channels;
 
   SCAttnSumArguments(const Tensor& y_, const OptionalTensor& z_) {
-    TORCH_CHECK_TYPE(y_.scalar_type() == at::kFloat || y_.scalar_type() == at::kDouble,
-                     "y must be float32 or float64, got ", y_.scalar_type());
+    check_tokens(y_, "y");
     TORCH_CHECK_VALUE(y_.dim() == 4, "y must be (B, K, L, D), got ", y_.sizes());
     batch = y_.size(0), directions = y_.size(1), tokens = y_.size(2), channels = y_.size(3);
     y = y_.contiguous();
-    if (z_) check(*z_, "z", {batch, tokens, channels}, y_), z = with_contiguous_channels(*z_);
+    if (z_) check(*z_, "z", {batch, tokens, channels}, y_.scalar_type()), z = with_contiguous_channels(*z_);
   }
 
-  template <typename T>
-  SCAttnSumProblem<T> problem() const {
-    SCAttnSumProblem<T> p{};
+  template <typename S>
+  SCAttnSumProblem<S> problem() const {
+    SCAttnSumProblem<S> p{};
     p.batch = batch, p.directions = directions, p.tokens = tokens, p.channels = channels;
-    p.y = y.const_data_ptr<T>();
-    if (z.defined()) p.z = z.const_data_ptr<T>(), p.z_strides = strides(z);
+    p.y = data<S>(y);
+    if (z.defined()) p.z = data<S>(z), p.z_strides = strides(z);
     return p;
   }
 
   Tensor parts() const {
-    return at::empty({ceil_div(tokens, kTokensPerItem), batch, directions, channels}, y.options());
+    return at::empty({ceil_div(tokens, kTokensPerItem), batch, directions, channels}, compute_options(y));
   }
 
-  template <typename T, typename Function>
-  void run(const SCAttnSumProblem<T>& p, Function function) const {
+  template <typename S, typename Function>
+  void run(const SCAttnSumProblem<S>& p, Function function) const {
     const int64_t count = ceil_div(tokens, kTokensPerItem);
-    for_each(batch * count, kernels<T>().scattn_sum.scratch(directions, channels),
+    for_each(batch * count, kernels<S>().scattn_sum.scratch(directions, channels),
              [&](int64_t i, void* scratch) { function(p, i / count, i % count, scratch); });
   }
 };
@@ -49,17 +48,18 @@ struct SCAttnSumArguments {
 struct Attention {
   Tensor norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias;
 
-  Attention(const Tensor& like, const Tensor& norm_weight_, const Tensor& norm_bias_, const Tensor& reduce_weight_,
+  Attention(const Tensor& y, const Tensor& norm_weight_, const Tensor& norm_bias_, const Tensor& reduce_weight_,
             const Tensor& reduce_bias_, const Tensor& select_weight_, const Tensor& select_bias_)
       : norm_weight(norm_weight_.contiguous()), norm_bias(norm_bias_.contiguous()),
         reduce_weight(reduce_weight_.contiguous()), reduce_bias(reduce_bias_.contiguous()),
         select_weight(select_weight_.contiguous()), select_bias(select_bias_.contiguous()) {
-    const int64_t channels = like.size(-1), reduced = reduce_bias.numel();
-    check(norm_weight, "norm_weight", {channels}, like), check(norm_bias, "norm_bias", {channels}, like);
-    check(reduce_weight, "reduce_weight", {reduced, channels}, like);
-    check(reduce_bias, "reduce_bias", {reduced}, like);
-    check(select_weight, "select_weight", {channels, reduced}, like);
-    check(select_bias, "select_bias", {channels}, like);
+    const int64_t channels = y.size(-1), reduced = reduce_bias.numel();
+    const at::ScalarType type = compute_type(y);
+    check(norm_weight, "norm_weight", {channels}, type), check(norm_bias, "norm_bias", {channels}, type);
+    check(reduce_weight, "reduce_weight", {reduced, channels}, type);
+    check(reduce_bias, "reduce_bias", {reduced}, type);
+    check(select_weight, "select_weight", {channels, reduced}, type);
+    check(select_bias, "select_bias", {channels}, type);
   }
 
   // The mean over tokens from its parts, the reduced features before GELU, and the gate. They are vectors for each
@@ -95,21 +95,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scattn_sum(
     const Tensor& y, const OptionalTensor& z, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
     const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& select_weight, const Tensor& select_bias) {
   const SCAttnSumArguments a(y, z);
+  const auto options = compute_options(y);
   const Attention attention(y, norm_weight, norm_bias, reduce_weight, reduce_bias, select_weight, select_bias);
-  Tensor mean = at::empty({a.batch, a.directions, a.tokens}, y.options()), inverse = at::empty_like(mean);
+  Tensor mean = at::empty({a.batch, a.directions, a.tokens}, options), inverse = at::empty_like(mean);
   Tensor out = at::empty({a.batch, a.tokens, a.channels}, y.options()), parts = a.parts();
-  Tensor average = at::empty({a.batch, a.directions, a.channels}, y.options()), gate = at::empty_like(average);
-  Tensor reduced = at::empty({a.batch, a.directions, reduce_bias.size(0)}, y.options());
-  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "scattn_sum", [&] {
-    SCAttnSumProblem<scalar_t> p = a.problem<scalar_t>();
+  Tensor average = at::empty({a.batch, a.directions, a.channels}, options), gate = at::empty_like(average);
+  Tensor reduced = at::empty({a.batch, a.directions, reduce_bias.size(0)}, options);
+  dispatch(y.scalar_type(), [&](auto element) {
+    using S = decltype(element);
+    using T = Compute<S>;
+    SCAttnSumProblem<S> p = a.problem<S>();
     p.eps = eps;
-    p.mean = mean.mutable_data_ptr<scalar_t>(), p.inverse = inverse.mutable_data_ptr<scalar_t>();
-    p.parts = parts.mutable_data_ptr<scalar_t>();
-    a.run(p, kernels<scalar_t>().scattn_sum.statistics);
-    attention.gate<scalar_t>(a, parts, average, reduced, gate);
-    p.gate = gate.const_data_ptr<scalar_t>();
-    p.out = out.mutable_data_ptr<scalar_t>();
-    a.run(p, kernels<scalar_t>().scattn_sum.forward);
+    p.mean = memory<T>(mean), p.inverse = memory<T>(inverse), p.parts = memory<T>(parts);
+    a.run(p, kernels<S>().scattn_sum.statistics);
+    attention.gate<T>(a, parts, average, reduced, gate);
+    p.gate = data<T>(gate), p.out = memory<S>(out);
+    a.run(p, kernels<S>().scattn_sum.forward);
   });
   return {out, average, mean, inverse, reduced, gate};
 }
@@ -120,26 +121,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scatt
     const Tensor& inverse_, const Tensor& reduced, const Tensor& gate_, std::array<bool, 8> wanted) {
   const SCAttnSumArguments a(y, z);
   const int64_t inner = reduce_weight.size(0);
-  check(dout_, "grad", {a.batch, a.tokens, a.channels}, y);
-  check(norm_weight, "norm_weight", {a.channels}, y), check(norm_bias, "norm_bias", {a.channels}, y);
-  check(reduce_weight, "reduce_weight", {inner, a.channels}, y);
-  check(select_weight, "select_weight", {a.channels, inner}, y);
-  check(average, "average", {a.batch, a.directions, a.channels}, y);
-  check(mean_, "mean", {a.batch, a.directions, a.tokens}, y), check(inverse_, "inverse", mean_.sizes(), y);
-  check(reduced, "reduced", {a.batch, a.directions, inner}, y), check(gate_, "gate", average.sizes(), y);
+  const at::ScalarType type = compute_type(y);
+  check(dout_, "grad", {a.batch, a.tokens, a.channels}, y.scalar_type());
+  check(norm_weight, "norm_weight", {a.channels}, type), check(norm_bias, "norm_bias", {a.channels}, type);
+  check(reduce_weight, "reduce_weight", {inner, a.channels}, type);
+  check(select_weight, "select_weight", {a.channels, inner}, type);
+  check(average, "average", {a.batch, a.directions, a.channels}, type);
+  check(mean_, "mean", {a.batch, a.directions, a.tokens}, type), check(inverse_, "inverse", mean_.sizes(), type);
+  check(reduced, "reduced", {a.batch, a.directions, inner}, type), check(gate_, "gate", average.sizes(), type);
   TORCH_CHECK_VALUE(z || !wanted[1], "there is no z whose gradient could be wanted");
   const Tensor dout = dout_.contiguous(), mean = mean_.contiguous(), inverse = inverse_.contiguous();
   const Tensor gate = gate_.contiguous();
   Tensor parts = a.parts(), dy, dz = nothing(y);
-  Tensor dnorm_weight = nothing(y), dnorm_bias = nothing(y), dreduce_weight = nothing(y), dreduce_bias = nothing(y);
-  Tensor dselect_weight = nothing(y), dselect_bias = nothing(y);
-  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "scattn_sum_backward", [&] {
-    SCAttnSumProblem<scalar_t> p = a.problem<scalar_t>();
-    p.mean = mean.mutable_data_ptr<scalar_t>(), p.inverse = inverse.mutable_data_ptr<scalar_t>();
-    p.parts = parts.mutable_data_ptr<scalar_t>();
-    p.dout = dout.const_data_ptr<scalar_t>();
-    p.gate = gate.const_data_ptr<scalar_t>();
-    a.run(p, kernels<scalar_t>().scattn_sum.reduce);
+  Tensor dnorm_weight = nothing(gate), dnorm_bias = nothing(gate), dreduce_weight = nothing(gate);
+  Tensor dreduce_bias = nothing(gate), dselect_weight = nothing(gate), dselect_bias = nothing(gate);
+  dispatch(y.scalar_type(), [&](auto element) {
+    using S = decltype(element);
+    using T = Compute<S>;
+    SCAttnSumProblem<S> p = a.problem<S>();
+    p.mean = memory<T>(mean), p.inverse = memory<T>(inverse), p.parts = memory<T>(parts);
+    p.dout = data<S>(dout), p.gate = data<T>(gate);
+    a.run(p, kernels<S>().scattn_sum.reduce);
     // Back through the attention, whose inputs are a vector for each image and direction.
     const auto rows = [](const Tensor& x) { return x.flatten(0, 1); };
     const Tensor dselect = rows(at::sigmoid_backward(ordered_sum(parts), gate));
@@ -155,10 +157,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scatt
     const Tensor dmean = (dnorm * norm_weight).div_(a.tokens);
     dy = at::empty(a.y.sizes(), y.options());
     if (wanted[1]) dz = at::empty(dout.sizes(), y.options());
-    p.dmean = dmean.const_data_ptr<scalar_t>();
-    p.dy = dy.mutable_data_ptr<scalar_t>();
-    p.dz = wanted[1] ? dz.mutable_data_ptr<scalar_t>() : nullptr;
-    a.run(p, kernels<scalar_t>().scattn_sum.backward);
+    p.dmean = data<T>(dmean);
+    p.dy = memory<S>(dy), p.dz = wanted[1] ? memory<S>(dz) : nullptr;
+    a.run(p, kernels<S>().scattn_sum.backward);
   });
   return {wanted[0] ? dy : nothing(y), dz, dnorm_weight, dnorm_bias, dreduce_weight, dreduce_bias, dselect_weight,
           dselect_bias};

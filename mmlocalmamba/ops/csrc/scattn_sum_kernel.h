@@ -23,11 +23,11 @@ int64_t scattn_scratch(int64_t directions, int64_t channels) {
 }
 
 // silu(z) of a token, if there is z; and its derivative.
-template <typename T>
-INLINE void scattn_open(const SCAttnSumProblem<T>& p, int64_t batch, int64_t token, const SCAttnSumScratch<T>& c,
+template <typename S, typename T = Compute<S>>
+INLINE void scattn_open(const SCAttnSumProblem<S>& p, int64_t batch, int64_t token, const SCAttnSumScratch<T>& c,
                         bool slope) {
   if (!p.z) return;
-  const T* z = p.z + batch * p.z_strides.batch + token * p.z_strides.row;
+  const S* z = p.z + batch * p.z_strides.batch + token * p.z_strides.row;
   for_channels<T>(p.channels, [&](int64_t d, int lanes) {
     V<T> derivative;
     store(c.silu + d, silu<T>(load(z + d, lanes), &derivative), kLanes<T>);
@@ -35,13 +35,13 @@ INLINE void scattn_open(const SCAttnSumProblem<T>& p, int64_t batch, int64_t tok
   });
 }
 
-template <typename T>
-INLINE void scattn_clear(const SCAttnSumProblem<T>& p, const SCAttnSumScratch<T>& c) {
+template <typename S, typename T = Compute<S>>
+INLINE void scattn_clear(const SCAttnSumProblem<S>& p, const SCAttnSumScratch<T>& c) {
   for (int64_t i = 0; i < p.directions * c.padded; ++i) c.sum[i] = 0;
 }
 
-template <typename T>
-INLINE void scattn_write_parts(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece,
+template <typename S, typename T = Compute<S>>
+INLINE void scattn_write_parts(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piece,
                                const SCAttnSumScratch<T>& c) {
   for (int64_t k = 0; k < p.directions; ++k) {
     T* to = p.parts + ((piece * p.batch + batch) * p.directions + k) * p.channels;
@@ -49,8 +49,8 @@ INLINE void scattn_write_parts(const SCAttnSumProblem<T>& p, int64_t batch, int6
   }
 }
 
-template <typename T>
-void scattn_statistics(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
+template <typename S, typename T = Compute<S>>
+void scattn_statistics(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const SCAttnSumScratch<T> c(scratch, p.directions, p.channels);
   const TokenRange tokens(p.tokens, piece);
@@ -59,7 +59,7 @@ void scattn_statistics(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piec
     scattn_open(p, batch, l, c, false);
     for (int64_t k = 0; k < p.directions; ++k) {
       const int64_t row = (batch * p.directions + k) * p.tokens + l;
-      const T* y = p.y + row * p.channels;
+      const S* y = p.y + row * p.channels;
       V<T> total{};
       for_channels<T>(p.channels, [&](int64_t d, int lanes) {
         V<T> f = load(y + d, lanes);
@@ -89,17 +89,17 @@ void scattn_statistics(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piec
   scattn_write_parts(p, batch, piece, c);
 }
 
-template <typename T>
-void scattn_forward(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
+template <typename S, typename T = Compute<S>>
+void scattn_forward(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const SCAttnSumScratch<T> c(scratch, p.directions, p.channels);
   const TokenRange tokens(p.tokens, piece);
   const int64_t step = p.tokens * p.channels;
   for (int64_t l = tokens.begin; l < tokens.end; ++l) {
     scattn_open(p, batch, l, c, false);
-    const T* y = p.y + (batch * p.directions * p.tokens + l) * p.channels;
+    const S* y = p.y + (batch * p.directions * p.tokens + l) * p.channels;
     const T* gate = p.gate + batch * p.directions * p.channels;
-    T* out = p.out + (batch * p.tokens + l) * p.channels;
+    S* out = p.out + (batch * p.tokens + l) * p.channels;
     for_channels<T>(p.channels, [&](int64_t d, int lanes) {
       V<T> sum{};
       for (int64_t k = 0; k < p.directions; ++k) {
@@ -110,8 +110,8 @@ void scattn_forward(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece, 
   }
 }
 
-template <typename T>
-void scattn_reduce(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
+template <typename S, typename T = Compute<S>>
+void scattn_reduce(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const SCAttnSumScratch<T> c(scratch, p.directions, p.channels);
   const TokenRange tokens(p.tokens, piece);
@@ -119,8 +119,8 @@ void scattn_reduce(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece, v
   scattn_clear(p, c);
   for (int64_t l = tokens.begin; l < tokens.end; ++l) {
     scattn_open(p, batch, l, c, false);
-    const T* y = p.y + (batch * p.directions * p.tokens + l) * p.channels;
-    const T* dout = p.dout + (batch * p.tokens + l) * p.channels;
+    const S* y = p.y + (batch * p.directions * p.tokens + l) * p.channels;
+    const S* dout = p.dout + (batch * p.tokens + l) * p.channels;
     for_channels<T>(p.channels, [&](int64_t d, int lanes) {
       V<T> gradient = load(dout + d, lanes);
       if (p.z) gradient *= load(c.silu + d);
@@ -133,8 +133,8 @@ void scattn_reduce(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece, v
   scattn_write_parts(p, batch, piece, c);
 }
 
-template <typename T>
-void scattn_backward(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece, void* memory) {
+template <typename S, typename T = Compute<S>>
+void scattn_backward(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const SCAttnSumScratch<T> c(scratch, p.directions, p.channels);
   const TokenRange tokens(p.tokens, piece);
@@ -148,11 +148,12 @@ void scattn_backward(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece,
   }
   for (int64_t l = tokens.begin; l < tokens.end; ++l) {
     scattn_open(p, batch, l, c, true);
-    const T* dout = p.dout + (batch * p.tokens + l) * p.channels;
+    const S* dout = p.dout + (batch * p.tokens + l) * p.channels;
     for (int64_t i = 0; i < c.padded; ++i) c.row[i] = 0;  // gradient of silu(z)
     for (int64_t k = 0; k < p.directions; ++k) {
       const int64_t row = (first + k) * p.tokens + l;
-      const T *y = p.y + row * p.channels, *dmean = p.dmean + (first + k) * p.channels;
+      const S* y = p.y + row * p.channels;
+      const T* dmean = p.dmean + (first + k) * p.channels;
       const T* gate = p.gate + (first + k) * p.channels;
       const T mean = p.mean[row], inverse = p.inverse[row];
       V<T> product{};
@@ -162,7 +163,7 @@ void scattn_backward(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece,
         product += load(dmean + d, lanes) * (f - mean);
       });
       const T slope = lane_sum<T>(product) / p.channels * inverse * inverse;
-      T* dy = p.dy + row * p.channels;
+      S* dy = p.dy + row * p.channels;
       for_channels<T>(p.channels, [&](int64_t d, int lanes) {
         const V<T> feature = load(y + d, lanes);
         const V<T> silu = p.z ? load(c.silu + d) : splat(T(1));
@@ -173,7 +174,7 @@ void scattn_backward(const SCAttnSumProblem<T>& p, int64_t batch, int64_t piece,
       });
     }
     if (!p.dz) continue;
-    T* dz = p.dz + (batch * p.tokens + l) * p.channels;
+    S* dz = p.dz + (batch * p.tokens + l) * p.channels;
     for_channels<T>(p.channels, [&](int64_t d, int lanes) {
       store(dz + d, load(c.row + d) * load(c.slope + d), lanes);
     });

@@ -34,27 +34,62 @@ INLINE V<T> splat(T x) {
 }
 
 template <typename T>
+INLINE T value(T x) {
+  return x;
+}
+
+INLINE float value(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+template <typename T>
 INLINE V<T> load(const T* from) {
   V<T> x;
   __builtin_memcpy(&x, from, sizeof x);
   return x;
 }
 
-// The last channels may not fill a vector: the other lanes read zero and are not written.
-template <typename T>
-INLINE V<T> load(const T* from, int lanes) {
-  if (__builtin_expect(lanes == kLanes<T>, 1)) return load(from);
-  V<T> x{};
-  for (int i = 0; i < lanes; ++i) x[i] = from[i];
-  return x;
+typedef uint16_t Halves __attribute__((vector_size(ISA_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(ISA_BYTES)));
+
+INLINE V<float> load(const bfloat16* from) {
+  Halves x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return (V<float>)(__builtin_convertvector(x, Words) << 16);
 }
 
 template <typename T>
-INLINE void store(T* to, V<T> x, int lanes) {
+INLINE void store(T* to, V<T> x) {
+  __builtin_memcpy(to, &x, sizeof x);
+}
+
+// To the nearest, ties to even, with integers: the same bits on every instruction set. NaN stays NaN.
+INLINE void store(bfloat16* to, V<float> x) {
+  const Words bits = (Words)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Halves y = __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Halves);
+  __builtin_memcpy(to, &y, sizeof y);
+}
+
+// The last channels may not fill a vector: the other lanes read zero and are not written.
+template <typename S, typename T = Compute<S>>
+INLINE V<T> load(const S* from, int lanes) {
+  if (__builtin_expect(lanes == kLanes<T>, 1)) return load(from);
+  V<T> x{};
+  for (int i = 0; i < lanes; ++i) x[i] = value(from[i]);
+  return x;
+}
+
+template <typename S, typename T = Compute<S>>
+INLINE void store(S* to, V<T> x, int lanes) {
   if (__builtin_expect(lanes == kLanes<T>, 1)) {
-    __builtin_memcpy(to, &x, sizeof x);
+    store(to, x);
   } else {
-    for (int i = 0; i < lanes; ++i) to[i] = x[i];
+    S all[kLanes<T>];
+    store(all, x);
+    for (int i = 0; i < lanes; ++i) to[i] = all[i];
   }
 }
 
