@@ -81,12 +81,17 @@ PARAMETERS = {
     'mask-rcnn_localvmamba-nano_digits': None,
     'upernet_localvim-nano_digits': None,
     'upernet_localvmamba-nano_digits': None,
+    'localvim-nano_fashion': None,
+    'localvmamba-nano_fashion': None,
+    'mask-rcnn_localvmamba-nano_stamps': None,
+    'upernet_localvmamba-nano_stamps': None,
 }
 NAMES = sorted(PARAMETERS)
 IMAGENET = [name for name in NAMES if name.endswith('in1k')]
 COCO = [name for name in NAMES if name.endswith('coco')]
 ADE20K = [name for name in NAMES if 'ade20k' in name]
-DIGITS = [name for name in NAMES if name.endswith('digits')]
+# Small ones of our own, for one process on a CPU.
+SMALL = [name for name in NAMES if name.endswith(('digits', 'fashion', 'stamps'))]
 
 
 @cache
@@ -121,7 +126,7 @@ def test_names():
 def test_loads(name):
     cfg = load(name)
     suffix = name.rsplit('_', 1)[-1]
-    assert suffix == 'digits' or cfg.default_scope == SCOPES[suffix]
+    assert name in SMALL or cfg.default_scope == SCOPES[suffix]
     assert cfg.default_hooks.official_checkpoint.type == 'mmlocalmamba.OfficialCheckpointHook'
     assert cfg.default_hooks.checks.type == 'mmlocalmamba.TrainingChecksHook'
     expected = dict(type='Pretrained', checkpoint=None)  # `pretrained` is handed on
@@ -148,7 +153,7 @@ def test_builds(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_the_model_zoo_says_how_it_is_trained(name):
     cfg, entry = load(name), metafile()[name]['Metadata']
-    assert entry['Batch Size'] == cfg.train_dataloader.batch_size * (1 if name.endswith('digits') else 8)
+    assert entry['Batch Size'] == cfg.train_dataloader.batch_size * (1 if name in SMALL else 8)
     length = {key: cfg.train_cfg.get(setting) for key, setting in (
         ('Epochs', 'max_epochs'), ('Iterations', 'max_iters'))}
     assert {key: entry[key] for key in length if key in entry} == {
@@ -352,13 +357,31 @@ def test_ade20k_recipe(name):
         assert tuple(cfg.model.backbone.out_indices) == (4, 9, 14, 19)
 
 
-@pytest.mark.parametrize('name', DIGITS)
-def test_digits_run_anywhere(name):
+@pytest.mark.parametrize('name', SMALL)
+def test_small_ones_run_anywhere(name):
     """The demos need no GPU and start every time from the same seed."""
     cfg = load(name)
     assert 'SyncBN' not in repr(cfg.model) and cfg.optim_wrapper.type == 'OptimWrapper'
     assert cfg.randomness.seed == 0
-    assert cfg.train_dataloader.dataset.data_root.startswith('data/digits/')
+    roots = dict(digits='data/digits/', fashion='data/fashion_mnist/', stamps='data/stamps/')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.data_root.startswith(roots[name.rsplit('_', 1)[-1]])
+    files = [evaluator.ann_file for evaluator in (cfg.val_evaluator, cfg.test_evaluator) if 'ann_file' in evaluator]
+    assert all(file.startswith(cfg.val_dataloader.dataset.data_root) for file in files)
+    assert bool(files) == (cfg.default_scope == 'mmdet')
+
+
+@pytest.mark.parametrize('name', [name for name in SMALL if name.endswith('stamps')])
+def test_stamps_have_the_converters_classes(name):
+    from dataset_converters import stamps
+    cfg = load(name)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        assert [c for c in loader.dataset.metainfo.classes if c != 'background'] == list(stamps.CLASSES)
+    classes = cfg.train_dataloader.dataset.metainfo.classes
+    heads = [cfg.model.decode_head] if 'decode_head' in cfg.model else [
+        cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head]
+    assert {head.num_classes for head in heads} == {len(classes)}
+    assert 'RandomFlip' in [step.type for step in cfg.train_dataloader.dataset.pipeline]
 
 
 @pytest.fixture(scope='module')

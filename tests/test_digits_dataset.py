@@ -49,7 +49,7 @@ def test_another_seed_gives_other_data(data, tmp_path):
 
 def test_splits_are_disjoint_and_stratified():
     labels = digits.load_digits().target
-    rows = digits.split_digits(labels)
+    rows = digits.split_rows(labels, digits.VAL_DIGITS)
     assert sorted(np.concatenate([rows['train'], rows['val']])) == list(range(len(labels)))
     share = np.bincount(labels[rows['val']]) / np.bincount(labels)
     assert np.allclose(share, digits.VAL_DIGITS, atol=0.01)

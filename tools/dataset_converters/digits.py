@@ -88,13 +88,13 @@ BORDER = 2  # empty cells around the 8x8 digit: room to rotate, and a margin
 MARKER = 'SOURCES.md'  # last file written; tells our folders from others
 
 
-def split_digits(labels, seed=0):
-    """Indices of the train and of the val digits, stratified by label."""
+def split_rows(labels, val_share, seed=0):
+    """Indices of the train and of the val objects, stratified by label."""
     rng = np.random.default_rng([seed, 0])
     parts = dict(train=[], val=[])
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        cut = round(len(rows) * VAL_DIGITS)
+        cut = round(len(rows) * val_share)
         parts['val'].append(rows[:cut])
         parts['train'].append(rows[cut:])
     return {name: np.sort(np.concatenate(p)) for name, p in parts.items()}
@@ -145,13 +145,13 @@ def crop_to_content(alpha):
     return alpha[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1]
 
 
-def crop_photo(photo, rng):
+def crop_photo(photo, rng, gain=PHOTO_GAIN):
     """A random square of a photograph, darkened, as a float array (H, W, 3)."""
     side = int(rng.integers(IMAGE_SIZE, min(photo.size) + 1))
     x, y = (int(rng.integers(0, length - side + 1)) for length in photo.size)
     crop = photo.resize((IMAGE_SIZE, IMAGE_SIZE), Image.LANCZOS,
                         box=(x, y, x + side, y + side))
-    crop = np.asarray(crop, dtype=np.float64) * PHOTO_GAIN
+    crop = np.asarray(crop, dtype=np.float64) * gain
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
@@ -170,6 +170,8 @@ def overlaps(box, others):
 def find_place(shape, boxes, rng):
     """A random box (x, y, w, h) for a digit, or None if no room was found."""
     h, w = shape
+    if max(shape) > IMAGE_SIZE:
+        return None
     for _ in range(PLACE_TRIES):
         x = int(rng.integers(0, IMAGE_SIZE - w + 1))
         y = int(rng.integers(0, IMAGE_SIZE - h + 1))
@@ -178,50 +180,63 @@ def find_place(shape, boxes, rng):
     return None
 
 
-def compose(photo, digits, rows, style, rng):
-    """Paste digits on a photograph's crop.
+def digit_drawer(digits):
+    """A function that draws a digit for `compose`."""
+
+    def draw(row, height, style, rng):
+        alpha = draw_digit(digits[row], height, style['outline'],
+                           rng.uniform(-MAX_TILT, MAX_TILT))
+        return crop_to_content(alpha), None
+
+    return draw
+
+
+def compose(photo, draw, rows, style, rng):
+    """Paste digits, or other objects, on a photograph's crop.
 
     Args:
         photo (Image): Where the background is cut from.
-        digits (ndarray): All 8x8 digits, (N, 8, 8).
-        rows (iterator): Gives the next digit to use.
-        style (dict): COCO_STYLE or ADE_STYLE.
+        draw (function): (row, height, style, rng) -> opacity (h, w), and the
+            object's pixels (h, w, 3), or None: of one random bright colour.
+        rows (iterator): Gives the next object to use.
+        style (dict): As COCO_STYLE or ADE_STYLE.
 
     Returns:
         The image (uint8), and one (row, opacity of the image's size) for each
-        digit in the order of pasting: the last one is on top.
+        object in the order of pasting: the last one is on top.
     """
-    image = crop_photo(photo, rng)
+    image = crop_photo(photo, rng, style.get('photo_gain', PHOTO_GAIN))
     count = rng.integers(*style['count'], endpoint=True)
     heights = np.exp(rng.uniform(*np.log(style['height']), count))
     boxes, pasted = [], []
     for height in sorted(heights, reverse=True):  # large ones need the room
         row = next(rows)
-        alpha = crop_to_content(draw_digit(
-            digits[row], height, style['outline'],
-            rng.uniform(-MAX_TILT, MAX_TILT)))
+        alpha, pixels = draw(row, height, style, rng)
         box = find_place(alpha.shape, boxes, rng)
         if box is None:
             continue
         x, y, w, h = box
+        if pixels is None:
+            pixels = rng.uniform(*INK, 3)
+        part = image[y:y + h, x:x + w]
+        part += alpha[..., None] * (pixels - part)
         full = np.zeros((IMAGE_SIZE, IMAGE_SIZE))
         full[y:y + h, x:x + w] = alpha
-        image += full[..., None] * (rng.uniform(*INK, 3) - image)
         boxes.append(box)
         pasted.append((row, full))
     return image.round().astype(np.uint8), pasted
 
 
-def scenes(digits, rows, photos, number, style, rng):
-    """Yield `number` composed images as (file name, image, pasted digits).
+def scenes(draw, rows, photos, number, style, rng):
+    """Yield `number` composed images as (file name, image, pasted objects).
 
-    Photographs take turns, and every digit is used before one comes again.
+    Photographs take turns, and every object is used before one comes again.
     """
     shuffled = itertools.chain.from_iterable(
         rng.permutation(rows) for _ in itertools.count())
     names = itertools.islice(itertools.cycle(sorted(photos)), number)
     for i, name in enumerate(names):
-        image, pasted = compose(photos[name], digits, shuffled, style, rng)
+        image, pasted = compose(photos[name], draw, shuffled, style, rng)
         yield f'{i:04d}_{Path(name).stem}.png', image, pasted
 
 
@@ -241,8 +256,14 @@ def write_imagenet(out, split, digits, labels, rows, number):
     return f'imagenet/{split}: {total} images'
 
 
-def write_coco(out, split, labels, items):
-    """Write images, and instances_{split}.json with boxes and masks."""
+def write_coco(out, split, labels, items, names, what, source_key):
+    """Write images, and instances_{split}.json with boxes and masks.
+
+    Args:
+        labels (list): Class of each object, an index into `names`.
+        what (str): What is on the images, in the plural.
+        source_key (str): Field of annotations for the object's row.
+    """
     folder = out / 'coco' / split
     folder.mkdir(parents=True)
     images, annotations = [], []
@@ -262,14 +283,14 @@ def write_coco(out, split, labels, items):
                 area=int(coco_mask.area(rle)), iscrowd=0,
                 segmentation=dict(size=rle['size'],
                                   counts=rle['counts'].decode('ascii')),
-                digit_index=int(row)))
+                **{source_key: int(row)}))
     folder = out / 'coco' / 'annotations'
     folder.mkdir(exist_ok=True)
     (folder / f'instances_{split}.json').write_text(json.dumps(dict(
-        info=dict(description='Handwritten digits on photographs'),
+        info=dict(description=f'{what} on photographs'.capitalize()),
         licenses=[], images=images, annotations=annotations,
-        categories=[dict(id=i + 1, name=str(i)) for i in range(10)])))
-    return f'coco/{split}: {len(images)} images, {len(annotations)} digits'
+        categories=[dict(id=i + 1, name=name) for i, name in enumerate(names)])))
+    return f'coco/{split}: {len(images)} images, {len(annotations)} {what}'
 
 
 def write_ade(out, split, labels, items):
@@ -309,17 +330,19 @@ def write_all(out, scale, seed):
     """Write the three data sets into the folder `out`; return a summary."""
     source = load_digits()
     digits, labels = source.images, source.target
-    rows_of, names_of = split_digits(labels, seed), split_photos(seed)
-    sizes, summary = SCALES[scale], []
+    rows_of = split_rows(labels, VAL_DIGITS, seed)
+    names_of = split_photos(seed)
+    sizes, summary, draw = SCALES[scale], [], digit_drawer(digits)
     for s, split in enumerate(SPLITS):
         rows, photos = rows_of[split], load_photos(names_of[split])
         summary.append(write_imagenet(out, split, digits, labels, rows,
                                       sizes['imagenet'][s]))
         summary.append(write_coco(out, split, labels, scenes(
-            digits, rows, photos, sizes['coco'][s], COCO_STYLE,
-            np.random.default_rng([seed, 2, s]))))
+            draw, rows, photos, sizes['coco'][s], COCO_STYLE,
+            np.random.default_rng([seed, 2, s])), list('0123456789'),
+            'handwritten digits', 'digit_index'))
         summary.append(write_ade(out, split, labels, scenes(
-            digits, rows, photos, sizes['ade'][s], ADE_STYLE,
+            draw, rows, photos, sizes['ade'][s], ADE_STYLE,
             np.random.default_rng([seed, 3, s]))))
     write_sources(out, names_of, seed)
     return summary
@@ -337,8 +360,9 @@ def check_target(out, overwrite):
                          f'{MARKER}): remove it yourself')
 
 
-def generate(out, scale='default', seed=0, overwrite=False):
-    """Write all data sets to `out`, as a whole or not at all."""
+def write_whole_folder(out, overwrite, write):
+    """Call `write(folder)`, which must leave MARKER, for `out`: as a whole or
+    not at all."""
     out = Path(out).resolve()
     check_target(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +371,7 @@ def generate(out, scale='default', seed=0, overwrite=False):
     replaced = out.with_name(f'.{out.name}.replaced-{os.getpid()}')
     partial.mkdir()
     try:
-        summary = write_all(partial, scale, seed)
+        summary = write(partial)
         if out.exists():
             out.rename(replaced)
         partial.rename(out)
@@ -356,6 +380,17 @@ def generate(out, scale='default', seed=0, overwrite=False):
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     return summary
+
+
+def generate(out, scale='default', seed=0, overwrite=False):
+    """Write all data sets to `out`, as a whole or not at all."""
+    return write_whole_folder(
+        out, overwrite, lambda folder: write_all(folder, scale, seed))
+
+
+def stop_as_ctrl_c():
+    """Being stopped cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))
 
 
 def main(args=None):
@@ -367,8 +402,7 @@ def main(args=None):
     parser.add_argument('--overwrite', action='store_true',
                         help='replace a folder that this tool wrote before')
     args = parser.parse_args(args)
-    # being stopped cleans up as Ctrl-C does
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))
+    stop_as_ctrl_c()
     summary = generate(args.out, args.scale, args.seed, args.overwrite)
     print('\n'.join(summary))
     print(f'written to {args.out}')

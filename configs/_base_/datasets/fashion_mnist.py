@@ -1,0 +1,16 @@
+"""Fashion-MNIST, 28x28, one folder per class.
+
+Written by tools/dataset_converters/fashion_mnist.py.
+"""
+_base_ = './digits_cls.py'
+
+data_root = 'data/fashion_mnist/'
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomCrop', crop_size=28, padding=2),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackInputs'),
+]
+train_dataloader = dict(dataset=dict(data_root=data_root, data_prefix='train', pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(data_root=data_root, data_prefix='val'))
+test_dataloader = val_dataloader

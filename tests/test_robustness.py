@@ -1,0 +1,165 @@
+"""Corruptions are the same every time and come after the loading; what is measured is the configuration's test."""
+import csv
+import sys
+
+import numpy as np
+import pytest
+import torch
+from analysis_tools import robustness
+from PIL import Image
+
+imagecorruptions = pytest.importorskip('imagecorruptions')
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+
+
+@pytest.mark.parametrize('name', imagecorruptions.get_corruption_names('all'))
+def test_the_same_corruption_every_time_and_nobody_elses_numbers(image, name):
+    np.random.seed(3)
+    expected = np.random.random()
+    np.random.seed(3)
+    once, again = (robustness.corrupted(image, name, 4, seed=7) for _ in range(2))
+    assert np.random.random() == expected
+    np.testing.assert_array_equal(once, again)
+    assert once.shape == image.shape and once.dtype == np.uint8 and (once != image).mean() > 0.05
+
+
+def test_severity_grows(image):
+    smooth = np.full_like(image, 128)
+    distances = [np.abs(robustness.corrupted(smooth, 'gaussian_noise', severity, 0).astype(int) - smooth).mean()
+                 for severity in robustness.SEVERITIES]
+    assert distances == sorted(distances) and distances[0] > 1
+
+
+def test_images_smaller_than_the_library_takes():
+    image = np.random.default_rng(0).integers(0, 256, (28, 20, 3), np.uint8)
+    assert robustness.corrupted(image, 'fog', 1, 0).shape == image.shape
+
+
+def test_the_cache_gives_what_was_computed(image, tmp_path, monkeypatch):
+    step = robustness.CorruptImage(tmp_path)
+    assert step(dict(img=image))['img'] is image  # clean
+    step.case = 'shot_noise', 2
+    first = step(dict(img=image))['img']
+    monkeypatch.setattr(robustness, 'corrupted', None)  # it would fail
+    np.testing.assert_array_equal(step(dict(img=image))['img'], first)
+    step.case = 'shot_noise', 3
+    with pytest.raises(TypeError):
+        step(dict(img=image))
+    assert [path.suffix for path in tmp_path.rglob('*') if path.is_file()] == ['.npy']
+
+
+def run(*arguments):
+    robustness.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def model(configuration, tmp_path):
+    """Writes a configuration with tiny data, and a checkpoint of random weights."""
+
+    def write(name):
+        from mmengine.registry import MODELS, DefaultScope
+        cfg = configuration(name)
+        path = tmp_path / 'config.py'
+        cfg.dump(path)
+        torch.manual_seed(0)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = MODELS.build(cfg.model)
+        torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+        return path, tmp_path / 'model.pth'
+
+    return write
+
+
+@pytest.mark.parametrize('name,metric', [
+    ('localvmamba-nano_digits', 'accuracy/top1'),
+    ('upernet_localvmamba-nano_digits', 'aAcc'),
+    ('mask-rcnn_localvmamba-nano_digits', 'coco/bbox_mAP'),
+])
+def test_each_task_meets_each_case_once(model, tmp_path, capsys, monkeypatch, name, metric):
+    config, checkpoint = model(name)
+    table, seen = tmp_path / 'table.csv', []
+    corrupt = robustness.corrupted
+
+    def count(image, *case):
+        seen.append(case[:2])
+        return corrupt(image, *case)
+
+    monkeypatch.setattr(robustness, 'corrupted', count)
+    arguments = [config, checkpoint, '--csv', table, '--corruptions', 'contrast', 'pixelate']
+    run(*arguments, '--severities', 1)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    cases = [(row['corruption'], row['severity']) for row in rows]
+    assert cases == [('none', '0'), ('contrast', '1'), ('pixelate', '1')]
+    assert {row['metric'] for row in rows} == {metric}
+    images = int(rows[0]['images'])
+    assert sorted(seen) == [('contrast', 1)] * images + [('pixelate', 1)] * images
+    # More severities: only what is missing.
+    seen.clear()
+    run(*arguments, '--severities', 1, 5, '--plot', tmp_path / 'plot.png')
+    assert sorted(seen) == [('contrast', 5)] * images + [('pixelate', 5)] * images
+    with Image.open(tmp_path / 'plot.png') as picture:
+        assert picture.width > 300
+    out = capsys.readouterr().out
+    values = {(row['corruption'], int(row['severity'])): float(row['value']) for row in robustness.read_rows(table)}
+    clean = values.pop(('none', 0))
+    assert len(values) == 4
+    assert f'{metric}: clean {clean:.4g}, mean over corruptions {np.mean(list(values.values())):.4g}' in out
+
+
+def test_the_clean_score_is_that_of_the_test(model, tmp_path):
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+    config, checkpoint = model('localvmamba-nano_digits')
+    run(config, checkpoint, '--csv', tmp_path / 'table.csv', '--corruptions', 'fog', '--severities', 1)
+    cfg = Config.fromfile(config)
+    cfg.load_from = str(checkpoint)
+    expected = Runner.from_cfg(cfg).test()['accuracy/top1']
+    assert float(robustness.read_rows(tmp_path / 'table.csv')[0]['value']) == pytest.approx(expected)
+
+
+def test_unknown_pictures(model, tmp_path, capsys, monkeypatch):
+    config, checkpoint = model('localvmamba-nano_digits')
+    folder = tmp_path / 'others'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8)).save(folder / f'{index}.png')
+    table = tmp_path / 'table.csv'
+    scores = iter([np.linspace(0.5, 1, 40), np.array([0.1, 0.2, 0.3, 0.7, 0.9])])
+    found = []
+    measure = robustness.largest_probabilities
+
+    def replace(*args):
+        found.append(measure(*args))
+        return next(scores)
+
+    monkeypatch.setattr(robustness, 'largest_probabilities', replace)
+    run(config, checkpoint, '--csv', table, '--unknown', folder)
+    assert [len(values) for values in found] == [40, 5]
+    assert all((0.1 <= values).all() and (values <= 1).all() for values in found)  # of ten classes
+    rows = {row['metric']: float(row['value']) for row in robustness.read_rows(table)}
+    # Of 200 pairs, those in which the known image has the larger probability: 40 * 3, 24 and 8 of them.
+    assert rows['AUROC'] == pytest.approx((120 + 24 + 8) / 200)
+    assert rows['FPR95'] == pytest.approx(2 / 5)
+    assert '40 known images, 5 others' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('arguments,message', [
+    (['--corruptions', 'rain'], '--corruptions rain: there are gaussian_noise'),
+    (['--corruptions', 'fog', '--metric', 'mIoU'], '--metric mIoU: the test gives accuracy/top1'),
+    (['--unknown', 'missing'], '--unknown missing: no picture there'),
+])
+def test_bad_input(model, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(*model('localvmamba-nano_digits'), '--csv', tmp_path / 'table.csv', *arguments)
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
+    with pytest.raises(SystemExit, match='pip install imagecorruptions-imaug'):
+        robustness.corrupted(np.zeros((40, 40, 3), np.uint8), 'fog', 1, 0)

@@ -1,0 +1,312 @@
+"""How much of a model's accuracy is left on corrupted images, and does it know pictures of another kind?
+
+    python tools/analysis_tools/robustness.py CONFIG CHECKPOINT --csv FILE.csv [--plot FILE.png]
+    python tools/analysis_tools/robustness.py CONFIG CHECKPOINT --csv FILE.csv --unknown FOLDER
+
+The first: the configuration's own test, of classification, detection or segmentation, on its images and on those with
+15 corruptions (noise, blur, weather, digital) of 5 severities each, as of ImageNet-C, made by imagecorruptions
+(Hendrycks and Dietterich, arXiv 1903.12261; Michaelis et al., arXiv 1907.07484). Prints, for the metric that stands
+first: on clean images, the mean over all corruptions and severities, and the mean's share of the clean one. Corrupted
+images are the same every time, and kept in --cache for the next model. A case that stands in the table already is not
+run again.
+
+The second, for classifiers: pictures in FOLDER (searched recursively) are of none of the classes. Prints how well the
+largest softmax probability tells them from the test's own images: the area under the ROC curve, and the share of them
+that is taken for known where 95 % of the known images are (FPR95).
+"""
+import argparse
+import csv
+import hashlib
+import inspect
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import Compose
+from mmengine.registry import TRANSFORMS, DefaultScope
+from mmengine.runner import Runner, load_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from analysis_tools.latency import PICTURES, processor
+
+from mmlocalmamba.files import write_whole
+
+FIELDS = ('config', 'checkpoint', 'corruption', 'severity', 'metric', 'value', 'images', 'processor', 'torch')
+SEVERITIES = (1, 2, 3, 4, 5)
+SMALLEST = 32  # side of an image that the library takes
+
+
+def imagecorruptions():
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise SystemExit(f'imagecorruptions is needed ({error}): pip install imagecorruptions-imaug') from error
+    return imagecorruptions
+
+
+def corrupted(image, name, severity, seed):
+    """An image (H, W, 3), uint8, corrupted; the same for the same seed."""
+    library = imagecorruptions()
+    height, width = image.shape[:2]
+    pads = [(0, max(0, SMALLEST - length)) for length in (height, width)]
+    # Two corruptions draw from generators of their own, which they are given a seed for.
+    takes = inspect.signature(getattr(library.corruptions, name)).parameters
+    own = dict(seed=seed) if 'seed' in takes else {}
+    state = np.random.get_state()
+    np.random.seed(seed)  # the library draws from NumPy's global numbers
+    try:
+        result = library.corrupt(np.pad(image, [*pads, (0, 0)], mode='symmetric'), severity, name, **own)
+    finally:
+        np.random.set_state(state)
+    return np.ascontiguousarray(result[:height, :width].round().clip(0, 255).astype(np.uint8))
+
+
+class CorruptImage:
+    """A step after the loading of an image: results['img'] corrupted, by way of the cache."""
+
+    def __init__(self, cache):
+        self.cache, self.case = Path(cache), None
+
+    def __call__(self, results):
+        if self.case is None:
+            return results
+        name, severity = self.case
+        key = hashlib.sha256(results['img'].tobytes() + repr(results['img'].shape).encode()).hexdigest()[:24]
+        path = self.cache / f'{name}-{severity}' / f'{key}.npy'
+        if path.is_file():
+            results['img'] = np.load(path)
+            return results
+        results['img'] = corrupted(results['img'], name, severity, int(key[:8], 16))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f'.{key}.{os.getpid()}.npy')
+        np.save(partial, results['img'])
+        partial.rename(path)
+        return results
+
+
+def with_corruption(pipeline, step):
+    """A built pipeline with the step after its loading of the image."""
+    at = [i for i, transform in enumerate(pipeline.transforms) if type(transform).__name__ == 'LoadImageFromFile']
+    if len(at) != 1:
+        raise SystemExit(f'the test pipeline must have LoadImageFromFile once, to corrupt what it loads; it has '
+                         f'{[type(transform).__name__ for transform in pipeline.transforms]}')
+    pipeline.transforms.insert(at[0] + 1, step)
+
+
+def innermost(dataset):
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return dataset
+
+
+def build(args, folder):
+    """A runner with the checkpoint's weights, whose test runs in this process and says nothing."""
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.update(work_dir=folder, load_from=None, resume=False, log_level='ERROR')
+    cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
+    cfg.visualizer = None
+    cfg.default_hooks.pop('visualization', None)
+    runner = Runner.from_cfg(cfg)
+    load_checkpoint(runner.model, args.checkpoint, map_location='cpu')
+    return runner
+
+
+@torch.no_grad()
+def tested(model, loader, evaluator):
+    """{metric: value}"""
+    model.eval()
+    for batch in loader:
+        evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
+    return evaluator.evaluate(len(loader.dataset))
+
+
+def read_rows(path):
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path, rows):
+    lines = [','.join(FIELDS), *(','.join(str(row[field]) for field in FIELDS) for row in rows)]
+    write_whole(str(path), '\n'.join(lines) + '\n')
+
+
+def metric_of(results, wanted):
+    """(name, value) of the metric to compare."""
+    names = [name for name, value in results.items() if np.isscalar(value)]
+    if wanted is None:
+        return names[0], float(results[names[0]])
+    if wanted not in names:
+        raise SystemExit(f'--metric {wanted}: the test gives {", ".join(names)}')
+    return wanted, float(results[wanted])
+
+
+def corruptions(args):
+    rows = read_rows(args.csv)
+    own = dict(config=Path(args.config).stem, checkpoint=Path(args.checkpoint).name)
+    names = args.corruptions or imagecorruptions().get_corruption_names()
+    unknown = set(names) - set(imagecorruptions().get_corruption_names('all'))
+    if unknown:
+        raise SystemExit(f'--corruptions {" ".join(sorted(unknown))}: there are '
+                         f'{", ".join(imagecorruptions().get_corruption_names("all"))}')
+    cases = [None, *((name, severity) for name in names for severity in args.severities)]
+
+    def known(case):
+        name, severity = case or ('none', 0)
+        return next((row for row in rows if all(row[key] == value for key, value in own.items())
+                     and (row['corruption'], int(row['severity'])) == (name, severity)), None)
+
+    missing = [case for case in cases if known(case) is None]
+    if missing:
+        with tempfile.TemporaryDirectory() as folder:
+            runner = build(args, folder)
+            loader = runner.build_dataloader(runner.cfg.test_dataloader)
+            evaluator = runner.build_evaluator(runner.cfg.test_evaluator)
+            evaluator.dataset_meta = loader.dataset.metainfo
+            dataset = innermost(loader.dataset)
+            step = CorruptImage(args.cache or Path(folder, 'cache'))
+            with_corruption(dataset.pipeline, step)
+            for case in missing:
+                step.case = case
+                name, value = metric_of(tested(runner.model, loader, evaluator), args.metric)
+                rows.append(dict(own, corruption=case[0] if case else 'none', severity=case[1] if case else 0,
+                                 metric=name, value=value, images=len(dataset), processor=processor(),
+                                 torch=version('torch')))
+                write_rows(args.csv, rows)
+                print(f'{case[0] if case else "clean":20} {case[1] if case else "":1}  {name} {value:.4g}', flush=True)
+    chosen = [known(case) for case in cases]
+    report([row for row in chosen if row['corruption'] != 'none'], float(chosen[0]['value']), chosen[0]['metric'])
+
+
+def report(rows, clean, metric):
+    by_name = defaultdict(dict)
+    for row in rows:
+        by_name[row['corruption']][int(row['severity'])] = float(row['value'])
+    severities = sorted({severity for values in by_name.values() for severity in values})
+    print(f'\n| corruption | {" | ".join(map(str, severities))} | mean |\n|{"---|" * (len(severities) + 2)}')
+    for name, values in by_name.items():
+        print(f'| {name} | ' + ' | '.join(f'{values[severity]:.4g}' for severity in severities)
+              + f' | {np.mean(list(values.values())):.4g} |')
+    mean = np.mean([value for values in by_name.values() for value in values.values()])
+    share = f'{mean / clean:.1%} of it' if clean else 'nothing to compare it with'
+    print(f'\n{metric}: clean {clean:.4g}, mean over corruptions {mean:.4g}, {share}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def draw(args):
+    """Metric by severity, a line for each corruption, and for each model in the table a panel."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    models = defaultdict(list)
+    for row in read_rows(args.csv):
+        models[row['config'], row['checkpoint'], row['metric']].append(row)
+    models = {key: rows for key, rows in models.items() if any(row['corruption'] != 'none' for row in rows)}
+    if not models:
+        raise SystemExit(f'--plot: {args.csv} has no corruptions yet')
+    figure, axes = plt.subplots(1, len(models), figsize=(2.2 + 4.2 * len(models), 4.6), squeeze=False)
+    for panel, ((config, _, metric), rows) in zip(axes[0], models.items(), strict=True):
+        by_name = defaultdict(dict)
+        for row in rows:
+            by_name[row['corruption']][int(row['severity'])] = float(row['value'])
+        clean = by_name.pop('none', {}).get(0)
+        for index, (name, values) in enumerate(sorted(by_name.items())):
+            points = sorted({**({0: clean} if clean is not None else {}), **values}.items())
+            panel.plot(*zip(*points), marker='osD^v'[index // 10], markersize=4, color=f'C{index % 10}',
+                       linestyle='-' if index < 10 else '--', label=name.replace('_', ' '))
+        panel.set(title=config, xlabel='severity (0: clean)', ylabel=metric)
+        panel.set_xticks(range(6))
+        panel.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=8, loc='center left', bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    figure.savefig(args.plot, dpi=110)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures of another kind
+
+
+@torch.no_grad()
+def largest_probabilities(model, batches):
+    model.eval()
+    return np.array([float(sample.pred_score.max()) for batch in batches for sample in model.test_step(batch)])
+
+
+def unknown(args):
+    from sklearn.metrics import roc_auc_score
+    files = sorted(path for path in Path(args.unknown).rglob('*') if path.suffix.lower() in PICTURES)
+    if not files:
+        raise SystemExit(f'--unknown {args.unknown}: no picture there ({", ".join(PICTURES)})')
+    with tempfile.TemporaryDirectory() as folder:
+        runner = build(args, folder)
+        if runner.cfg.default_scope != 'mmpretrain':
+            raise SystemExit(f'--unknown is for classifiers, {args.config} is for {runner.cfg.default_scope}')
+        loader = runner.build_dataloader(runner.cfg.test_dataloader)
+        known = largest_probabilities(runner.model, loader)
+        with DefaultScope.overwrite_default_scope(runner.cfg.default_scope):
+            pipeline = Compose([TRANSFORMS.build(step) for step in runner.cfg.test_dataloader.dataset.pipeline])
+        shape = next(iter(loader))['inputs'][0].shape[1:]
+
+        def batches(size=64):
+            import cv2
+            for begin in range(0, len(files), size):
+                samples = [pipeline(dict(img_path=str(file), gt_label=0)) for file in files[begin:begin + size]]
+                for sample in samples:
+                    if sample['inputs'].shape[1:] != shape:
+                        picture = sample['inputs'].permute(1, 2, 0).numpy()
+                        picture = cv2.resize(picture, tuple(shape)[::-1], interpolation=cv2.INTER_AREA)
+                        sample['inputs'] = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+                yield dict(inputs=[sample['inputs'] for sample in samples],
+                           data_samples=[sample['data_samples'] for sample in samples])
+
+        others = largest_probabilities(runner.model, batches())
+    area = roc_auc_score(np.r_[np.ones(len(known)), np.zeros(len(others))], np.r_[known, others])
+    threshold = np.quantile(known, 0.05)
+    false = float((others >= threshold).mean())
+    rows = read_rows(args.csv)
+    own = dict(config=Path(args.config).stem, checkpoint=Path(args.checkpoint).name,
+               corruption=f'unknown: {Path(args.unknown).as_posix().strip("/").replace(",", " ")}', severity=0)
+    rows = [row for row in rows if any(str(row[key]) != str(value) for key, value in own.items())]
+    for name, value in (('AUROC', area), ('FPR95', false)):
+        rows.append(dict(own, metric=name, value=value, images=len(others), processor=processor(),
+                         torch=version('torch')))
+    write_rows(args.csv, rows)
+    print(f'{len(known)} known images, {len(others)} others: AUROC {area:.4f}, FPR95 {false:.4f}')
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='configuration file')
+    parser.add_argument('checkpoint', help='of that configuration')
+    parser.add_argument('--csv', type=Path, required=True, help='table to go on with')
+    parser.add_argument('--corruptions', nargs='+', metavar='NAME', help='only these (the 15 of ImageNet-C)')
+    parser.add_argument('--severities', type=int, nargs='+', choices=SEVERITIES, default=SEVERITIES)
+    parser.add_argument('--metric', help='to compare, as the test names it (the first one)')
+    parser.add_argument('--cache', type=Path, help='folder for corrupted images (none are kept)')
+    parser.add_argument('--plot', help='picture of the whole table')
+    parser.add_argument('--unknown', metavar='FOLDER', help='pictures of none of the classes')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
+    args = parser.parse_args(arguments)
+    for path in (args.config, args.checkpoint):
+        if not Path(path).is_file():
+            parser.error(f'{path}: no such file')
+    unknown(args) if args.unknown else corruptions(args)
+    if args.plot:
+        draw(args)
+
+
+if __name__ == '__main__':
+    main()
