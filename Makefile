@@ -26,7 +26,8 @@ OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
 
-.PHONY: help install demo test test-all coverage image-test slurm-test smoke docs web-demo web-demo-test lint clean
+.PHONY: help install demo test test-all coverage image-test slurm-test audit smoke docs web-demo web-demo-test lint \
+	clean
 
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
@@ -35,6 +36,7 @@ help:
 	@echo "make coverage  the fast tests, and which lines they do not reach"
 	@echo "make image-test  the container image, built and run (root; Debian's docker.io, debootstrap; docs/jobs.md)"
 	@echo "make slurm-test  a job on a Slurm of two nodes (root; Debian's slurmctld, slurmd, munge; docs/jobs.md)"
+	@echo "make audit     bill of materials of the environment, and known holes of what is pinned (asks PyPI)"
 	@echo "make smoke     install, build every configuration; train, resume and test each task on tiny data"
 	@echo "make install   install only"
 	@echo "make docs      the documentation, into docs/_build (Python >= 3.11; an environment of its own, 10 s)"
@@ -90,6 +92,21 @@ docs: .venv-docs/.stamp
 	@$(DOCS_BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
 	@echo "docs/_build/index.html"
 
+# ---- what is in it ----
+
+.venv-audit/.stamp: requirements/audit.txt
+	@$(DOCS_PYTHON) -m venv --clear .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/audit.txt
+	@touch $@
+
+# --strict: what could not be looked up is no good news.
+audit: .venv-audit/.stamp | install
+	@mkdir -p build
+	@.venv-audit/bin/cyclonedx-py environment --output-file build/sbom-$(STACK).json $(BIN)/python
+	@echo "build/sbom-$(STACK).json"
+	@.venv-audit/bin/pip-audit --strict --disable-pip --no-deps \
+		-r requirements/torch.txt -r requirements/constraints-$(STACK).txt
+
 # ---- the demo in a browser ----
 
 # The last checkpoint: it is there when the training is done. An interrupted one goes on.
@@ -112,5 +129,5 @@ lint: install
 	@$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-onedl .venv-docs docs/_build $(WEB)/_build $(WEB)/node_modules \
+	rm -rf .venv .venv-onedl .venv-docs .venv-audit build docs/_build $(WEB)/_build $(WEB)/node_modules \
 		$(DEMO_DATA) $(DEMO_DIR) mmlocalmamba/.mim mmlocalmamba/ops/*.so

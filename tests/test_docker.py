@@ -388,6 +388,7 @@ def pods(tmp_path):
     return pod
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('unshare') is None, reason='util-linux is not installed')
 def test_pods_meet_though_the_dns_is_late(pods, tmp_path):
     """The first pod opens the store before anybody can resolve its name, and the others wait for the name."""

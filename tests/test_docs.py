@@ -18,7 +18,8 @@ CONFIGS = {path.stem for path in (ROOT / 'configs').glob('*.py')}
 CONFIG = r'[\w{},*-]+_(?:in1k|coco|ade20k-512x512|digits)\b'
 OPTION = r'(?<![\w-])--[a-z][a-z_-]*'
 # Their programs are not installed here.
-DOCKER_AND_SLURM = {'--build-arg', '--ipc', '--shm-size', '--signal', '--user'}
+DOCKER_AND_SLURM = {'--build-arg', '--build-context', '--cap-drop', '--ipc', '--read-only', '--shm-size', '--signal',
+                    '--user'}
 # Of globox, whose commands tests/test_pages.py runs.
 GLOBOX = {'--img_ext'}
 PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
