@@ -172,8 +172,8 @@ def exists(name):
             continue
         for part in parts[end:]:
             value = getattr(value, part, None)
-        registries = (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPER_CONSTRUCTORS,
-                      registry.WEIGHT_INITIALIZERS)
+        registries = (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPERS,
+                      registry.OPTIM_WRAPPER_CONSTRUCTORS, registry.WEIGHT_INITIALIZERS)
         return value is not None or len(parts) == 2 and any(known.get(parts[1]) for known in registries)
     return False
 
@@ -197,7 +197,8 @@ def test_the_reference_is_complete():
     """What packages export, and what configurations can name."""
     listed = set(re.findall(r'^.. autoapi\w+:: (\S+)$', (ROOT / 'docs/api.md').read_text(), flags=re.M))
     listed = {name.rsplit('.', 1)[-1] for name in listed}
-    for known in (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPER_CONSTRUCTORS):
+    for known in (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPERS,
+                  registry.OPTIM_WRAPPER_CONSTRUCTORS):
         known.import_from_location()
         assert set(known.module_dict) <= listed
     for package in (backbones, layers, search):

@@ -1,7 +1,9 @@
 """The wheel, the metadata for mim, and the install script's lists."""
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -141,3 +143,76 @@ def test_install_script_says_what_is_wrong(arguments, message):
         ['env', *arguments, 'bash', ROOT / 'tools/install.sh'], capture_output=True, text=True)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+# ---- pip install, from each kind of file ----
+
+# In an environment with the OpenMMLab packages, outside of the source tree.
+_USE = '''
+import sys, torch, mmlocalmamba
+from mmengine.config import Config
+from mmlocalmamba import config_path, ops
+from mmlocalmamba.registry import MODELS
+assert mmlocalmamba.__file__.startswith(sys.argv[1]), mmlocalmamba.__file__
+cfg = Config.fromfile(config_path('localvmamba-nano_digits'))
+out, = MODELS.build(cfg.model.backbone)(torch.rand(1, 3, 32, 32))
+print(tuple(out.shape), ops.available_backends(torch.zeros(1, 8, 16))['cpu'])
+'''
+
+
+def pip_install(file, folder, **environment):
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps',
+                    '--no-build-isolation', '--target', folder, file],
+                   check=True, timeout=600, env=dict(os.environ, **environment))
+
+
+def use(folder):
+    done = subprocess.run([sys.executable, '-c', _USE, str(folder)], cwd=folder, text=True, capture_output=True,
+                          env=dict(os.environ, PYTHONPATH=str(folder)))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope='module')
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sdist')
+    before = set(ROOT.iterdir())
+    subprocess.run([sys.executable, '-c', 'import sys; from setuptools import build_meta\n'
+                    'build_meta.build_sdist(sys.argv[1])', folder], cwd=ROOT, check=True, timeout=120,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert set(ROOT.iterdir()) == before, 'the build left files in the source tree'
+    path, = folder.glob('mmlocalmamba-*.tar.gz')
+    return path
+
+
+def test_sdist_holds_what_it_takes_to_build_test_and_join(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split('/', 1)[-1] for name in archive.getnames()}
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, text=True, capture_output=True)
+    if tracked.returncode:
+        pytest.skip('no git here')
+    left_out = {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()} - names
+    # Of the repository, not of the package.
+    assert {name.split('/')[0] for name in left_out} <= {'.ci', '.github', '.gitignore', '.pre-commit-config.yaml'}
+
+
+@pytest.mark.slow
+def test_pip_installs_the_sdist(sdist, tmp_path):
+    """Where torch and a compiler are: with the CPU kernel, in an environment with OpenMMLab's packages."""
+    pip_install(sdist, tmp_path)
+    assert use(tmp_path) == '(1, 256, 1, 1) None'
+
+
+@pytest.mark.slow
+def test_pip_installs_the_wheel(wheel, tmp_path):
+    pip_install(wheel.filename, tmp_path)
+    assert use(tmp_path) == '(1, 256, 1, 1) None'
+
+
+def test_pip_installs_the_sdist_where_no_torch_is(sdist, tmp_path):
+    """As in pip's isolated builds: without the CPU kernel, which says so when it is asked for."""
+    (tmp_path / 'without' / 'torch').mkdir(parents=True)
+    (tmp_path / 'without' / 'torch' / '__init__.py').write_text("raise ImportError('no torch')\n")
+    pip_install(sdist, tmp_path / 'there', PYTHONPATH=str(tmp_path / 'without'))
+    assert not list((tmp_path / 'there').rglob('*.so'))
+    assert use(tmp_path / 'there').startswith('(1, 256, 1, 1) the extension is not built')

@@ -1,7 +1,11 @@
 """Whole backbones, ours beside mmpretrain's, in one run: latency, throughput, training step, peak memory.
 
     python tools/benchmark_model.py [--device cpu] [--sizes 224 512 1024] [--quick] [--json FILE]
-    python tools/benchmark_model.py --device cuda --amp bfloat16 --sizes 224 --batch 128
+    python tools/benchmark_model.py --dtype bfloat16 --sizes 224 --threads 1
+    python tools/benchmark_model.py --device cuda --dtype bfloat16 --sizes 224 --batch 128
+
+With --dtype all models run under autocast, peers too, and ours once more in float32. --cpu-time counts the processor
+time of one thread, which other jobs on the machine disturb less, and takes the least of all calls.
 
 Random weights: speed does not depend on them. Peers come from mmpretrain; without it only ours are measured. On a GPU
 with mamba_ssm there is LocalVMamba-T once more with its scans done as in the authors' code: permuted copies, and
@@ -18,6 +22,8 @@ import torch
 from benchmark_scan import DTYPES, describe_machine, measure, peak_memory, print_table
 
 from mmlocalmamba import ops
+
+OURS = ('LocalVMamba-T', 'LocalVim-T')
 
 
 class WithBackend(torch.nn.Module):
@@ -55,20 +61,20 @@ def builders(device):
     return found
 
 
-def autocast(images, amp):
-    return torch.autocast(images.device.type, dtype=DTYPES[amp], enabled=amp != 'float32')
+def autocast(images, dtype):
+    return torch.autocast(images.device.type, dtype=DTYPES[dtype], enabled=dtype != 'float32')
 
 
 @torch.no_grad()
-def infer(model, images, amp):
-    with autocast(images, amp):
+def infer(model, images, dtype):
+    with autocast(images, dtype):
         return model(images)
 
 
-def train_step(model, images, amp):
+def train_step(model, images, dtype):
     for parameter in model.parameters():
         parameter.grad = None
-    with autocast(images, amp):
+    with autocast(images, dtype):
         loss = sum(out.float().square().mean() for out in model(images))
     loss.backward()
 
@@ -78,8 +84,11 @@ def compare(models, size, batch, training, args):
     step = train_step if training else infer
     for model in models.values():
         model.train(training)
-    cases = {name: partial(step, model, images, args.amp) for name, model in models.items()}
-    times, spreads = measure(cases, args.device, args.rounds, args.seconds)
+    cases = {name: partial(step, model, images, args.dtype) for name, model in models.items()}
+    if args.dtype != 'float32':
+        cases.update({f'{name}, float32': partial(step, models[name], images, 'float32') for name in OURS
+                      if name in models})
+    times, spreads = measure(cases, args.device, args.rounds, args.seconds, args.cpu_time)
     rows = []
     for name, case in cases.items():
         ms = times[name]
@@ -89,11 +98,15 @@ def compare(models, size, batch, training, args):
             row['images / s'] = 1e3 * batch / ms
             row['ns / pixel'] = 1e6 * ms / (batch * size ** 2)
             for peer in ('Swin-T', 'DeiT-T'):
-                if isinstance(times.get(peer), float):
+                if isinstance(times.get(peer), float) and not name.endswith(', float32'):
                     row[f'times {peer}'] = ms / times[peer]
+            if isinstance(times.get(f'{name}, float32'), float):
+                row['times own float32'] = ms / times[f'{name}, float32']
             row['peak MB'] = peak_memory(case, args.device)
         rows.append(row)
     columns = ['model', 'ms', '+- %', 'images / s', 'ns / pixel', 'times Swin-T', 'times DeiT-T', 'peak MB']
+    if args.dtype != 'float32':
+        columns.insert(-1, 'times own float32')
     print(f'### {rows[0]["what"]}, {size} x {size}, batch {batch}\n')
     print_table(columns, [[row.get(column) for column in columns] for row in rows])
     return rows
@@ -104,29 +117,36 @@ def main():
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768, 1024], help='of square images')
     parser.add_argument('--batch', type=int, default=8, help='of throughput and training, at the first size')
-    parser.add_argument('--amp', choices=DTYPES, default='float32', help='dtype of autocast; float32: none')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of autocast; float32: none')
+    parser.add_argument('--threads', type=int, help="torch's, on a CPU")
+    parser.add_argument('--cpu-time', action='store_true', help='processor time of the calling thread: --threads 1')
+    parser.add_argument('--inference', action='store_true', help='of single images, no more')
     parser.add_argument('--models', nargs='+', help='only these, by name')
     parser.add_argument('--rounds', type=int, default=5, help='how often the models take turns')
     parser.add_argument('--seconds', type=float, default=0.5, help='for each model in each round')
     parser.add_argument('--quick', action='store_true', help='the first size only, one round')
     parser.add_argument('--json', help='write the figures here, too')
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error('--cpu-time is that of one thread: add --threads 1')
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.quick:
         args.sizes, args.rounds, args.seconds = args.sizes[:1], 1, 0.1
 
     machine = describe_machine(args.device)
-    print(f'{machine}\nbackbones, {args.amp}; peak memory: beyond the model and its input\n')
+    print(f'{machine}\nbackbones, {args.dtype}; peak memory: beyond the model and its input\n')
     chosen = {name: build for name, build in builders(args.device).items() if not args.models or name in args.models}
     results = []
     for size in args.sizes:
         models = {name: build(size).to(args.device) for name, build in chosen.items()}
         results += compare(models, size, 1, False, args)
-        if size == args.sizes[0]:
+        if size == args.sizes[0] and not args.inference:
             results += compare(models, size, args.batch, False, args)
             results += compare(models, size, args.batch, True, args)
     if args.json:
         with open(args.json, 'w') as file:
-            json.dump(dict(machine=machine, amp=args.amp, results=results), file, indent=1)
+            json.dump(dict(machine=machine, dtype=args.dtype, results=results), file, indent=1)
 
 
 if __name__ == '__main__':

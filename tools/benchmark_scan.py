@@ -94,14 +94,20 @@ def wall_timer(function):
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(cases, device, rounds, seconds):
+def cpu_timer(function):
+    start = time.thread_time()
+    function()
+    return 1e3 * (time.thread_time() - start)
+
+
+def measure(cases, device, rounds, seconds, cpu_time=False):
     """Median milliseconds of each case {name: function}, or the reason why it cannot run; and its spread, half the
     range between the quartiles in percent of the median.
 
     Cases take turns, so that a disturbance of the machine meets all of them. In each round a case runs at least once
-    and for about ``seconds``.
+    and for about ``seconds``. With ``cpu_time`` it is the least processor time of this thread.
     """
-    timer = cuda_timer() if device == 'cuda' else wall_timer
+    timer = cuda_timer() if device == 'cuda' else cpu_timer if cpu_time else wall_timer
     times, failed = {name: [] for name in cases}, {}
     for index in range(rounds + 1):
         for name, function in cases.items():
@@ -118,7 +124,8 @@ def measure(cases, device, rounds, seconds):
                     times[name].append(ms)
                 if time.perf_counter() >= end or not index:
                     break
-    medians = {name: failed.get(name) or statistics.median(times[name]) for name in cases}
+    middle = min if cpu_time else statistics.median
+    medians = {name: failed.get(name) or middle(times[name]) for name in cases}
     spreads = {}
     for name, values in times.items():
         if name not in failed and len(values) > 1:

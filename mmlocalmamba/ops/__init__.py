@@ -8,6 +8,7 @@ All backends have first derivatives, also those of ``torch.func.grad`` and ``tor
 forward-mode ones (``jvp``, ``jacfwd``) have 'reference' alone, for all of these ops; the fused operators refuse them.
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -234,7 +235,8 @@ def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tens
     """
     fused, weights = fused_op('scattn_sum', backend, [y, z], [norm_weight, norm_bias, reduce_weight, reduce_bias,
                                                               select_weight, select_bias])
-    return (fused or plain.scattn_sum)(y, z, *weights[:2], eps, *weights[2:])
+    run: Callable[..., Tensor] = fused or plain.scattn_sum
+    return run(y, z, *weights[:2], eps, *weights[2:])
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None = None,

@@ -183,7 +183,8 @@ def _scan_backward(suffix):
         *grads, grad_bias = (x if needed else None for x, needed in zip(grads, wanted, strict=True))
         grad_weight = None
         if dt_weight is not None:  # delta = factor (B, K, L, R) times weight (K, D, R)
-            grad, factor = grads[1], tensors[1]
+            grad: Any = grads[1]
+            factor = tensors[1]
             grads[1] = _product(grad, dt_weight.mT).to(factor.dtype) if needs[1] else None
             grad_weight = _grad_weight(grad, factor.to(grad.dtype), 3).to(dt_weight.dtype) if needs[9] else None
         return *grads, None, None, grad_bias, grad_weight, None, None, None
