@@ -237,7 +237,7 @@ def image(engine, context, options):
     """The engine, with the image."""
     start = time.monotonic()
     output = engine.build(context, *options, '--tag', IMAGE)
-    engine.steps = steps = re.findall(r'\[\w+\] done in \d+ s', output)
+    steps = re.findall(r'\[\w+\] done in \d+ s', output)
     print(f'\nbuilt by {ENGINE} in {time.monotonic() - start:.0f} s; {", ".join(steps)}\n{sizes(engine)}')
     return engine
 
@@ -253,7 +253,7 @@ def test_build_goes_through_the_proxy(image):
     """If layers were not there before: Debian's packages and pip's."""
     log = (image.folder / 'proxy.log').read_text()
     hosts = set(re.findall(r'Established connection to host "([^"]+)"', log))
-    if '[torch]' in ''.join(image.steps):
+    if not os.environ.get('IMAGE_CACHE'):
         assert debian_sources()[0].partition('://')[2].partition(':')[0] in hosts and len(hosts) > 1, hosts
 
 
