@@ -122,6 +122,13 @@ def test_the_clean_score_is_that_of_the_test(model, tmp_path):
     assert float(robustness.read_rows(tmp_path / 'table.csv')[0]['value']) == pytest.approx(expected)
 
 
+def test_a_detector_that_finds_nothing_has_a_score():
+    assert robustness.metric_of({}, 'coco/bbox_mAP') == ('coco/bbox_mAP', 0)
+    assert robustness.metric_of({'coco/bbox_mAP': 0.5, 'coco/segm_mAP': 0.4}, None) == ('coco/bbox_mAP', 0.5)
+    with pytest.raises(SystemExit, match='the model found nothing'):
+        robustness.metric_of({}, None)
+
+
 def test_unknown_pictures(model, tmp_path, capsys, monkeypatch):
     config, checkpoint = model('localvmamba-nano_digits')
     folder = tmp_path / 'others'

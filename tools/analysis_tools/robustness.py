@@ -143,10 +143,12 @@ def write_rows(path, rows):
 def metric_of(results, wanted):
     """(name, value) of the metric to compare."""
     names = [name for name, value in results.items() if np.isscalar(value)]
-    if wanted is None:
+    if not names and wanted:
+        return wanted, 0.  # mmdet's CocoMetric has no results where nothing was found
+    if wanted is None and names:
         return names[0], float(results[names[0]])
     if wanted not in names:
-        raise SystemExit(f'--metric {wanted}: the test gives {", ".join(names)}')
+        raise SystemExit(f'--metric {wanted}: the test gives {", ".join(names) or "nothing: the model found nothing"}')
     return wanted, float(results[wanted])
 
 
@@ -177,7 +179,9 @@ def corruptions(args):
             with_corruption(dataset.pipeline, step)
             for case in missing:
                 step.case = case
-                name, value = metric_of(tested(runner.model, loader, evaluator), args.metric)
+                before = known(None)
+                wanted = args.metric or (before and before['metric'])
+                name, value = metric_of(tested(runner.model, loader, evaluator), wanted)
                 rows.append(dict(own, corruption=case[0] if case else 'none', severity=case[1] if case else 0,
                                  metric=name, value=value, images=len(dataset), processor=processor(),
                                  torch=version('torch')))
