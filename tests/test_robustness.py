@@ -122,6 +122,20 @@ def test_the_clean_score_is_that_of_the_test(model, tmp_path):
     assert float(robustness.read_rows(tmp_path / 'table.csv')[0]['value']) == pytest.approx(expected)
 
 
+def test_pictures_of_another_kind_are_no_severity(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    row = dict(config='a', checkpoint='b', processor='c', torch='d', images=1)
+    robustness.write_rows(tmp_path / 'table.csv', [
+        dict(row, corruption='none', severity=0, metric='top1', value=90),
+        dict(row, corruption='fog', severity=2, metric='top1', value=60),
+        dict(row, corruption='unknown: data/others', severity=0, metric='AUROC', value=0.9)])
+    robustness.draw(robustness.argparse.Namespace(csv=tmp_path / 'table.csv', plot=tmp_path / 'plot.png'))
+    panel, = figures[0].axes
+    assert [line.get_xydata().tolist() for line in panel.lines] == [[[0, 90], [2, 60]]]
+
+
 def test_a_detector_that_finds_nothing_has_a_score():
     assert robustness.metric_of({}, 'coco/bbox_mAP') == ('coco/bbox_mAP', 0)
     assert robustness.metric_of({'coco/bbox_mAP': 0.5, 'coco/segm_mAP': 0.4}, None) == ('coco/bbox_mAP', 0.5)

@@ -39,6 +39,7 @@ from mmlocalmamba.files import write_whole
 
 FIELDS = ('config', 'checkpoint', 'corruption', 'severity', 'metric', 'value', 'images', 'processor', 'torch')
 SEVERITIES = (1, 2, 3, 4, 5)
+UNKNOWN = 'unknown: '  # in the place of a corruption: the folder
 SMALLEST = 32  # side of an image that the library takes
 
 
@@ -216,7 +217,8 @@ def draw(args):
     from matplotlib import pyplot as plt
     models = defaultdict(list)
     for row in read_rows(args.csv):
-        models[row['config'], row['checkpoint'], row['metric']].append(row)
+        if not row['corruption'].startswith(UNKNOWN):
+            models[row['config'], row['checkpoint'], row['metric']].append(row)
     models = {key: rows for key, rows in models.items() if any(row['corruption'] != 'none' for row in rows)}
     if not models:
         raise SystemExit(f'--plot: {args.csv} has no corruptions yet')
@@ -282,7 +284,7 @@ def unknown(args):
     false = float((others >= threshold).mean())
     rows = read_rows(args.csv)
     own = dict(config=Path(args.config).stem, checkpoint=Path(args.checkpoint).name,
-               corruption=f'unknown: {Path(args.unknown).as_posix().strip("/").replace(",", " ")}', severity=0)
+               corruption=UNKNOWN + Path(args.unknown).as_posix().strip('/').replace(',', ' '), severity=0)
     rows = [row for row in rows if any(str(row[key]) != str(value) for key, value in own.items())]
     for name, value in (('AUROC', area), ('FPR95', false)):
         rows.append(dict(own, metric=name, value=value, images=len(others), processor=processor(),
