@@ -35,7 +35,7 @@ ROOMS = dict(
 )
 LEFT_OUT = 'not compile and not export and not mim_test'
 # Trainings in processes of their own, of which mutmut does not see what they reach, and which take minutes.
-for name in ('two_processes_have', 'sigkill', 'derive', 'stop_alike', 'bfloat16', 'random', 'process_group',
+for name in ('two_processes_have', 'sigkill', 'derive', 'stop_alike', 'bfloat16', 'at_a_random', 'process_group',
              'sample_of_the', 'sees_what', 'launcher', 'before_the_training', 'windows', 'soak', 'killed_while'):
     LEFT_OUT += f' and not {name}'
 # A process that begins elsewhere and finds no configuration of mutmut there.
