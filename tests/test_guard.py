@@ -220,7 +220,8 @@ def test_it_names_the_samples():
 
 
 def test_a_record_says_where_numbers_were_lost(tmp_path):
-    batches = [dict(data_samples=[BaseDataElement(metainfo=dict(img_path=name, img_id=number))
+    # A path that JSON does not know, as some datasets have them.
+    batches = [dict(data_samples=[BaseDataElement(metainfo=dict(img_path=Path(name), img_id=number))
                                   for number, name in enumerate(names)]) for names in ('ab', 'c')]
     runner = SimpleNamespace(iter=4, epoch=1, work_dir=str(tmp_path))
     losses = [torch.tensor(1.5), torch.tensor(float('nan'))]
@@ -229,3 +230,10 @@ def test_a_record_says_where_numbers_were_lost(tmp_path):
     assert json.loads(Path(path).read_text()) == dict(
         iteration=5, epoch=2, rank=0, losses=['1.5', 'nan'], buffers=['x'],
         samples=[dict(img_path='a', img_id=0), dict(img_path='b', img_id=1), dict(img_path='c', img_id=0)])
+
+
+def test_it_keeps_the_batches_until_the_next_step():
+    hook = NumericalGuardHook()
+    for number in range(2):
+        hook.before_train_iter(None, number, dict(inputs=number))
+    assert hook.batches == [dict(inputs=0), dict(inputs=1)]

@@ -19,7 +19,7 @@ from processes import PYTHON, ROOT, finish, port, start
 from search_task import Classifier, loader
 
 from mmlocalmamba.engine import EpochBasedTrainLoop, loops
-from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE
+from mmlocalmamba.engine.checkpoints import BEFORE_VALIDATION_FILE, CheckpointHook
 from mmlocalmamba.engine.preemption import Preemption
 
 sys.path.insert(0, str(ROOT / 'tools/dev'))
@@ -412,3 +412,30 @@ def test_signals_before_the_training_lose_nothing(program):
 ])
 def test_what_a_stopped_training_must_not_say(code, output, lives_left, wrong):
     assert stop_under_checks.problem(code, output, lives_left) == wrong
+
+
+@pytest.mark.parametrize('val_loop,due', [(None, []), (object(), [5, 6, 7, 8])])
+def test_another_interval_of_validations_from_an_epoch_on(val_loop, due):
+    """As MMEngine has it: dynamic_intervals=[(5, 1)] after an interval of 5: every epoch from the fifth on."""
+    loop = SimpleNamespace(dynamic_milestones=[0, 6], dynamic_intervals=[5, 1], val_begin=1,
+                           runner=SimpleNamespace(val_loop=val_loop))
+    found = []
+    for done in range(1, 9):
+        EpochBasedTrainLoop._decide_on_validation(loop, done, 9)
+        found += [done] * loop.validation_due
+    assert found == due
+    # Before it begins there is none, and there is one after the last epoch.
+    loop.val_begin = 7
+    EpochBasedTrainLoop._decide_on_validation(loop, 6, 9)
+    assert not loop.validation_due
+    loop.dynamic_intervals = [5, 4]
+    EpochBasedTrainLoop._decide_on_validation(loop, 9, 9)
+    assert loop.validation_due == bool(due)
+
+
+def test_a_checkpoint_that_names_no_outdated_files():
+    """Of MMEngine's loops, for instance: what is saved next names none either."""
+    hook, saved = CheckpointHook(), dict(meta={}, message_hub={})
+    hook.after_load_checkpoint(SimpleNamespace(_resume=True), dict(meta={}))
+    hook.before_save_checkpoint(SimpleNamespace(), saved)
+    assert [value for value in saved['meta'].values()] == [[]]
