@@ -438,4 +438,4 @@ def test_a_checkpoint_that_names_no_outdated_files():
     hook, saved = CheckpointHook(), dict(meta={}, message_hub={})
     hook.after_load_checkpoint(SimpleNamespace(_resume=True), dict(meta={}))
     hook.before_save_checkpoint(SimpleNamespace(), saved)
-    assert [value for value in saved['meta'].values()] == [[]]
+    assert list(saved['meta'].values()) == [[]]
