@@ -6,9 +6,8 @@
 #     tools/dev/versions.sh "3.12 2.8.0 0.23.0" "3.11 2.14.1 0.29.1"   # Python, torch, torchvision
 #
 # Each row has an environment of its own, in $FOLDER, which is removed before the next: 1 to 6 GB. What was said is in
-# $FOLDER-*.log. Interpreters are
-# pythonX.Y, or those of pyenv; a row without interpreter, or whose packages cannot be had, says so and is no failure of
-# the others. MMCV=yes compiles mmcv where there is no ready wheel of it: 10 minutes a row.
+# $FOLDER-*.log. Interpreters are pythonX.Y, or those of pyenv; a row without interpreter, or whose packages cannot be had,
+# says so and is no failure of the others. MMCV=yes compiles mmcv where there is no ready wheel of it: 10 minutes a row.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
@@ -72,7 +71,7 @@ row() {
         bones=$(outcome "$FOLDER/source" $backbones)
     fi
     if [ "${MMCV:-no}" = yes ]; then
-        $pip -y uninstall mmcv-lite >>"$log" 2>&1
+        "$FOLDER/venv/bin/python" -m pip uninstall --yes --quiet mmcv-lite >>"$log" 2>&1
         if (cd "$FOLDER/source" && PATH="$FOLDER/venv/bin:$PATH" bash tools/install.sh --no-venv &&
             PATH="$FOLDER/venv/bin:$PATH" "$FOLDER/venv/bin/python" tools/smoke.py) >>"$log" 2>&1; then
             training=yes
