@@ -111,6 +111,14 @@ def test_each_task_meets_each_case_once(model, tmp_path, capsys, monkeypatch, na
     assert f'{metric}: clean {clean:.4g}, mean over corruptions {np.mean(list(values.values())):.4g}' in out
 
 
+def test_models_of_two_tasks_in_one_second(model, tmp_path, monkeypatch):
+    import time
+    monkeypatch.setattr(time, 'time', lambda: 1e9)  # which MMEngine names its experiments by
+    for name in ('localvmamba-nano_digits', 'upernet_localvmamba-nano_digits'):
+        run(*model(name), '--csv', tmp_path / f'{name}.csv', '--corruptions', 'fog', '--severities', 1)
+        assert len(robustness.read_rows(tmp_path / f'{name}.csv')) == 2
+
+
 def test_the_clean_score_is_that_of_the_test(model, tmp_path):
     from mmengine.config import Config
     from mmengine.runner import Runner
@@ -127,7 +135,7 @@ def test_pictures_of_another_kind_are_no_severity(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plt, 'close', figures.append)
     row = dict(config='a', checkpoint='b', processor='c', torch='d', images=1)
-    robustness.write_rows(tmp_path / 'table.csv', [
+    robustness.write_rows(tmp_path / 'table.csv', robustness.FIELDS, [
         dict(row, corruption='none', severity=0, metric='top1', value=90),
         dict(row, corruption='fog', severity=2, metric='top1', value=60),
         dict(row, corruption='unknown: data/others', severity=0, metric='AUROC', value=0.9)])

@@ -14,7 +14,6 @@ stand there already are not measured again. Runtimes with a precision: eager-bf1
 layers, the scans stay in float32), openvino-bf16.
 """
 import argparse
-import csv
 import json
 import os
 import platform
@@ -28,6 +27,9 @@ from pathlib import Path
 import numpy as np
 
 TOOLS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TOOLS))
+from records import read_rows, write_rows  # noqa: E402
+
 RUNTIMES = ('eager', 'eager-bf16', 'compiled', 'aoti', 'onnxruntime', 'onnxruntime-int8', 'openvino', 'openvino-bf16')
 FIELDS = ('model', 'size', 'runtime', 'threads', 'rate', 'frames', 'p50_ms', 'p95_ms', 'p99_ms', 'missed', 'peak_mb',
           'processor', 'torch')
@@ -109,7 +111,6 @@ def in_turn(run, frames, size, seconds):
 
 def builders():
     """{name: size -> backbone}."""
-    sys.path.insert(0, str(TOOLS))
     from benchmark_model import builders as of_benchmark
 
     from mmlocalmamba.backbones import LocalVim, LocalVMamba
@@ -301,10 +302,7 @@ def main():
     parser.add_argument('--folder', help='where exported files of named models are kept (a temporary one)')
     args = parser.parse_args()
     read_frames(args.source, 1)
-    rows = []
-    if args.csv and args.csv.exists():
-        with args.csv.open() as file:
-            rows = list(csv.DictReader(file))
+    rows = read_rows(args.csv) if args.csv else []
     known = {key_of(row) for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or temporary
@@ -319,10 +317,7 @@ def main():
                   f'{row["p50_ms"]:7.1f} ms, p95 {row["p95_ms"]:7.1f}, p99 {row["p99_ms"]:7.1f}{missed}, '
                   f'{row["peak_mb"]} MB', flush=True)
             if args.csv:
-                from mmlocalmamba.files import write_whole
-                text = '\n'.join([','.join(FIELDS), *(','.join(str(row.get(key, '')) for key in FIELDS)
-                                                      for row in rows)])
-                write_whole(str(args.csv), text + '\n')
+                write_rows(args.csv, FIELDS, rows)
     if args.plot:
         draw(rows, args.plot)
 

@@ -15,7 +15,6 @@ largest softmax probability tells them from the test's own images: the area unde
 that is taken for known where 95 % of the known images are (FPR95).
 """
 import argparse
-import csv
 import hashlib
 import inspect
 import os
@@ -34,8 +33,7 @@ from mmengine.runner import Runner, load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis_tools.latency import PICTURES, processor
-
-from mmlocalmamba.files import write_whole
+from records import read_rows, write_rows
 
 FIELDS = ('config', 'checkpoint', 'corruption', 'severity', 'metric', 'value', 'images', 'processor', 'torch')
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -114,6 +112,8 @@ def build(args, folder):
     cfg.update(work_dir=folder, load_from=None, resume=False, log_level='ERROR')
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
     cfg.visualizer = None
+    # MMEngine takes runners of one name and second for one, with the scope and the visualizer of the first.
+    cfg.experiment_name = Path(folder).name
     cfg.default_hooks.pop('visualization', None)
     runner = Runner.from_cfg(cfg)
     load_checkpoint(runner.model, args.checkpoint, map_location='cpu')
@@ -127,18 +127,6 @@ def tested(model, loader, evaluator):
     for batch in loader:
         evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
     return evaluator.evaluate(len(loader.dataset))
-
-
-def read_rows(path):
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path, rows):
-    lines = [','.join(FIELDS), *(','.join(str(row[field]) for field in FIELDS) for row in rows)]
-    write_whole(str(path), '\n'.join(lines) + '\n')
 
 
 def metric_of(results, wanted):
@@ -186,7 +174,7 @@ def corruptions(args):
                 rows.append(dict(own, corruption=case[0] if case else 'none', severity=case[1] if case else 0,
                                  metric=name, value=value, images=len(dataset), processor=processor(),
                                  torch=version('torch')))
-                write_rows(args.csv, rows)
+                write_rows(args.csv, FIELDS, rows)
                 print(f'{case[0] if case else "clean":20} {case[1] if case else "":1}  {name} {value:.4g}', flush=True)
     chosen = [known(case) for case in cases]
     report([row for row in chosen if row['corruption'] != 'none'], float(chosen[0]['value']), chosen[0]['metric'])
@@ -284,12 +272,12 @@ def unknown(args):
     false = float((others >= threshold).mean())
     rows = read_rows(args.csv)
     own = dict(config=Path(args.config).stem, checkpoint=Path(args.checkpoint).name,
-               corruption=UNKNOWN + Path(args.unknown).as_posix().strip('/').replace(',', ' '), severity=0)
+               corruption=UNKNOWN + Path(args.unknown).as_posix().strip('/'), severity=0)
     rows = [row for row in rows if any(str(row[key]) != str(value) for key, value in own.items())]
     for name, value in (('AUROC', area), ('FPR95', false)):
         rows.append(dict(own, metric=name, value=value, images=len(others), processor=processor(),
                          torch=version('torch')))
-    write_rows(args.csv, rows)
+    write_rows(args.csv, FIELDS, rows)
     print(f'{len(known)} known images, {len(others)} others: AUROC {area:.4f}, FPR95 {false:.4f}')
 
 

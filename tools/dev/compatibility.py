@@ -14,7 +14,6 @@ backbone fails, the failure is not ours.
 The table has a row for each stack, configuration and backbone; an interrupted run goes on.
 """
 import argparse
-import csv
 import importlib
 import multiprocessing
 import os
@@ -24,10 +23,13 @@ import tempfile
 import time
 import traceback
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from records import read_rows, write_rows
+from smoke import is_onedl
 
 TABLE = Path(__file__).resolve().parents[2] / 'docs' / 'compatibility.csv'
 COLUMNS = ['stack', 'package', 'method', 'config', 'backbone', 'result', 'step', 'reason', 'without_gradient']
@@ -80,11 +82,7 @@ _FEWER = dict(num=32, max_per_img=20, num_points=256, nms_pre=200)
 
 
 def stack():
-    try:
-        version('onedl-mmengine')
-        return 'onedl'
-    except PackageNotFoundError:
-        return 'openmmlab'
+    return 'onedl' if is_onedl() else 'openmmlab'
 
 
 def config_folder(package):
@@ -328,18 +326,11 @@ def key(row):
 
 
 def read(path):
-    if not path.exists():
-        return {}
-    with open(path, newline='') as file:
-        return {key(row): row for row in csv.DictReader(file)}
+    return {key(row): row for row in read_rows(path)}
 
 
 def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', newline='') as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-        table.writeheader()
-        table.writerows(rows[key] for key in sorted(rows))
+    write_rows(path, COLUMNS, [rows[key] for key in sorted(rows)])
 
 
 def main():
