@@ -1,0 +1,316 @@
+"""Which part of a model earns its accuracy? Trainings from scratch by one recipe, over several seeds, as a table.
+
+    python tools/evidence.py components --jobs 2       # train what is missing in docs/evidence.csv, print the study
+    python tools/evidence.py components --report       # print only
+    python tools/evidence.py --plot docs/images/evidence.png   # all studies of the table, as a picture
+
+Data: `python tools/dataset_converters/fashion_mnist.py /usr/share/datasets/fashion-mnist data/fashion_mnist
+--per-class 400`, or the digits with `--data digits`. Rows of a study differ in their models only; a searched row's
+search is a training besides. What is in the table is not trained again, so an interrupted call goes on; trainings stay
+in --out. Printed: accuracy of the last epoch, the mean over seeds with its 95 % interval (Student's t), and the mean
+difference to the study's reference, whose interval is of the differences seed by seed: equal seeds have equal order of
+images and equal augmentation.
+"""
+import argparse
+import copy
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from mmengine.config import Config
+from scipy.stats import t as student
+
+from mmlocalmamba.backbones.archs import LOCAL_VIM, LOCAL_VMAMBA, WITHOUT_SEARCH
+from mmlocalmamba.search import CANDIDATES
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from analysis_tools.latency import processor
+from records import read_rows, write_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = ('study', 'row', 'data', 'seed', 'metric', 'value', 'images', 'epochs', 'parameters', 'processor',
+          'torch', 'work_dir')
+
+
+def searched(**sampling):
+    """Directions that a search of the row's own found."""
+    return dict(search=dict(candidates=list(CANDIDATES), **sampling))
+
+
+def windows(size):
+    return dict(directions=['h', 'h_flip', f'w{size}', f'w{size}_flip'])
+
+
+def blocks(local):
+    """LocalVim with local scans in some of its blocks, and all four global ones in the others."""
+    return dict(directions=[WITHOUT_SEARCH if i in local else GLOBAL for i in range(LOCAL_VIM['nano']['num_layers'])])
+
+
+def peer(in_channels, **backbone):
+    """A backbone of mmpretrain; the keys of the configuration's own go."""
+    return dict(_delete_=True, in_channels=in_channels, init_cfg=None, **backbone)
+
+
+SIDE = dict(fashion=28, digits=32)
+PATCH = 4  # 7x7 or 8x8 tokens, which leaves nothing of windows larger than 7
+GLOBAL = ['h', 'h_flip', 'v', 'v_flip']
+# As the paper has 24 blocks of two scans for 20 of four.
+TWO_SCANS = dict(arch=dict(_delete_=True, embed_dims=64, num_layers=7, d_state=4), scattn=False)
+
+# {study: (model, {row: its backbone's settings})}; the first row is the reference. Peers have the parameters of the
+# model, within a tenth.
+STUDIES = {
+    # Table 5 of the paper, its branches of SCAttn (Fig. 3b), and a transformer.
+    'components': ('localvim', {
+        'Vim: global scans': dict(TWO_SCANS, directions=['h', 'h_flip']),
+        'local scans': dict(TWO_SCANS, directions=['w2', 'w2_flip']),
+        'global and local': dict(scattn=False),
+        'global and local, SCAttn (channel)': {},
+        'global and local, SCAttn (channel and spatial)': dict(scattn=dict(spatial=True)),
+        'searched, SCAttn (channel)': dict(directions=searched()),
+        'random four, SCAttn (channel)': dict(directions='random'),
+        'DeiT': peer(64, type='mmpretrain.VisionTransformer', arch=dict(
+            embed_dims=64, num_layers=5, num_heads=4, feedforward_channels=256), out_type='cls_token'),
+    }),
+    'windows': ('localvim', {
+        'w2': {}, 'w3': windows(3), 'w5': windows(5), 'w7': windows(7),
+    }),
+    'depth': ('localvim', {
+        'global scans in all blocks': blocks(()),
+        'local scans in blocks 1 and 2': blocks((0, 1)),
+        'local scans in blocks 3 and 4': blocks((2, 3)),
+        'local scans in blocks 5 and 6': blocks((4, 5)),
+        'local scans in all blocks': {},
+    }),
+    'hierarchies': ('localvmamba', {
+        'VMamba': dict(directions=GLOBAL, scattn=False),
+        'LocalVMamba without search': {},
+        'LocalVMamba, searched': dict(directions=searched()),
+        'Swin': peer(224, type='mmpretrain.SwinTransformer', arch=dict(
+            embed_dims=28, depths=[2, 2, 2, 1], num_heads=[1, 2, 4, 8]), drop_path_rate=0.0, pad_small_map=True),
+        'ResNet': peer(160, type='mmpretrain.ResNet', depth=18, base_channels=20, stem_channels=20),
+    }),
+    'samplings': ('localvim', {
+        'full': dict(directions=searched()),
+        'single_path, 4 directions': dict(directions=searched(sampling='single_path', samples=4)),
+        'single_path, 1 direction': dict(directions=searched(sampling='single_path', samples=1)),
+        'partial_channel, 1/4': dict(directions=searched(sampling='partial_channel', reduction=4)),
+        'random four': dict(directions='random'),
+    }),
+}
+DEPTHS = dict(localvim=LOCAL_VIM['nano']['num_layers'], localvmamba=sum(LOCAL_VMAMBA['nano']['depths']))
+
+
+def random_four(blocks, seed):
+    chance = random.Random(seed)
+    return [[name for name in CANDIDATES if name in four]
+            for four in (chance.sample(CANDIDATES, 4) for _ in range(blocks))]
+
+
+def make_config(model, data, settings, seed, epochs, directions=None):
+    """The configuration of one training."""
+    cfg = Config.fromfile(ROOT / 'configs' / f'{model}-nano_{data}.py')
+    settings = dict(copy.deepcopy(settings), patch_size=PATCH)
+    if settings.get('_delete_'):
+        cfg.model.head.in_channels = settings.pop('in_channels')
+        if settings['type'] == 'mmpretrain.ResNet':
+            del settings['patch_size']
+        else:
+            settings['img_size'] = SIDE[data]
+    else:
+        if model == 'localvim':
+            settings['window_pad'] = 'none'
+        if directions is not None:
+            settings['directions'] = directions
+    cfg.merge_from_dict(dict(model=dict(backbone=settings)))
+    if isinstance(cfg.model.backbone.get('directions'), dict):
+        # A search by logits and weights together, set as the digits' is.
+        search = Config.fromfile(ROOT / 'configs' / 'localvim-nano_search_digits.py')
+        cfg.custom_hooks = search.custom_hooks
+        cfg.optim_wrapper.paramwise_cfg = search.optim_wrapper.paramwise_cfg
+    cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+    cfg.randomness = dict(seed=seed)
+    cfg.default_hooks.checkpoint.update(save_best=None, interval=epochs)
+    cfg.log_level = 'WARNING'
+    return cfg
+
+
+def train(cfg, out):
+    """(work directory, accuracy); what is there already is not trained again, what was begun goes on.
+
+    A configuration has one directory, whatever studies it belongs to.
+    """
+    work_dir = out / hashlib.sha256(cfg.pretty_text.encode()).hexdigest()[:12]
+    done = work_dir / 'result.json'
+    if not done.exists():
+        work_dir.mkdir(parents=True, exist_ok=True)
+        path = work_dir / 'config.py'
+        cfg.dump(str(path))
+        with (work_dir / 'output.txt').open('w') as output:
+            code = subprocess.run([sys.executable, str(ROOT / 'tools' / 'train.py'), str(path), '--work-dir',
+                                   str(work_dir), '--resume'], stdout=output, stderr=output).returncode
+        if code:
+            raise SystemExit(f'{path}: the training ended with {code}, see {output.name}')
+        logs = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
+        found = [json.loads(line) for log in logs for line in log.read_text().splitlines() if 'accuracy/top1' in line]
+        done.write_text(json.dumps(dict(accuracy=found[-1]['accuracy/top1'])))
+    return work_dir, json.loads(done.read_text())['accuracy']
+
+
+def parameters(cfg):
+    from mmengine.registry import DefaultScope
+    from mmpretrain.registry import MODELS
+    from mmpretrain.utils import register_all_modules
+
+    import mmlocalmamba  # noqa: F401
+    register_all_modules(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return sum(parameter.numel() for parameter in MODELS.build(cfg.model).parameters())
+
+
+def run(study, row, seed, args):
+    """One row of the table."""
+    model, rows = STUDIES[study]
+    settings, directions = rows[row], None
+    wanted = settings.get('directions')
+    if isinstance(wanted, dict):
+        cfg = make_config(model, args.data, dict(settings, directions=wanted['search']), seed, args.epochs)
+        found, _ = train(cfg, args.out)
+        directions = json.loads((found / 'directions.json').read_text())['directions']
+    elif wanted == 'random':
+        directions = random_four(DEPTHS[model], seed)
+    cfg = make_config(model, args.data, settings, seed, args.epochs, directions=directions)
+    work_dir, accuracy = train(cfg, args.out)
+    images = sum(1 for path in Path(cfg.train_dataloader.dataset.data_root, cfg.train_dataloader.dataset.data_prefix)
+                 .rglob('*.png'))
+    return dict(study=study, row=row, data=args.data, seed=seed, metric='accuracy/top1', value=f'{accuracy:.2f}',
+                images=images, epochs=args.epochs, parameters=parameters(cfg),
+                processor=processor(), torch=version('torch'), work_dir=work_dir.name)
+
+
+def known(rows, study, row, seed, args):
+    return any((found['study'], found['row'], found['data'], int(found['seed']), int(found['epochs']))
+               == (study, row, args.data, seed, args.epochs) for found in rows)
+
+
+def measure(study, args):
+    rows = read_rows(args.csv)
+    missing = [(study, row, seed) for seed in args.seeds for row in args.rows or STUDIES[study][1]
+               if not known(rows, study, row, seed, args)]
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for result in pool.map(lambda job: run(*job, args), missing):
+            rows = [*read_rows(args.csv), result]
+            write_rows(args.csv, FIELDS, rows)
+            print('{study}: {row}, seed {seed}: {value}'.format(**result), flush=True)
+
+
+# ---- the report ----
+
+def interval(values):
+    """Half of the 95 % interval of the mean; None for one value."""
+    if len(values) < 2:
+        return None
+    return student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def plus_minus(values, sign=''):
+    half = interval(values)
+    return f'{statistics.mean(values):{sign}.2f}' + ('' if half is None else f' ± {half:.2f}')
+
+
+def by_row(rows, study, args):
+    """{row: {seed: value}} in the study's order."""
+    table = defaultdict(dict)
+    for row in rows:
+        if (row['study'], row['data'], int(row['epochs'])) == (study, args.data, args.epochs):
+            table[row['row']][int(row['seed'])] = row
+    return {name: table[name] for name in STUDIES[study][1] if name in table}
+
+
+def report(study, rows, args):
+    table = by_row(rows, study, args)
+    if not table:
+        raise SystemExit(f'{study}: nothing of {args.data} with {args.epochs} epochs in the table yet')
+    seeds = sorted({seed for found in table.values() for seed in found})
+    reference = next(iter(STUDIES[study][1]))
+    one = next(iter(next(iter(table.values())).values()))
+    print('{study}, {data}: {images} images, {epochs} epochs; {processor}, torch {torch}\n'.format(**one))
+    print(f'| | parameters | {" | ".join(f"seed {seed}" for seed in seeds)} | mean | difference to the first |')
+    print('|---' * (len(seeds) + 4) + '|')
+    for name, found in table.items():
+        values = {seed: float(row['value']) for seed, row in found.items()}
+        base = {seed: float(row['value']) for seed, row in table.get(reference, {}).items()}
+        pairs = [values[seed] - base[seed] for seed in values if seed in base and name != reference]
+        print(f'| {name} | {int(next(iter(found.values()))["parameters"]) / 1e3:.0f} k | '
+              + ' | '.join(f'{values[seed]:.2f}' if seed in values else '' for seed in seeds)
+              + f' | {plus_minus(list(values.values()))} | {plus_minus(pairs, "+") if pairs else ""} |')
+
+
+def draw(rows, args):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    tables = {study: by_row(rows, study, args) for study in STUDIES}
+    tables = {study: table for study, table in tables.items() if table}
+    if not tables:
+        raise SystemExit(f'nothing of {args.data} with {args.epochs} epochs in the table yet')
+    figure, axes = plt.subplots(len(tables), 1, figsize=(8, 0.6 + 0.34 * sum(len(table) + 2 for table in
+                                                                             tables.values())),
+                                sharex=True, squeeze=False,
+                                gridspec_kw=dict(height_ratios=[len(table) for table in tables.values()]))
+    for panel, (study, table) in zip(axes[:, 0], tables.items(), strict=True):
+        for place, found in enumerate(table.values()):
+            values = [float(row['value']) for row in found.values()]
+            panel.plot(values, [place] * len(values), 'o', color='C0', alpha=0.45, markersize=4)
+            panel.errorbar(statistics.mean(values), place, xerr=interval(values), fmt='|', color='C3', capsize=4,
+                           markersize=10)
+        panel.set_yticks(range(len(table)), table)
+        panel.set_ylim(len(table) - 0.4, -0.6)
+        panel.set_title(study, loc='left', fontsize=10)
+        panel.grid(axis='x', alpha=0.3)
+    axes[-1, 0].set_xlabel('accuracy, %; dots: seeds, bar: 95 % interval of the mean')
+    figure.tight_layout()
+    figure.savefig(args.plot, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('study', nargs='*', metavar='STUDY', help=f'any of {", ".join(STUDIES)}')
+    parser.add_argument('--data', choices=('fashion', 'digits'), default='fashion')
+    parser.add_argument('--csv', type=Path, default=ROOT / 'docs' / 'evidence.csv', help='table to go on with')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/evidence'))
+    parser.add_argument('--epochs', type=int, default=4)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at a time, of one thread each')
+    parser.add_argument('--report', action='store_true', help='print what the table has')
+    parser.add_argument('--plot', metavar='FILE', help='picture of the whole table')
+    args = parser.parse_args(arguments)
+    for study in args.study:
+        if study not in STUDIES:
+            parser.error(f'unknown study {study!r}: there are {", ".join(STUDIES)}')
+    unknown = set(args.rows or ()) - {row for study in args.study for row in STUDIES[study][1]}
+    if unknown:
+        parser.error(f'--rows: unknown {"; ".join(sorted(unknown))}')
+    os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
+    for study in args.study:
+        if not args.report:
+            measure(study, args)
+        report(study, read_rows(args.csv), args)
+        print()
+    if args.plot:
+        draw(read_rows(args.csv), args)
+
+
+if __name__ == '__main__':
+    main()
