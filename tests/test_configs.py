@@ -66,15 +66,7 @@ PARAMETERS = {
     'localvmamba-s_search_8xb128-100e_in1k': None,
     'localvim-nano_search_digits': None,
     'localvmamba-nano_search_digits': None,
-    'localvim-nano_windows-w2_digits': None,
-    'localvim-nano_windows-w3_digits': None,
-    'localvim-nano_windows-w7_digits': None,
-    'localvim-nano_windows-w14_digits': None,
     'localvim-nano_digits': None,
-    'localvim-nano_ablation-global_digits': None,
-    'localvim-nano_ablation-local_digits': None,
-    'localvim-nano_ablation-noscattn_digits': None,
-    'localvim-nano_ablation-spatial_digits': None,
     'localvmamba-nano_digits': None,
     'faster-rcnn_localvmamba-nano_digits': None,
     'retinanet_localvmamba-nano_digits': None,
@@ -413,11 +405,7 @@ def image_info(cfg, folder):
     ('localvim-t-nosearch-noscattn_8xb128_in1k', 20, 'h h_flip w2 w2_flip', False),
     ('localvim-t-nosearch_8xb128_in1k', 20, 'h h_flip w2 w2_flip', True),
     ('localvim-t-nosearch-spatial_8xb128_in1k', 20, 'h h_flip w2 w2_flip', dict(spatial=True)),
-    ('localvim-nano_ablation-global_digits', 7, 'h h_flip', False),
-    ('localvim-nano_ablation-local_digits', 7, 'w2 w2_flip', False),
-    ('localvim-nano_ablation-noscattn_digits', 6, 'h h_flip w2 w2_flip', False),
     ('localvim-nano_digits', 6, 'h h_flip w2 w2_flip', True),
-    ('localvim-nano_ablation-spatial_digits', 6, 'h h_flip w2 w2_flip', dict(spatial=True)),
 ])
 def test_ablations_differ_where_they_say(name, blocks, directions, scattn):
     backbone = build(name).backbone

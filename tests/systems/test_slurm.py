@@ -194,12 +194,16 @@ class Job:
         until(lambda: re.search(r'Epoch\(train\)\s+\[2\]', self.text()), 300)
 
     def restart(self):
-        """What Slurm does by itself after 2 minutes (BeginTime), or at once if a node was lost."""
+        """What Slurm does by itself after 2 minutes (BeginTime), or at once if a node was lost.
+
+        Not in the same second: nodes refuse a credential that is as old as the end of the run before ("Job credential
+        revoked"), which fails the job.
+        """
         job = self.wait_for('PENDING', 'RUNNING')
         assert job['Restarts'] == '1', job
         if job['JobState'] == 'PENDING':
             assert job['Reason'] in ('BeginTime', 'None', 'Resources', 'Priority'), job
-            self.cluster('scontrol', 'update', f'JobId={self.id}', 'StartTime=now')
+            self.cluster('scontrol', 'update', f'JobId={self.id}', 'StartTime=now+10')
 
     def result(self):
         job = self.wait_for('COMPLETED')

@@ -1,6 +1,0 @@
-"""Window-size study: see localvim-nano_windows-w2_digits.py."""
-_base_ = './localvim-nano_windows-w2_digits.py'
-
-model = dict(
-    backbone=dict(
-        directions=['h', 'h_flip', 'w14', 'w14_flip']))
