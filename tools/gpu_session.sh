@@ -54,8 +54,8 @@ if "$python" -c 'import mmengine, mmcv' 2>/dev/null; then
         shift
         run "model-$name" "$python" tools/benchmark_model.py --device cuda --json "$output/model-$name.json" "$@"
     }
-    model train --amp bfloat16 --sizes 224 --batch 128
-    model large --amp bfloat16 --sizes 512 800 --batch 2
+    model train --dtype bfloat16 --sizes 224 --batch 128
+    model large --dtype bfloat16 --sizes 512 800 --batch 2
 else
     echo 'mmengine and mmcv are not installed: no whole models'
 fi
