@@ -1,4 +1,6 @@
 """Mixed precision on a CPU: MMEngine's wrapper refuses it, ours trains, and `--amp` takes the one that can."""
+import warnings
+
 import pytest
 import torch
 from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
@@ -7,6 +9,7 @@ from test_ops_half import Record
 from torch import nn
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.engine import bfloat16
 from mmlocalmamba.ops import cpu
 
 BACKBONES = {
@@ -74,3 +77,22 @@ def test_amp_option(device, expected, tmp_path, monkeypatch):
     train.main()
     assert seen[0].optim_wrapper.type == expected
     assert ('loss_scale' in seen[0].optim_wrapper) == (device == 'cuda')
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_a_processor_without_bfloat16_is_told_once(fast, monkeypatch):
+    monkeypatch.setattr(bfloat16, '_has_bfloat16', lambda: fast)
+    model = nn.Linear(2, 1)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        wrapper = build_optim_wrapper(model, CONFIG)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        for _ in range(3):
+            with wrapper.optim_context(model):
+                assert model(torch.ones(1, 2)).dtype == torch.bfloat16
+    assert sum('no fast products in bfloat16' in str(warning.message) for warning in found) == (not fast)
+
+
+def test_the_question_has_an_answer():
+    """torch's name for it is private."""
+    assert bfloat16._has_bfloat16() in (True, False)
