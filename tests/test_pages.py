@@ -30,8 +30,7 @@ PAGES = {
     'new_style': ['work_dirs/new_style/epoch_2.pth'],
     'training testing inference': [
         'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'found_classes/*.png',
-        'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'work_dirs/robustness.png',
-        'work_dirs/few_shot.csv'],
+        'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'work_dirs/robustness.png', 'work_dirs/few_shot.csv'],
     'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
     'deployment': ['digits.onnx', 'digits.pt2'],
 }

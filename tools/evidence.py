@@ -29,6 +29,7 @@ from mmengine.config import Config
 from scipy.stats import t as student
 
 from mmlocalmamba.backbones.archs import LOCAL_VIM, LOCAL_VMAMBA, WITHOUT_SEARCH
+from mmlocalmamba.files import write_whole
 from mmlocalmamba.search import CANDIDATES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -161,7 +162,7 @@ def train(cfg, out):
             raise SystemExit(f'{path}: the training ended with {code}, see {output.name}')
         logs = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
         found = [json.loads(line) for log in logs for line in log.read_text().splitlines() if 'accuracy/top1' in line]
-        done.write_text(json.dumps(dict(accuracy=found[-1]['accuracy/top1'])))
+        write_whole(str(done), json.dumps(dict(accuracy=found[-1]['accuracy/top1'])))
     return work_dir, json.loads(done.read_text())['accuracy']
 
 
@@ -205,11 +206,9 @@ def measure(study, args):
     rows = read_rows(args.csv)
     missing = [(study, row, seed) for seed in args.seeds for row in args.rows or STUDIES[study][1]
                if not known(rows, study, row, seed, args)]
-
     with ThreadPoolExecutor(args.jobs) as pool:
         for result in pool.map(lambda job: run(*job, args), missing):
-            rows = [*read_rows(args.csv), result]
-            write_rows(args.csv, FIELDS, rows)
+            write_rows(args.csv, FIELDS, [*read_rows(args.csv), result])  # with those of another call
             print('{study}: {row}, seed {seed}: {value}'.format(**result), flush=True)
 
 
@@ -228,7 +227,7 @@ def plus_minus(values, sign=''):
 
 
 def by_row(rows, study, args):
-    """{row: {seed: value}} in the study's order."""
+    """{name: {seed: row of the table}}, in the study's order."""
     table = defaultdict(dict)
     for row in rows:
         if (row['study'], row['data'], int(row['epochs'])) == (study, args.data, args.epochs):
@@ -242,13 +241,13 @@ def report(study, rows, args):
         raise SystemExit(f'{study}: nothing of {args.data} with {args.epochs} epochs in the table yet')
     seeds = sorted({seed for found in table.values() for seed in found})
     reference = next(iter(STUDIES[study][1]))
+    base = {seed: float(row['value']) for seed, row in table.get(reference, {}).items()}
     one = next(iter(next(iter(table.values())).values()))
     print('{study}, {data}: {images} images, {epochs} epochs; {processor}, torch {torch}\n'.format(**one))
     print(f'| | parameters | {" | ".join(f"seed {seed}" for seed in seeds)} | mean | difference to the first |')
     print('|---' * (len(seeds) + 4) + '|')
     for name, found in table.items():
         values = {seed: float(row['value']) for seed, row in found.items()}
-        base = {seed: float(row['value']) for seed, row in table.get(reference, {}).items()}
         pairs = [values[seed] - base[seed] for seed in values if seed in base and name != reference]
         print(f'| {name} | {int(next(iter(found.values()))["parameters"]) / 1e3:.0f} k | '
               + ' | '.join(f'{values[seed]:.2f}' if seed in values else '' for seed in seeds)

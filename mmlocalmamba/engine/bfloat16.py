@@ -2,6 +2,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -10,6 +11,7 @@ from torch import nn
 from mmlocalmamba.registry import OPTIM_WRAPPERS
 
 
+@cache
 def _has_bfloat16() -> bool:
     """Whether oneDNN computes in bfloat16 on this processor."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -13,7 +13,6 @@ pipeline; nothing is trained but what stands here, by scikit-learn:
 
 Labels are the test's. A row of the table is replaced when it is measured again.
 """
-import argparse
 import sys
 import tempfile
 from importlib.metadata import version
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -29,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis_tools.latency import processor
-from analysis_tools.robustness import build
+from analysis_tools.robustness import build, make_parser, parse
 from records import read_rows, write_rows
 
 FIELDS = ('config', 'checkpoint', 'protocol', 'accuracy', 'interval', 'images', 'processor', 'torch')
@@ -115,21 +113,14 @@ def measure(args):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='configuration file')
-    parser.add_argument('checkpoint', help='of that configuration')
-    parser.add_argument('--csv', type=Path, required=True, help='table to go on with')
+    parser = make_parser(__doc__)
     parser.add_argument('--name', help="of the model in the table (the configuration's file)")
     parser.add_argument('--novel', type=int, nargs='+', metavar='LABEL', help='classes of the episodes (all)')
     parser.add_argument('--ways', type=int, default=5)
     parser.add_argument('--shots', type=int, nargs='+', default=[1, 5, 20])
     parser.add_argument('--queries', type=int, default=15)
     parser.add_argument('--episodes', type=int, default=600)
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
-    args = parser.parse_args(arguments)
-    for path in (args.config, args.checkpoint):
-        if not Path(path).is_file():
-            parser.error(f'{path}: no such file')
+    args = parse(parser, arguments)
     if min(args.ways, args.episodes) < 2 or min(*args.shots, args.queries) < 1:
         parser.error('--ways and --episodes are 2 or more, --shots and --queries 1 or more')
     own = dict(config=args.name or Path(args.config).stem, checkpoint=Path(args.checkpoint).name)

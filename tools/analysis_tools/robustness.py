@@ -98,6 +98,24 @@ def with_corruption(pipeline, step):
     pipeline.transforms.insert(at[0] + 1, step)
 
 
+def make_parser(description):
+    """With what build() takes, and a table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='configuration file')
+    parser.add_argument('checkpoint', help='of that configuration')
+    parser.add_argument('--csv', type=Path, required=True, help='table to go on with')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
+    return parser
+
+
+def parse(parser, arguments):
+    args = parser.parse_args(arguments)
+    for path in (args.config, args.checkpoint):
+        if not Path(path).is_file():
+            parser.error(f'{path}: no such file')
+    return args
+
+
 def innermost(dataset):
     while hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
@@ -282,21 +300,14 @@ def unknown(args):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='configuration file')
-    parser.add_argument('checkpoint', help='of that configuration')
-    parser.add_argument('--csv', type=Path, required=True, help='table to go on with')
+    parser = make_parser(__doc__)
     parser.add_argument('--corruptions', nargs='+', metavar='NAME', help='only these (the 15 of ImageNet-C)')
     parser.add_argument('--severities', type=int, nargs='+', choices=SEVERITIES, default=SEVERITIES)
     parser.add_argument('--metric', help='to compare, as the test names it (the first one)')
     parser.add_argument('--cache', type=Path, help='folder for corrupted images (none are kept)')
     parser.add_argument('--plot', help='picture of the whole table')
     parser.add_argument('--unknown', metavar='FOLDER', help='pictures of none of the classes')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
-    args = parser.parse_args(arguments)
-    for path in (args.config, args.checkpoint):
-        if not Path(path).is_file():
-            parser.error(f'{path}: no such file')
+    args = parse(parser, arguments)
     unknown(args) if args.unknown else corruptions(args)
     if args.plot:
         draw(args)
