@@ -1,6 +1,9 @@
 # STACK: openmmlab (default) or onedl. PYTHON: the interpreter to build on.
 STACK ?= openmmlab
 PYTEST_ARGS ?=
+# Processes that run tests, a core and some 2 GB of memory each; 0: none but pytest itself, as a debugger wants.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 ifeq ($(STACK),onedl)
 VENV := .venv-onedl
@@ -31,7 +34,8 @@ export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
 
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
-	@echo "make test      install, run the fast tests; PYTEST_ARGS='-k scans' passes arguments on"
+	@echo "make test      install, run the fast tests; PYTEST_ARGS='-k scans' passes arguments on,"
+	@echo "               WORKERS=2 says how many run at once (default: one per core, at most 8)"
 	@echo "make test-all  all tests"
 	@echo "make coverage  the fast tests, and which lines they do not reach"
 	@echo "make image-test  the container image, built and run (root; Debian's docker.io, debootstrap; docs/jobs.md)"
@@ -60,13 +64,13 @@ demo: install | $(DEMO_DATA)
 	@$(BIN)/python tools/demo.py $(DEMO_CONFIG) $(DEMO_DIR)
 
 test: install
-	@$(BIN)/python -m pytest -q -m "not slow" tests $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" tests $(PYTEST_ARGS)
 
 test-all: install
-	@$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
+	@$(PYTEST) tests $(PYTEST_ARGS)
 
 coverage: install
-	@$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term-missing:skip-covered tests $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered tests $(PYTEST_ARGS)
 
 # ENGINE=podman or buildah; IMAGE_CACHE=folder keeps layers.
 image-test: install

@@ -1,9 +1,12 @@
 """bfloat16 on the CPU: native kernels against float64, and against what plain PyTorch makes of the same under
 autocast."""
+import platform
+
 import pytest
 import test_properties
 import torch
 from hypothesis import given, settings
+from processes import PYTHON, finish, start
 from test_ops import directional_inputs
 from test_ops_cpu import ODD, built, instruction_set  # noqa: F401  (a fixture)
 from test_ops_mixer import CASES, randn
@@ -65,6 +68,24 @@ def check(function, inputs, tokens, mixed, monkeypatch):
 def test_equals_float64(instruction_set, case, mixed, monkeypatch):  # noqa: F811
     function, inputs = CASES[case]()
     check(function, inputs, TOKENS[case.split('-')[0]], mixed, monkeypatch)
+
+
+PRODUCT = """
+import torch
+from mmlocalmamba import ops
+assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+x, weight, bias = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((1, 2, 7, 5), (3, 5), (3, )))
+y = ops.linear(x, weight, bias, backend='cpu')
+y.float().square().sum().backward()
+torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias), rtol=2 ** -7, atol=1e-2)
+assert all(leaf.grad.isfinite().all() for leaf in (x, weight, bias))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='the variable names instruction sets of x86-64')
+def test_where_onednn_has_no_bfloat16():
+    """It raises there instead of taking a slower way."""
+    finish(start(*PYTHON, '-c', PRODUCT, ONEDNN_MAX_CPU_ISA='AVX2'))
 
 
 SCANS = {

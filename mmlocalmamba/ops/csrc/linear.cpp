@@ -25,6 +25,15 @@ const std::optional<c10::TypedOperatorHandle<MkldnnLinear>>& mkldnn_linear() {
   return handle;
 }
 
+// oneDNN multiplies bfloat16 on AVX-512 and its like only, and raises elsewhere; it also obeys ONEDNN_MAX_CPU_ISA.
+bool has_bf16() {
+  static const bool has = [] {
+    const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
+    return schema && schema->typed<bool()>().call();
+  }();
+  return has;
+}
+
 Tensor weight_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   if (weight.dim() == 3) {  // a product for each direction, whose rows lie together
     TORCH_CHECK_VALUE(!bias && x.dim() == 4 && x.size(1) == weight.size(0),
@@ -39,7 +48,7 @@ Tensor weight_product(const Tensor& x, const Tensor& weight, const OptionalTenso
                     "x must be (..., I), weight (O, I) and bias (O,), got ", x.sizes(), ", ", weight.sizes(), " and ",
                     bias ? bias->sizes() : at::IntArrayRef());
   const auto& product = mkldnn_linear();
-  const bool known = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
+  const bool known = x.scalar_type() == at::kFloat || (x.scalar_type() == at::kBFloat16 && has_bf16());
   if (!product || !known || weight.scalar_type() != x.scalar_type() || x.numel() == 0 || weight.numel() == 0) {
     return at::linear(x, weight, bias);
   }
