@@ -110,6 +110,16 @@ def build(name):
         return MODELS.build(cfg.model).eval()
 
 
+def test_oriented_boxes():
+    """Beside mmrotate, which the OneDL stack alone has."""
+    pytest.importorskip('mmrotate')
+    cfg = Config.fromfile(CONFIGS / 'rotated/oriented-rcnn_localvmamba-nano_digits.py')
+    with in_scope(cfg):
+        model = MODELS.build(cfg.model)
+    assert type(model.backbone).__name__ == 'LocalVMamba'
+    assert [lateral.conv.in_channels for lateral in model.neck.lateral_convs] == list(model.backbone.out_channels)
+
+
 def test_names():
     assert sorted(path.stem for path in CONFIGS.glob('*.py')) == NAMES == sorted(metafile())
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from dataset_converters import digits
@@ -116,6 +117,33 @@ def test_label_images(data, split, number):
         assert (label_map.size, label_map.mode) == ((128, 128), 'L')
         values = set(np.unique(label_map).tolist())
         assert {0, 1} < values <= set(range(12))
+
+
+def test_oriented_boxes(tmp_path):
+    """Rectangles, tight around bright digits, and smaller than boxes along the axes."""
+    digits.generate(tmp_path / 'digits', scale='tiny', rotated=True)
+    areas = []
+    for split, number in (('train', 8), ('val', 4)):
+        folder = tmp_path / 'digits/dota' / split
+        labels = sorted((folder / 'annfiles').glob('*.txt'))
+        assert len(labels) == number == len(list((folder / 'images').glob('*.png')))
+        for path in labels:
+            picture = np.asarray(Image.open(folder / 'images' / f'{path.stem}.png')).max(-1)
+            lines = [line.split() for line in path.read_text().splitlines()]
+            assert 2 <= len(lines) <= 6
+            for *corners, label, difficulty in lines:
+                assert label in list('0123456789') and difficulty == '0'
+                corners = np.array(corners, np.float32).reshape(4, 2)
+                sides = np.roll(corners, -1, 0) - corners
+                lengths = np.linalg.norm(sides, axis=1)
+                cosines = (sides * np.roll(sides, -1, 0)).sum(1) / lengths / np.roll(lengths, -1)
+                assert np.abs(cosines).max() < 2e-3  # corners have two decimals
+                inside = np.zeros(picture.shape, np.uint8)
+                cv2.fillPoly(inside, [corners.round().astype(int)], 1)
+                assert picture[inside > 0].max() >= digits.INK[0] - 10
+                areas.append((lengths[0] * lengths[1], np.prod(np.ptp(corners, axis=0))))
+    oriented, along = np.array(areas).T
+    assert (oriented <= along * 1.01).all() and oriented.sum() < 0.8 * along.sum()
 
 
 def test_refuses_to_overwrite(data, tmp_path):

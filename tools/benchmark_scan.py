@@ -12,7 +12,11 @@ on ready-made sequences. Both are given their step sizes, B and C in scan order,
 
 On a GPU, times are those of CUDA events, with the L2 cache overwritten before each call, and the last columns relate
 them to a floor: the larger of the time for the exponentials and of that for reading every input and writing every
-output once, both at rates measured in the same run. Needs torch alone.
+output once, both at rates measured in the same run.
+
+On a CPU, the floor of the native kernel's forward pass is the time for its eight multiplications a state (of which a
+processor does fewest at a time), at the rate that oneDNN's matrix product reaches in the same run: its 8 GFLOP are
+multiplications and little else. Needs torch alone.
 """
 import argparse
 import ctypes
@@ -25,6 +29,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from records import processor
 
 DIRECTIONS = ('h', 'v_flip', 'w2', 'w7_flip')
 # Name: (height and width of the tokens, class token in the middle, channels, rank of the step sizes).
@@ -167,11 +172,7 @@ def describe_machine(device):
     if device == 'cuda':
         name = '; '.join([torch.cuda.get_device_name(), *tuning.in_force(torch.device('cuda'))])
     else:
-        name = 'CPU'
-        if os.path.exists('/proc/cpuinfo'):
-            with open('/proc/cpuinfo') as file:
-                name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
-        name += f', {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+        name = f'{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
     load = f', load {os.getloadavg()[0]:.1f} at the start' if hasattr(os, 'getloadavg') else ''
     return f'torch {torch.__version__}, {name}{load}'
 
@@ -367,6 +368,17 @@ def gpu_rates():
     return rate, 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
+def cpu_rate(threads, size=1024, repeat=20):
+    """Multiplications per millisecond in float32, measured: those of oneDNN's product."""
+    from mmlocalmamba.ops import linear
+    x, weight = torch.randn(2, size, size)
+    run = with_threads(threads, partial(linear, x, weight, backend='cpu'))
+    return size ** 3 / min(wall_timer(run) for _ in range(repeat))
+
+
+MULTIPLICATIONS = 8  # of a state in csrc/scan_kernel.h: four of the exponential, one before it, three of the recurrence
+
+
 def floors(tensors, y_bytes, tables, N, rates):
     """Least milliseconds of the forward pass, and of both passes: (exponentials, memory) each. The backward pass has to
     compute every exponential once more, to read inputs and the output's gradient, and to write the gradients."""
@@ -397,7 +409,9 @@ def compare(name, N, args, rates):
         calls['forward + backward'][key] = with_threads(n, partial(forward_backward, function, own, cotangent))
     rows = [dict(shape=name, N=N, batch=args.batch, dtype=args.dtype, tokens=tables.inv.shape[1], channels=width,
                  method=key) for key in found]
-    least = floors(tensors, dy.nbytes, tables, N, rates) if rates else {}
+    if args.device == 'cuda':
+        least = floors(tensors, dy.nbytes, tables, N, rates)
+    states = args.batch * tables.src.numel() * width * N
     for which, cases in calls.items():
         times, spreads = measure(cases, args.device, args.rounds, args.seconds)
         first = next(iter(times.values()))
@@ -409,8 +423,10 @@ def compare(name, N, args, rates):
             row[f'{which}, +- %'] = spreads.get(key)
             row[f'{which}, times ours'] = ms / first
             row[f'{which}, peak MB'] = peak_memory(call, args.device)
-            if least:
+            if args.device == 'cuda':
                 row[f'{which}, % of the floor'] = 100 * max(least[which]) / ms
+            elif which == 'forward' and key.startswith('ours: cpu') and rates:
+                row['forward, % of the floor'] = 100 * MULTIPLICATIONS * states / rates[found[key][2]] / ms
             if exact is not None:
                 result = call()
                 if which == 'forward':
@@ -436,12 +452,19 @@ def main():
     if args.quick:
         args.rounds, args.seconds = 1, 0.05
 
+    from mmlocalmamba import ops
     machine = describe_machine(args.device)
     print(f'{machine}\nbatch {args.batch}, {len(DIRECTIONS)} directions, {args.dtype}; '
           'relative errors, against float64\n')
-    rates = gpu_rates() if args.device == 'cuda' else None
-    if rates:
+    if args.device == 'cuda':
+        rates = gpu_rates()
         print(f'measured: {rates[0] / 1e9:.2f} T exponentials / s, {rates[1] / 1e9:.2f} TB / s\n')
+    elif args.dtype == 'float32' and ops.available_backends(torch.zeros(0))['cpu'] is None:
+        rates = {threads: cpu_rate(threads) for threads in sorted({1, torch.get_num_threads()})}
+        print('measured, G multiplications / s: ' + ', '.join(
+            f'{rate / 1e6:.0f} with {threads} thread{"s" * (threads > 1)}' for threads, rate in rates.items()) + '\n')
+    else:
+        rates = None
     shapes = {**SHAPES, **LARGE_SHAPES} if args.device == 'cuda' else SHAPES
     if args.quick:
         shapes = dict(list(SHAPES.items())[3:])

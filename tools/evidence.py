@@ -33,8 +33,7 @@ from mmlocalmamba.files import write_whole
 from mmlocalmamba.search import CANDIDATES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from analysis_tools.latency import processor
-from records import read_rows, write_rows
+from records import processor, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ('study', 'row', 'data', 'seed', 'metric', 'value', 'images', 'epochs', 'parameters', 'processor',

@@ -213,7 +213,10 @@ install_rest() {
     # mmcv stands in the list as well and is there already; without isolation,
     # since source packages would otherwise each fetch their own build tools.
     local lists=(-r "$wanted")
-    [ $dev = no ] || lists+=(-r requirements/dev.txt)
+    if [ $dev = yes ]; then
+        lists+=(-r requirements/dev.txt)
+        [ "$STACK" != onedl ] || lists+=(-r requirements/rotated-onedl.txt)
+    fi
     quietly "$network" pip_install --no-build-isolation --constraint "$constraints" "${lists[@]}"
     quietly "$network" pip_install --no-deps -r "requirements/mim-$STACK.txt"
 }

@@ -1,6 +1,8 @@
-"""Tables of results that tools go on with: CSV files, read whole and written whole."""
+"""Tables of results that tools go on with: CSV files, read whole and written whole. Needs nothing to be installed."""
 import csv
 import io
+import platform
+from pathlib import Path
 
 
 def read_rows(path):
@@ -19,3 +21,14 @@ def write_rows(path, fields, rows):
     table.writeheader()
     table.writerows(rows)
     write_whole(str(path), text.getvalue())
+
+
+def processor():
+    """Its name and family, which decides more than the name."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = dict(line.split(':', 1) for line in lines if ':' in line)
+    found = {key.strip(): value.strip() for key, value in found.items()}
+    return f'{found.get("model name", platform.machine())} family {found.get("cpu family", "?")}'

@@ -26,9 +26,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis_tools.latency import processor
 from analysis_tools.robustness import build, make_parser, parse
-from records import read_rows, write_rows
+from records import processor, read_rows, write_rows
 
 FIELDS = ('config', 'checkpoint', 'protocol', 'accuracy', 'interval', 'images', 'processor', 'torch')
 NEIGHBOURS, TEMPERATURE = 20, 0.07

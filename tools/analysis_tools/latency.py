@@ -16,7 +16,6 @@ layers, the scans stay in float32), openvino-bf16.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 
 TOOLS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TOOLS))
-from records import read_rows, write_rows  # noqa: E402
+from records import processor, read_rows, write_rows  # noqa: E402
 
 RUNTIMES = ('eager', 'eager-bf16', 'compiled', 'aoti', 'onnxruntime', 'onnxruntime-int8', 'openvino', 'openvino-bf16')
 FIELDS = ('model', 'size', 'runtime', 'threads', 'rate', 'frames', 'p50_ms', 'p95_ms', 'p99_ms', 'missed', 'peak_mb',
@@ -202,17 +201,6 @@ def worker(case):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cases
-
-
-def processor():
-    """Its name and family, which decides more than the name."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = dict(line.split(':', 1) for line in lines if ':' in line)
-    found = {key.strip(): value.strip() for key, value in found.items()}
-    return f'{found.get("model name", platform.machine())} family {found.get("cpu family", "?")}'
 
 
 def cases_of(args):

@@ -32,8 +32,8 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.runner import Runner, load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis_tools.latency import PICTURES, processor
-from records import read_rows, write_rows
+from analysis_tools.latency import PICTURES
+from records import processor, read_rows, write_rows
 
 FIELDS = ('config', 'checkpoint', 'corruption', 'severity', 'metric', 'value', 'images', 'processor', 'torch')
 SEVERITIES = (1, 2, 3, 4, 5)

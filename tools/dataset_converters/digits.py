@@ -3,6 +3,7 @@ images that ship inside scikit-learn and scikit-image. Nothing is downloaded.
 
     python tools/dataset_converters/digits.py data/digits
     python tools/dataset_converters/digits.py /tmp/smoke --scale tiny
+    python tools/dataset_converters/digits.py data/digits --rotated
 
 OUT then holds (train is called `training`, val `validation` in ADE20K style):
 
@@ -11,13 +12,16 @@ OUT then holds (train is called `training`, val `validation` in ADE20K style):
     coco/annotations/instances_{train,val}.json
     ade/images/{training,validation}/*.png    128x128
     ade/annotations/{training,validation}/*.png
+    dota/{train,val}/{images,annfiles}/       128x128, turned digits; with --rotated
     SOURCES.md                                credits of the source images
 
 COCO categories are called '0' to '9' and have the ids 1 to 10; masks are
 compressed RLE, so `LoadAnnotations` needs its default `poly2mask=True`.
 Label images count as ADE20K does, for `reduce_zero_label=True`: 0 is ignored
 (the soft border of a stroke), 1 is background, 2 to 11 are the digits 0 to 9.
-File names of `coco` and `ade` end in the photograph's name, those of
+Label files of `dota` have a line for each digit, as DOTA has them: four corners
+of the smallest rectangle around what is visible, the class, and difficulty 0.
+File names of `coco`, `ade` and `dota` end in the photograph's name, those of
 `imagenet` are the row in scikit-learn's `load_digits`.
 
 Train and validation share no digit and no photograph. They do share writers:
@@ -39,6 +43,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -65,8 +70,8 @@ VAL_DIGITS = 0.2  # of each class
 
 # (train, val): images per class for imagenet (None: all), images for the rest
 SCALES = {
-    'default': dict(imagenet=(None, None), coco=(400, 60), ade=(400, 60)),
-    'tiny': dict(imagenet=(8, 4), coco=(8, 4), ade=(8, 4)),
+    'default': dict(imagenet=(None, None), coco=(400, 60), ade=(400, 60), dota=(400, 60)),
+    'tiny': dict(imagenet=(8, 4), coco=(8, 4), ade=(8, 4), dota=(8, 4)),
 }
 SPLITS = ('train', 'val')
 
@@ -81,6 +86,8 @@ ADE_STYLE = dict(count=(3, 6), height=(28, 56), outline=0.4)
 PHOTO_GAIN = 0.55
 INK = (180, 255)  # range of each colour channel
 MAX_TILT = 15  # degrees
+# Turned so far that a box along the axes is a bad one, and not so far that a 6 is a 9.
+DOTA_STYLE = dict(COCO_STYLE, tilt=75)
 MAX_OVERLAP = 0.05  # of the smaller of two boxes
 PLACE_TRIES = 50
 
@@ -185,7 +192,7 @@ def digit_drawer(digits):
 
     def draw(row, height, style, rng):
         alpha = draw_digit(digits[row], height, style['outline'],
-                           rng.uniform(-MAX_TILT, MAX_TILT))
+                           rng.uniform(-1, 1) * style.get('tilt', MAX_TILT))
         return crop_to_content(alpha), None
 
     return draw
@@ -311,6 +318,28 @@ def write_ade(out, split, labels, items):
     return f'ade/{split}: {total} images'
 
 
+def write_dota(out, split, labels, items):
+    """Write images, and a text file with oriented boxes for each."""
+    folders = [out / 'dota' / split / kind for kind in ('images', 'annfiles')]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    images = boxes = 0
+    for name, image, pasted in items:
+        Image.fromarray(image).save(folders[0] / name)
+        hidden, lines = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool), []
+        for row, alpha in reversed(pasted):
+            visible = (alpha >= 0.5) & ~hidden
+            hidden |= visible
+            points = np.argwhere(visible)[:, ::-1].astype(np.float32)
+            # from the pixels' outer edges, as boxes of masks
+            corners = (points[:, None] + np.float32([[0, 0], [0, 1], [1, 0], [1, 1]])).reshape(-1, 2)
+            corners = cv2.boxPoints(cv2.minAreaRect(corners))
+            lines.append(' '.join([*(f'{x:.2f}' for x in corners.ravel()), str(labels[row]), '0']))
+        (folders[1] / name).with_suffix('.txt').write_text('\n'.join(lines) + '\n')
+        images, boxes = images + 1, boxes + len(lines)
+    return f'dota/{split}: {images} images, {boxes} turned digits'
+
+
 def write_sources(out, photos, seed):
     """Write the credits that the licences ask for, and who is in which split."""
     lines = [
@@ -326,8 +355,8 @@ def write_sources(out, photos, seed):
     (out / MARKER).write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
-def write_all(out, scale, seed):
-    """Write the three data sets into the folder `out`; return a summary."""
+def write_all(out, scale, seed, rotated=False):
+    """Write the data sets into the folder `out`; return a summary."""
     source = load_digits()
     digits, labels = source.images, source.target
     rows_of = split_rows(labels, VAL_DIGITS, seed)
@@ -344,6 +373,10 @@ def write_all(out, scale, seed):
         summary.append(write_ade(out, split, labels, scenes(
             draw, rows, photos, sizes['ade'][s], ADE_STYLE,
             np.random.default_rng([seed, 3, s]))))
+        if rotated:
+            summary.append(write_dota(out, split, labels, scenes(
+                draw, rows, photos, sizes['dota'][s], DOTA_STYLE,
+                np.random.default_rng([seed, 4, s]))))
     write_sources(out, names_of, seed)
     return summary
 
@@ -382,10 +415,10 @@ def write_whole_folder(out, overwrite, write):
     return summary
 
 
-def generate(out, scale='default', seed=0, overwrite=False):
+def generate(out, scale='default', seed=0, overwrite=False, rotated=False):
     """Write all data sets to `out`, as a whole or not at all."""
     return write_whole_folder(
-        out, overwrite, lambda folder: write_all(folder, scale, seed))
+        out, overwrite, lambda folder: write_all(folder, scale, seed, rotated))
 
 
 def stop_as_ctrl_c():
@@ -401,9 +434,11 @@ def main(args=None):
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--overwrite', action='store_true',
                         help='replace a folder that this tool wrote before')
+    parser.add_argument('--rotated', action='store_true',
+                        help='turned digits with oriented boxes, too, for mmrotate')
     args = parser.parse_args(args)
     stop_as_ctrl_c()
-    summary = generate(args.out, args.scale, args.seed, args.overwrite)
+    summary = generate(args.out, args.scale, args.seed, args.overwrite, args.rotated)
     print('\n'.join(summary))
     print(f'written to {args.out}')
 
