@@ -28,6 +28,7 @@ ROOMS = dict(
     backbones=(['backbones'], ['test_backbones.py', 'test_contract.py', 'test_layer_decay.py',
                                'test_weights_loading.py']),
     necks=(['necks.py'], ['test_necks.py']),
+    methods=(['methods.py'], ['test_methods.py']),
     weights=(['weights'], ['test_weights.py', 'test_weights_loading.py', 'test_weights_hook.py']),
     search=(['search'], ['test_search.py', 'test_search_hook.py']),
     engine=(['engine'], ['test_guard.py', 'test_layer_decay.py', 'test_broken_files.py', 'test_jobs.py',
