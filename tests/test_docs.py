@@ -23,7 +23,8 @@ DOCKER_AND_SLURM = {'--build-arg', '--build-context', '--cap-drop', '--ipc', '--
 # Of globox, whose commands tests/test_pages.py runs.
 GLOBOX = {'--img_ext'}
 # mmrotate, which one stack lacks, has the options of mmdet.
-PACKAGES = {'mmrotate': 'mmdet', 'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
+PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg',
+            'mmrotate': 'mmdet'}
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 
 
