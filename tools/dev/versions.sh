@@ -18,6 +18,7 @@ if [ ${#rows[@]} = 0 ]; then
         for python in 3.10 3.11 3.12 3.13; do rows+=("$python $torch"); done
     done
 fi
+WORKERS=${WORKERS:-$(nproc)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 # Without the OpenMMLab packages: scans and ops, which need torch alone.
 alone="tests/test_scans.py tests/test_ops.py tests/test_ops_cpu.py tests/test_ops_dispatch.py tests/test_mamba.py
@@ -37,7 +38,7 @@ find_python() {
 # What pytest says at its end, without colours.
 outcome() {
     # shellcheck disable=SC2086
-    (cd "$1" && shift && "$FOLDER/venv/bin/python" -m pytest -q -p no:cacheprovider "$@" 2>&1) |
+    (cd "$1" && shift && "$FOLDER/venv/bin/python" -m pytest -q -p no:cacheprovider -n "$WORKERS" "$@" 2>&1) |
         tee -a "$log" | tail -n 1 | sed 's/ in .*//; s/, [0-9]* warnings*//'
 }
 
@@ -52,7 +53,7 @@ row() {
     mkdir -p "$FOLDER"
     "$interpreter" -m venv "$FOLDER/venv" || return
     local pip="$FOLDER/venv/bin/python -m pip --disable-pip-version-check --quiet install"
-    if ! $pip "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja pytest hypothesis numpy \
+    if ! $pip "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja pytest pytest-xdist hypothesis numpy \
         >"$log" 2>&1; then
         echo "| $python | $torch, $torchvision | cannot be installed: $(grep -m 1 ERROR "$log" | cut -c 1-100) | | |"
         return
