@@ -106,8 +106,16 @@ def test_mean_interval_and_paired_difference(tmp_path, capsys):
     assert (tmp_path / 'plot.png').stat().st_size > 5000
 
 
+def test_missing_data_are_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match='data/fashion_mnist.* is not here.*docs/data.md'):
+        evidence.train(config_of('windows', 'w3'), tmp_path / 'out')
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_training_that_fails_is_no_result(tmp_path):
     cfg = config_of('windows', 'w3')
+    cfg.train_dataloader.dataset.data_root = str(tmp_path)
     cfg.model.backbone.directions = ['nowhere']
     with pytest.raises(SystemExit, match='see .*output.txt'):
         evidence.train(cfg, tmp_path)

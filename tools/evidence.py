@@ -151,6 +151,9 @@ def train(cfg, out):
     work_dir = out / hashlib.sha256(cfg.pretty_text.encode()).hexdigest()[:12]
     done = work_dir / 'result.json'
     if not done.exists():
+        data = cfg.train_dataloader.dataset.data_root
+        if not Path(data).is_dir():
+            raise SystemExit(f'{data} is not here: what writes it stands in docs/data.md')
         work_dir.mkdir(parents=True, exist_ok=True)
         path = work_dir / 'config.py'
         cfg.dump(str(path))

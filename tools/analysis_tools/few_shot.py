@@ -107,7 +107,7 @@ def measure(args):
     for shots in args.shots:
         mean, half = episodes(others[0][chosen], others[1][chosen], args.ways, shots, args.queries, args.episodes)
         which = f' of classes {", ".join(map(str, sorted(args.novel)))}' if args.novel else ''
-        rows.append((f'{args.ways}-way {shots}-shot{which}', mean, f'{half:.2f}', args.episodes))
+        rows.append((f'{args.ways}-way {shots}-shot{which}', mean, f'{half:.2f}', int(chosen.sum())))
     return rows
 
 
