@@ -81,9 +81,12 @@ void conv_forward(const ConvProblem<S>& p, Item item, void* memory) {
         PREFETCH(from, next, p.x_strides.row, 0);
         x[W - 1 + t] = c.token[t] < 0 ? V<T>{} : load(from + c.token[t] * p.x_strides.row, lanes);
       }
-      for (int64_t t = 0; t < steps; ++t) {
-        store(y + t * p.channels, silu<T>(conv_at<T>(x + t, c.weight + block * W, c.bias[block], W)), lanes);
-      }
+      side_by_side(steps, [&](int64_t t, auto count) __attribute__((always_inline)) {
+        V<T> sums[count];
+        for (int i = 0; i < count; ++i) sums[i] = conv_at<T>(x + t + i, c.weight + block * W, c.bias[block], W);
+        silu<T, count>(sums, nullptr);
+        for (int i = 0; i < count; ++i) store(y + (t + i) * p.channels, sums[i], lanes);
+      });
       conv_carry<T>(x, steps, W);
     }
   }
@@ -119,8 +122,8 @@ void conv_backward(const ConvProblem<S>& p, Item item, void* memory) {
       for (int64_t t = 0; t < steps; ++t) {
         V<T> g{};
         if (start + t < p.steps) {
-          V<T> slope;
-          silu<T>(conv_at<T>(x + t, weight, c.bias[block], W), &slope);
+          V<T> sum[1] = {conv_at<T>(x + t, weight, c.bias[block], W)}, slope;
+          silu<T, 1>(sum, &slope);
           g = load(dy + t * p.dy_strides.row, lanes) * slope;
           if (p.dweight) {
             c.dbias[block] += g;

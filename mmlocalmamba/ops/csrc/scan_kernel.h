@@ -168,6 +168,17 @@ INLINE void load_steps(const ScanProblem<S>& p, const ChunkScratch<T>& c, Item i
   }
 }
 
+// Of delta + bias of a chunk; `slope`: null, or where the derivatives go.
+template <typename T>
+INLINE void softplus_steps(V<T>* dt, int64_t steps, V<T>* slope) {
+  side_by_side(steps, [&](int64_t first, auto count) __attribute__((always_inline)) {
+    V<T> x[count];
+    for (int i = 0; i < count; ++i) x[i] = dt[first + i];
+    softplus<T, count>(x, slope ? slope + first : nullptr);
+    for (int i = 0; i < count; ++i) dt[first + i] = x[i];
+  });
+}
+
 // Where the state before chunk number `chunk` >= 1 is kept.
 template <typename S, typename T = Compute<S>>
 INLINE T* checkpoint(const ScanProblem<S>& p, Item item, int64_t chunk, int64_t channel) {
@@ -241,6 +252,7 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
         for (int64_t n = 0; n < N; ++n) store(to + n * p.channels, c.h[block * N + n], lanes);
       }
       load_steps(p, c, item, steps, block, channel, lanes, bias);
+      if (p.softplus) softplus_steps<T>(c.dt, steps, nullptr);
       const bool u_columns = p.u_strides.columns(), delta_columns = p.delta_strides.columns();
       const bool y_columns = p.y_strides.columns();
       if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, c.dtu);
@@ -261,7 +273,6 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
           const V<T> input = any_columns && u_columns ? c.dtu[t]
                              : row < 0                ? V<T>{}
                                                       : load(u + row * p.u_strides.row, lanes);
-          if (p.softplus) c.dt[t] = softplus<T>(c.dt[t]);
           c.dtu[t] = c.dt[t] * input;
           c.y[t] = D * input;
         }
@@ -484,6 +495,7 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
       S* ddelta = p.ddelta ? p.ddelta + to_ddelta : nullptr;
       T* dproduct = p.dproduct ? p.dproduct + to_ddelta : nullptr;
       load_steps(p, c, item, steps, block, channel, lanes, bias);
+      if (p.softplus) softplus_steps<T>(c.dt, steps, g.slope);
       const bool u_columns = p.u_strides.columns(), dy_columns = p.dy_strides.columns();
       const bool du_columns = p.du_strides.columns(), ddelta_columns = p.ddelta_strides.columns();
       const bool delta_columns = p.delta_strides.columns();
@@ -507,15 +519,13 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
         if (du_sum && !du_columns) PREFETCH(du_sum, next.read, p.du_strides.row, 1);
         if (ddelta && !ddelta_columns) PREFETCH(ddelta, next.read, p.ddelta_strides.row, 1);
         if (dproduct) PREFETCH(dproduct, next.read, p.ddelta_strides.row, 1);
-        V<T> slope = splat(T(1));
         if (!u_columns) g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
         if (!dy_columns) {
           g.dy[t] = c.write[t] < 0 ? V<T>{} : load(dy + c.write[t] * p.dy_strides.row, lanes);
         }
         g.ddt[t] = g.ddtu[t] = V<T>{};
-        if (p.softplus) c.dt[t] = softplus<T>(c.dt[t], &slope);
+        if (!p.softplus) g.slope[t] = splat(T(1));
         c.dtu[t] = c.dt[t] * g.u[t];
-        g.slope[t] = slope;
       }
       V<T>* sums = g.sums;
       with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {

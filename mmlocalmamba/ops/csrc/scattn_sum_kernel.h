@@ -28,10 +28,17 @@ INLINE void scattn_open(const SCAttnSumProblem<S>& p, int64_t batch, int64_t tok
                         bool slope) {
   if (!p.z) return;
   const S* z = p.z + batch * p.z_strides.batch + token * p.z_strides.row;
-  for_channels<T>(p.channels, [&](int64_t d, int lanes) {
-    V<T> derivative;
-    store(c.silu + d, silu<T>(load(z + d, lanes), &derivative), kLanes<T>);
-    if (slope) store(c.slope + d, derivative, kLanes<T>);
+  side_by_side((p.channels + kLanes<T> - 1) / kLanes<T>, [&](int64_t first, auto count) __attribute__((always_inline)) {
+    V<T> x[count], derivative[count];
+    for (int i = 0; i < count; ++i) {
+      const int64_t d = (first + i) * kLanes<T>, left = p.channels - d;
+      x[i] = load(z + d, left < kLanes<T> ? int(left) : kLanes<T>);
+    }
+    silu<T, count>(x, slope ? derivative : nullptr);
+    for (int i = 0; i < count; ++i) {
+      store(c.silu + (first + i) * kLanes<T>, x[i]);
+      if (slope) store(c.slope + (first + i) * kLanes<T>, derivative[i]);
+    }
   });
 }
 
@@ -191,7 +198,11 @@ void gate_product(const T* weight, const T* x, const T* bias, int64_t rows, int6
     out[row] = lane_sum<T>(sum) + bias[row];
   }
   if (!logistic) return;
-  for_channels<T>(rows, [&](int64_t d, int lanes) { store(out + d, sigmoid<T>(load(out + d, lanes)), lanes); });
+  for_channels<T>(rows, [&](int64_t d, int lanes) {
+    V<T> x[1] = {load(out + d, lanes)};
+    sigmoid<T, 1>(x);
+    store(out + d, x[0], lanes);
+  });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Vectors of channels, elementary functions on them, and scratch memory, for the instruction set that kernels.h is
 // included for. Everything has internal linkage and nothing from the standard library is called.
+#include <type_traits>
 #include <utility>
 
 #include "interface.h"
@@ -168,13 +169,6 @@ INLINE void fraction_exp2(V<T> (&r)[count]) {
   for (int i = 0; i < count; ++i) r[i] = p[i] * r[i] + T(1);
 }
 
-template <typename T>
-INLINE V<T> fraction_exp2(V<T> r) {
-  V<T> alone[1] = {r};
-  fraction_exp2<T, 1>(alone);
-  return alone[0];
-}
-
 #ifdef ISA_AVX512
 INLINE V<float> nearest(V<float> x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE V<double> nearest(V<double> x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -194,11 +188,18 @@ INLINE void exp2(V<T> (&x)[count]) {
   for (int i = 0; i < count; ++i) x[i] = scale(x[i], n[i]);
 }
 
-template <typename T>
-INLINE V<T> exp(V<T> x) {
-  const V<T> n = nearest(x * Constants<T>::log2e);
-  const V<T> r = (x - n * Constants<T>::ln2_high) - n * Constants<T>::ln2_low;
-  return scale(fraction_exp2<T>(r * Constants<T>::log2e), n);
+template <typename T, int count>
+INLINE void exp(V<T> (&x)[count]) {
+  V<T> n[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) n[i] = nearest(x[i] * Constants<T>::log2e);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) {
+    x[i] = ((x[i] - n[i] * Constants<T>::ln2_high) - n[i] * Constants<T>::ln2_low) * Constants<T>::log2e;
+  }
+  fraction_exp2<T, count>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) x[i] = scale(x[i], n[i]);
 }
 #else
 // Results below the smallest normal number come out as that number. NaN stays NaN: it fails both comparisons.
@@ -229,15 +230,6 @@ INLINE void exp2(V<T> (&x)[count]) {
   for (int i = 0; i < count; ++i) x[i] *= power<T>(rounded[i]);
 }
 
-template <typename T>
-INLINE V<T> exp(V<T> x) {
-  const V<T> rounded = clamp<T>(x * Constants<T>::log2e) + Constants<T>::round;
-  const V<T> n = rounded - Constants<T>::round;
-  V<T> r = ((x - n * Constants<T>::ln2_high) - n * Constants<T>::ln2_low) * Constants<T>::log2e;
-  // Where the exponent was clamped the fraction must not run away.
-  r = r < T(-0.5) ? splat(T(-0.5)) : r;
-  return fraction_exp2<T>(r) * power<T>(rounded);
-}
 #endif
 
 // The same for |x| <= kNear (and NaN), by a table: 2^x = 2^n 2^r, where n is a multiple of 1/lanes. The fraction of n is
@@ -278,23 +270,30 @@ INLINE V<float> table_power(V<float> rounded) {
   return (V<float>)(entry + (steps << (23 - kTableBits)));
 }
 
+// 2^n 2^r, in place of r; `rounded` holds n.
+template <int count>
+INLINE void table_exp2(V<float> (&r)[count], const V<float> (&rounded)[count]) {
+  V<float> power[count], p[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) p[i] = r[i] * kTableTerms[0] + kTableTerms[1];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + kTableTerms[2];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) power[i] = table_power(rounded[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) r[i] = power[i] * (p[i] * r[i]) + power[i];
+}
+
 // In place.
 template <typename T, int count, bool near>
 INLINE void exp2(V<T> (&x)[count]) {
   if constexpr (near) {
-    V<T> rounded[count], power[count], p[count];
+    V<T> rounded[count];
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) rounded[i] = x[i] + kTableRound;
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) x[i] -= rounded[i] - kTableRound;
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) p[i] = x[i] * kTableTerms[0] + kTableTerms[1];
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + kTableTerms[2];
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) power[i] = table_power(rounded[i]);
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) x[i] = power[i] * (p[i] * x[i]) + power[i];
+    table_exp2<count>(x, rounded);
   } else {
     exp2<T, count>(x);
   }
@@ -310,8 +309,50 @@ INLINE void exp2(V<T> (&x)[count]) {
 }
 #endif
 
-// How many to take side by side in a loop that keeps much else in registers.
+#ifndef ISA_AVX512
+// How the exponent becomes n + r, and what then makes 2^n 2^r of it.
+template <typename T>
+struct Fraction {
+  static constexpr T round = Constants<T>::round, least = T(-0.51);
+
+  template <int count>
+  static INLINE void exp2(V<T> (&r)[count], const V<T> (&rounded)[count]) {
+    fraction_exp2<T, count>(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) r[i] *= power<T>(rounded[i]);
+  }
+};
+#ifdef ISA_PERMUTE
+template <>
+struct Fraction<float> {
+  static constexpr float round = kTableRound, least = -0.51f / kLanes<float>;
+
+  template <int count>
+  static INLINE void exp2(V<float> (&r)[count], const V<float> (&rounded)[count]) {
+    table_exp2<count>(r, rounded);
+  }
+};
+#endif
+
+// In place. The part of the logarithm of 2 that is subtracted first has so few digits that its product with n is exact.
+template <typename T, int count>
+INLINE void exp(V<T> (&x)[count]) {
+  V<T> rounded[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) {
+    rounded[i] = clamp<T>(x[i] * Constants<T>::log2e) + Fraction<T>::round;
+    const V<T> n = rounded[i] - Fraction<T>::round;
+    x[i] = ((x[i] - n * Constants<T>::ln2_high) - n * Constants<T>::ln2_low) * Constants<T>::log2e;
+    // Where the exponent was clamped the fraction must not run away. Elsewhere it may be a little above a half.
+    x[i] = x[i] < Fraction<T>::least ? splat(Fraction<T>::least) : x[i];
+  }
+  Fraction<T>::template exp2<count>(x, rounded);
+}
+#endif
+
+// How many to take side by side in a loop that keeps much else in registers, and in one that does not.
 constexpr int kSideBySide = ISA_BYTES == 64 ? 4 : 2;
+constexpr int kAlone = 4;
 
 // y where x is not a number.
 template <typename T>
@@ -325,18 +366,32 @@ INLINE V<T> magnitude(V<T> x) {
 }
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), which keeps its digits everywhere; as in torch and mamba_ssm the
-// identity beyond 20.
-template <typename T>
-INLINE V<T> softplus(V<T> x, V<T>* derivative = nullptr) {
-  const V<T> zero{}, one = splat(T(1));
-  const auto positive = x > zero, large = x > splat(T(20));
-  const V<T> z = exp<T>(positive ? -x : x);
-  const V<T> y = (positive ? x : zero) + z * polynomial<T>(z, Constants<T>::log1p);
-  if (derivative) {
-    const V<T> inverse = one / (z + one);
-    *derivative = large ? one : positive ? inverse : z * inverse;
+// identity beyond 20. In place; `derivative`: null, or an array as long.
+template <typename T, int count>
+INLINE void softplus(V<T> (&x)[count], V<T>* derivative) {
+  constexpr int terms = sizeof(Constants<T>::log1p) / sizeof(T);
+  const V<T> zero{}, one = splat(T(1)), limit = splat(T(20));
+  V<T> z[count], p[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) z[i] = x[i] > zero ? -x[i] : x[i];
+  exp<T, count>(z);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) p[i] = splat(Constants<T>::log1p[0]);
+#pragma GCC unroll 32
+  for (int k = 1; k < terms; ++k) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) p[i] = p[i] * z[i] + Constants<T>::log1p[k];
   }
-  return large ? x : y;
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) {
+    const auto positive = x[i] > zero, large = x[i] > limit;
+    if (derivative) {
+      const V<T> inverse = one / (z[i] + one);
+      derivative[i] = large ? one : positive ? inverse : z[i] * inverse;
+    }
+    const V<T> y = (positive ? x[i] : zero) + z[i] * p[i];
+    x[i] = large ? x[i] : y;
+  }
 }
 
 // Keeps exp finite, where the logistic function is 0 or 1 already.
@@ -347,17 +402,37 @@ INLINE V<T> bounded(V<T> x) {
   return x > limit ? limit : x;
 }
 
-template <typename T>
-INLINE V<T> sigmoid(V<T> x) {
-  return T(1) / (exp<T>(-bounded<T>(x)) + T(1));
+// In place.
+template <typename T, int count>
+INLINE void sigmoid(V<T> (&x)[count]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) x[i] = -bounded<T>(x[i]);
+  exp<T, count>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) x[i] = T(1) / (x[i] + T(1));
 }
 
-// x / (1 + exp(-x)) and its derivative.
-template <typename T>
-INLINE V<T> silu(V<T> x, V<T>* derivative = nullptr) {
-  const V<T> near = bounded<T>(x), y = sigmoid<T>(x);
-  if (derivative) *derivative = y + near * y * (T(1) - y);
-  return (x < near ? near : x) * y;
+// x / (1 + exp(-x)), in place, and its derivative: null, or an array as long.
+template <typename T, int count>
+INLINE void silu(V<T> (&x)[count], V<T>* derivative) {
+  V<T> y[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) y[i] = x[i];
+  sigmoid<T, count>(y);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) {
+    const V<T> near = bounded<T>(x[i]);
+    if (derivative) derivative[i] = y[i] + near * y[i] * (T(1) - y[i]);
+    x[i] = (x[i] < near ? near : x[i]) * y[i];
+  }
+}
+
+// Calls f(first, count), with a count that is known when it is compiled, for `total` vectors in a row.
+template <typename Function>
+INLINE void side_by_side(int64_t total, Function f) {
+  int64_t i = 0;
+  for (; i + kAlone <= total; i += kAlone) f(i, std::integral_constant<int, kAlone>());
+  for (; i < total; ++i) f(i, std::integral_constant<int, 1>());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
