@@ -22,9 +22,7 @@ DOCKER_AND_SLURM = {'--build-arg', '--build-context', '--cap-drop', '--ipc', '--
                     '--user'}
 # Of globox, whose commands tests/test_pages.py runs.
 GLOBOX = {'--img_ext'}
-# mmrotate, which one stack lacks, has the options of mmdet.
-PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg',
-            'mmrotate': 'mmdet'}
+PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 
 

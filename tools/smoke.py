@@ -30,7 +30,7 @@ TASKS = {
     'segmentation': ('upernet_localvim-nano_digits', 'mmsegmentation', 'mmsegmentation', 'mIoU'),
     'classification': ('localvmamba-nano_digits', 'mmpretrain', 'mmpretrain', 'accuracy/top1'),
     'oriented boxes': (
-        'rotated/oriented-rcnn_localvmamba-nano_digits', None, 'mmrotate', 'dota/mAP'),
+        'rotated/oriented-rcnn_localvmamba-nano_digits', None, 'onedl-mmrotate', 'dota/mAP'),
     'our own tools': ('localvmamba-nano_digits', 'mmlocalmamba', 'mmlocalmamba', 'accuracy/top1'),
 }
 
