@@ -244,7 +244,10 @@ def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = Tr
                    'scan_tables', names_of, H, W, pad, middle_token)
 
 
-@torch.library.custom_op('mmlocalmamba::scan_tables', mutates_args=())
+# With its schema, since torch 2.6 takes none from list[Tensor].
+@torch.library.custom_op(
+    'mmlocalmamba::scan_tables', mutates_args=(),
+    schema='(str sets, SymInt H, SymInt W, bool pad, str middle_token, Device device) -> Tensor[]')
 def _scan_tables(sets: str, H: int, W: int, pad: bool, middle_token: str, device: torch.device) -> list[Tensor]:
     token = {str(value): value for value in (False, True, FLIPPED)}[middle_token]
     made = scan_tables_of([names.split(',') for names in sets.split(';')], H, W, pad, token, device)
