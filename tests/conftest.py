@@ -9,6 +9,11 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: 'test_pages.py' not in item.nodeid)
+
+
 @pytest.fixture(scope='session')
 def tiny_digits(tmp_path_factory):
     """The demo data, a few images of each task. Read only."""
