@@ -107,7 +107,8 @@ def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 def _unavailable(u: Tensor) -> str | None:
-    if not torch.compiler.is_exporting():
+    is_exporting = getattr(torch.compiler, 'is_exporting', None)  # not in torch 2.6
+    if is_exporting is None or not is_exporting():
         return 'it is for graphs that are exported to ONNX'
     return None if u.dtype == torch.float32 else f'it computes in float32, not in {u.dtype}'
 
