@@ -15,8 +15,8 @@ them to a floor: the larger of the time for the exponentials and of that for rea
 output once, both at rates measured in the same run.
 
 On a CPU, the floor of the native kernel's forward pass is the time for its eight multiplications a state (of which a
-processor does fewest at a time), at the rate that oneDNN's matrix product reaches in the same run: its 8 GFLOP are
-multiplications and little else. Needs torch alone.
+processor does fewest at a time), at the rate that oneDNN's matrix product, which is little else, reaches in the same
+run. Needs torch alone.
 """
 import argparse
 import ctypes

@@ -263,6 +263,15 @@ def write_imagenet(out, split, digits, labels, rows, number):
     return f'imagenet/{split}: {total} images'
 
 
+def visible_parts(pasted):
+    """Yield (row, what is seen of the object) of a composed image, the uppermost first."""
+    hidden = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
+    for row, alpha in reversed(pasted):
+        visible = (alpha >= 0.5) & ~hidden
+        hidden |= visible
+        yield row, visible
+
+
 def write_coco(out, split, labels, items, names, what, source_key):
     """Write images, and instances_{split}.json with boxes and masks.
 
@@ -278,10 +287,7 @@ def write_coco(out, split, labels, items, names, what, source_key):
         Image.fromarray(image).save(folder / name)
         images.append(dict(id=image_id, file_name=name, width=IMAGE_SIZE,
                            height=IMAGE_SIZE))
-        hidden = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
-        for row, alpha in reversed(pasted):
-            visible = (alpha >= 0.5) & ~hidden
-            hidden |= visible
+        for row, visible in visible_parts(pasted):
             rle = coco_mask.encode(np.asfortranarray(visible, np.uint8))
             annotations.append(dict(
                 id=len(annotations) + 1, image_id=image_id,
@@ -326,10 +332,8 @@ def write_dota(out, split, labels, items):
     images = boxes = 0
     for name, image, pasted in items:
         Image.fromarray(image).save(folders[0] / name)
-        hidden, lines = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool), []
-        for row, alpha in reversed(pasted):
-            visible = (alpha >= 0.5) & ~hidden
-            hidden |= visible
+        lines = []
+        for row, visible in visible_parts(pasted):
             points = np.argwhere(visible)[:, ::-1].astype(np.float32)
             # from the pixels' outer edges, as boxes of masks
             corners = (points[:, None] + np.float32([[0, 0], [0, 1], [1, 0], [1, 1]])).reshape(-1, 2)

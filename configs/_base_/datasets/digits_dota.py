@@ -2,9 +2,10 @@
 
 Written by tools/dataset_converters/digits.py --rotated.
 """
+_base_ = './digits_coco.py'
+
 dataset_type = 'DOTADataset'
 data_root = 'data/digits/dota/'
-metainfo = dict(classes=tuple('0123456789'))
 train_pipeline = [
     dict(type='mmdet.LoadImageFromFile'),
     dict(type='mmdet.LoadAnnotations', with_bbox=True, box_type='qbox'),
@@ -28,33 +29,26 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     batch_sampler=None,
     dataset=dict(
+        _delete_=True,
         type=dataset_type,
-        metainfo=metainfo,
+        metainfo=_base_.metainfo,
         data_root=data_root,
         ann_file='train/annfiles/',
         data_prefix=dict(img_path='train/images/'),
         filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline))
 val_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
+        _delete_=True,
         type=dataset_type,
-        metainfo=metainfo,
+        metainfo=_base_.metainfo,
         data_root=data_root,
         ann_file='val/annfiles/',
         data_prefix=dict(img_path='val/images/'),
         test_mode=True,
         pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='DOTAMetric', metric='mAP')
+val_evaluator = dict(_delete_=True, type='DOTAMetric', metric='mAP')
 test_evaluator = val_evaluator

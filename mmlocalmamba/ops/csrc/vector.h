@@ -145,26 +145,23 @@ struct Constants<double> {
 #define SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, Bits<T>{__VA_ARGS__})
 #endif
 
-// Polynomial without its constant term, divided by the argument.
-template <typename T, int n>
-INLINE V<T> polynomial(V<T> x, const T (&coefficients)[n]) {
-  V<T> p = splat(coefficients[0]);
-  for (int i = 1; i < n; ++i) p = p * x + coefficients[i];
-  return p;
+// Polynomials without their constant term, divided by the argument, of vectors side by side: the chain of one is long, and
+// what waits for it would fill the processor's queues.
+template <typename T, int count, int terms>
+INLINE void polynomials(const V<T> (&x)[count], const T (&coefficients)[terms], V<T> (&p)[count]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) p[i] = splat(coefficients[0]);
+#pragma GCC unroll 32
+  for (int k = 1; k < terms; ++k) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + coefficients[k];
+  }
 }
 
-// Of vectors side by side: the chain of one is long, and what waits for it would fill the processor's queues.
 template <typename T, int count>
 INLINE void fraction_exp2(V<T> (&r)[count]) {
-  constexpr int degree = sizeof(Constants<T>::exp2) / sizeof(T);
   V<T> p[count];
-#pragma GCC unroll 16
-  for (int i = 0; i < count; ++i) p[i] = splat(Constants<T>::exp2[0]);
-#pragma GCC unroll 16
-  for (int k = 1; k < degree; ++k) {
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + Constants<T>::exp2[k];
-  }
+  polynomials<T>(r, Constants<T>::exp2, p);
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) r[i] = p[i] * r[i] + T(1);
 }
@@ -369,19 +366,12 @@ INLINE V<T> magnitude(V<T> x) {
 // identity beyond 20. In place; `derivative`: null, or an array as long.
 template <typename T, int count>
 INLINE void softplus(V<T> (&x)[count], V<T>* derivative) {
-  constexpr int terms = sizeof(Constants<T>::log1p) / sizeof(T);
   const V<T> zero{}, one = splat(T(1)), limit = splat(T(20));
   V<T> z[count], p[count];
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) z[i] = x[i] > zero ? -x[i] : x[i];
   exp<T, count>(z);
-#pragma GCC unroll 16
-  for (int i = 0; i < count; ++i) p[i] = splat(Constants<T>::log1p[0]);
-#pragma GCC unroll 32
-  for (int k = 1; k < terms; ++k) {
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) p[i] = p[i] * z[i] + Constants<T>::log1p[k];
-  }
+  polynomials<T>(z, Constants<T>::log1p, p);
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) {
     const auto positive = x[i] > zero, large = x[i] > limit;
