@@ -3,9 +3,11 @@
     python tools/benchmark_model.py [--device cpu] [--sizes 224 512 1024] [--quick] [--json FILE]
     python tools/benchmark_model.py --dtype bfloat16 --sizes 224 --threads 1
     python tools/benchmark_model.py --device cuda --dtype bfloat16 --sizes 224 --batch 128
+    python tools/benchmark_model.py --inference --sizes 224 512 1024 800x1333 --csv docs/scaling.csv --plot scaling.png
 
 With --dtype all models run under autocast, peers too, and ours once more in float32. --cpu-time counts the processor
-time of one thread, which other jobs on the machine disturb less, and takes the least of all calls.
+time of one thread, which other jobs on the machine disturb less, and takes the least of all calls. --csv goes on with a
+table of inferences on single images, --plot draws it: time and memory against pixels.
 
 Random weights: speed does not depend on them. Peers come from mmpretrain; without it only ours are measured. On a GPU
 with mamba_ssm there is LocalVMamba-T once more with its scans done as in the authors' code: permuted copies, and
@@ -16,14 +18,18 @@ import json
 import os
 import sys
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from unittest import mock
 
 import torch
 from benchmark_scan import DTYPES, describe_machine, measure, peak_memory, print_table
+from records import processor, read_rows, write_rows
 
 from mmlocalmamba import ops
 
-OURS = ('LocalVMamba-T', 'LocalVim-T')
+OURS = ('LocalVMamba-T', 'LocalVMamba-S', 'LocalVim-T', 'LocalVim-S')
+FIELDS = ('model', 'height', 'width', 'dtype', 'threads', 'ms', 'spread_percent', 'peak_mb', 'machine', 'torch')
 
 
 class WithBackend(torch.nn.Module):
@@ -39,11 +45,13 @@ class WithBackend(torch.nn.Module):
 
 
 def builders(device):
-    """{name: size -> backbone}, ours first."""
+    """{name: (height, width) -> backbone}, ours first."""
     from mmlocalmamba.backbones import LocalVim, LocalVMamba
     found = {
         'LocalVMamba-T': lambda size: LocalVMamba('tiny', drop_path_rate=0.),
+        'LocalVMamba-S': lambda size: LocalVMamba('small', drop_path_rate=0.),
         'LocalVim-T': lambda size: LocalVim('tiny', img_size=size, drop_path_rate=0.),
+        'LocalVim-S': lambda size: LocalVim('small', img_size=size, drop_path_rate=0.),
     }
     if device == 'cuda' and ops.available_backends(torch.empty(0, device=device))['cuda'] is None:
         found['LocalVMamba-T, mamba_ssm'] = lambda size: WithBackend(LocalVMamba('tiny', drop_path_rate=0.), 'cuda')
@@ -80,7 +88,7 @@ def train_step(model, images, dtype):
 
 
 def compare(models, size, batch, training, args):
-    images = torch.randn(batch, 3, size, size, device=args.device)
+    images = torch.randn(batch, 3, *size, device=args.device)
     step = train_step if training else infer
     for model in models.values():
         model.train(training)
@@ -92,11 +100,12 @@ def compare(models, size, batch, training, args):
     rows = []
     for name, case in cases.items():
         ms = times[name]
-        row = dict(model=name, size=size, batch=batch, what='training step' if training else 'inference', ms=ms)
+        row = dict(model=name, height=size[0], width=size[1], batch=batch,
+                   what='training step' if training else 'inference', ms=ms)
         if not isinstance(ms, str):
             row['+- %'] = spreads.get(name)
             row['images / s'] = 1e3 * batch / ms
-            row['ns / pixel'] = 1e6 * ms / (batch * size ** 2)
+            row['ns / pixel'] = 1e6 * ms / (batch * size[0] * size[1])
             for peer in ('Swin-T', 'DeiT-T'):
                 if isinstance(times.get(peer), float) and not name.endswith(', float32'):
                     row[f'times {peer}'] = ms / times[peer]
@@ -107,15 +116,70 @@ def compare(models, size, batch, training, args):
     columns = ['model', 'ms', '+- %', 'images / s', 'ns / pixel', 'times Swin-T', 'times DeiT-T', 'peak MB']
     if args.dtype != 'float32':
         columns.insert(-1, 'times own float32')
-    print(f'### {rows[0]["what"]}, {size} x {size}, batch {batch}\n')
+    print(f'### {rows[0]["what"]}, {size[0]} x {size[1]}, batch {batch}\n')
     print_table(columns, [[row.get(column) for column in columns] for row in rows])
     return rows
+
+
+def image_size(text):
+    """(height, width) of '224' or '800x1333'."""
+    height, _, width = text.partition('x')
+    return int(height), int(width or height)
+
+
+def record(results, args):
+    """Put inferences on single images into the table; a case that is there is replaced."""
+    own = dict(dtype=args.dtype, threads=torch.get_num_threads() if args.device == 'cpu' else '',
+               machine=processor() if args.device == 'cpu' else torch.cuda.get_device_name(),
+               torch=version('torch'))
+    rows = [dict(model=row['model'], height=row['height'], width=row['width'], ms=f'{row["ms"]:.2f}',
+                 spread_percent=f'{row["+- %"]:.1f}' if row['+- %'] is not None else '',
+                 peak_mb=f'{row["peak MB"]:.1f}' if row['peak MB'] is not None else '', **own)
+            for row in results if row['what'] == 'inference' and row['batch'] == 1 and not isinstance(row['ms'], str)]
+
+    def case(row):
+        return tuple(str(row[key]) for key in FIELDS if key not in ('ms', 'spread_percent', 'peak_mb'))
+
+    new = {case(row) for row in rows}
+    write_rows(args.csv, FIELDS, [*(row for row in read_rows(args.csv) if case(row) not in new), *rows])
+
+
+def slope(pixels, values):
+    """Exponent of the power that fits: 1 grows as the image does, 2 as its square."""
+    x, y = (torch.tensor(numbers, dtype=torch.float64).log() for numbers in (pixels, values))
+    x = x - x.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def draw(rows, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout='constrained')
+    names = list(dict.fromkeys(row['model'] for row in rows))
+    for panel, key, label in zip(panels, ('ms', 'peak_mb'), ('ms for an image', 'MB beyond model and image'), strict=True):
+        for index, name in enumerate(names):
+            points = sorted((int(row['height']) * int(row['width']), float(row[key])) for row in rows
+                            if row['model'] == name and row[key] and float(row[key]) > 0)
+            if len(points) < 2:
+                continue
+            panel.plot(*zip(*points), '-' if name in OURS else '--', marker='o', markersize=4, color=f'C{index}',
+                       label=f'{name}: {slope(*zip(*points)):.2f}')
+        panel.set(xscale='log', yscale='log', xlabel='pixels', ylabel=label)
+        panel.grid(which='both', alpha=0.25)
+        panel.legend(title='exponent of growth', fontsize=8)
+    one = rows[0]
+    figure.suptitle(f'{one["machine"]}, {one["dtype"]}, torch {one["torch"]}'
+                    + (f', {one["threads"]} threads' if one['threads'] else ''))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
-    parser.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768, 1024], help='of square images')
+    parser.add_argument('--sizes', type=image_size, nargs='+', metavar='SIZE', help='224 or 800x1333',
+                        default=[(side, side) for side in (224, 384, 512, 768, 1024)])
     parser.add_argument('--batch', type=int, default=8, help='of throughput and training, at the first size')
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of autocast; float32: none')
     parser.add_argument('--threads', type=int, help="torch's, on a CPU")
@@ -126,7 +190,11 @@ def main():
     parser.add_argument('--seconds', type=float, default=0.5, help='for each model in each round')
     parser.add_argument('--quick', action='store_true', help='the first size only, one round')
     parser.add_argument('--json', help='write the figures here, too')
+    parser.add_argument('--csv', type=Path, help='table of inferences on single images to go on with')
+    parser.add_argument('--plot', help='picture of that table: --csv')
     args = parser.parse_args()
+    if args.plot and not args.csv:
+        parser.error('--plot draws a table: add --csv')
     if args.cpu_time and args.threads != 1:
         parser.error('--cpu-time is that of one thread: add --threads 1')
     if args.threads:
@@ -147,6 +215,10 @@ def main():
     if args.json:
         with open(args.json, 'w') as file:
             json.dump(dict(machine=machine, dtype=args.dtype, results=results), file, indent=1)
+    if args.csv:
+        record(results, args)
+    if args.plot:
+        draw(read_rows(args.csv), args.plot)
 
 
 if __name__ == '__main__':
