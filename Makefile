@@ -67,7 +67,7 @@ test: install
 	@$(PYTEST) -m "not slow" tests $(PYTEST_ARGS)
 
 test-all: install
-	@$(PYTEST) tests $(PYTEST_ARGS)
+	@$(PYTEST) --durations=25 tests $(PYTEST_ARGS)
 
 coverage: install
 	@$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered tests $(PYTEST_ARGS)

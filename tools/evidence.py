@@ -2,14 +2,15 @@
 
     python tools/evidence.py components --jobs 2       # train what is missing in docs/evidence.csv, print the study
     python tools/evidence.py components --report       # print only
-    python tools/evidence.py --plot docs/images/evidence.png   # all studies of the table, as a picture
+    python tools/evidence.py components windows --report --plot docs/images/evidence.png   # and a picture
 
-Data: `python tools/dataset_converters/fashion_mnist.py /usr/share/datasets/fashion-mnist data/fashion_mnist
---per-class 400`, or the digits with `--data digits`. Rows of a study differ in their models only; a searched row's
-search is a training besides. What is in the table is not trained again, so an interrupted call goes on; trainings stay
-in --out. Printed: accuracy of the last epoch, the mean over seeds with its 95 % interval (Student's t), and the mean
-difference to the study's reference, whose interval is of the differences seed by seed: equal seeds have equal order of
-images and equal augmentation.
+Data of classifiers: `python tools/dataset_converters/fashion_mnist.py /usr/share/datasets/fashion-mnist
+data/fashion_mnist --per-class 400`; of detectors and segmentors: `python tools/dataset_converters/stamps.py
+/usr/share/tuxpaint/stamps data/stamps`; or the digits with `--data digits`. Rows of a study differ in their models
+alone; a searched row's search is a training besides. What is in the table is not trained again;
+trainings stay in --out. Printed: the metric of the last epoch (accuracy, box AP, mIoU, in percent), the mean over seeds
+with its 95 % interval (Student's t), and the mean difference to the study's reference, whose interval is of the
+differences seed by seed: equal seeds have equal order of images and equal augmentation.
 """
 import argparse
 import copy
@@ -55,11 +56,20 @@ def blocks(local):
 
 
 def peer(in_channels, **backbone):
-    """A backbone of mmpretrain; the keys of the configuration's own go."""
+    """A backbone of mmpretrain; the keys of the configuration's own go. What stands on it takes in_channels."""
     return dict(_delete_=True, in_channels=in_channels, init_cfg=None, **backbone)
 
 
-SIDE = dict(fashion=28, digits=32)
+SWIN = dict(type='mmpretrain.SwinTransformer', arch=dict(
+    embed_dims=28, depths=[2, 2, 2, 1], num_heads=[1, 2, 4, 8]), drop_path_rate=0.0, pad_small_map=True)
+RESNET = dict(type='mmpretrain.ResNet', depth=18, base_channels=20, stem_channels=20)
+# All four stages, under a neck or a head that takes them.
+PYRAMIDS = {
+    'LocalVMamba': {},
+    'Swin': peer([28, 56, 112, 224], out_indices=(0, 1, 2, 3), **SWIN),
+    'ResNet': peer([20, 40, 80, 160], out_indices=(0, 1, 2, 3), **RESNET),
+}
+SIDE = dict(fashion=28, digits=32)  # of classifiers; detectors and segmentors take 128
 PATCH = 4  # 7x7 or 8x8 tokens, which leaves nothing of windows larger than 7
 GLOBAL = ['h', 'h_flip', 'v', 'v_flip']
 # As the paper has 24 blocks of two scans for 20 of four.
@@ -94,9 +104,8 @@ STUDIES = {
         'VMamba': dict(directions=GLOBAL, scattn=False),
         'LocalVMamba without search': {},
         'LocalVMamba, searched': dict(directions=searched()),
-        'Swin': peer(224, type='mmpretrain.SwinTransformer', arch=dict(
-            embed_dims=28, depths=[2, 2, 2, 1], num_heads=[1, 2, 4, 8]), drop_path_rate=0.0, pad_small_map=True),
-        'ResNet': peer(160, type='mmpretrain.ResNet', depth=18, base_channels=20, stem_channels=20),
+        'Swin': peer(224, **SWIN),
+        'ResNet': peer(160, **RESNET),
     }),
     'samplings': ('localvim', {
         'full': dict(directions=searched()),
@@ -105,6 +114,16 @@ STUDIES = {
         'partial_channel, 1/4': dict(directions=searched(sampling='partial_channel', reduction=4)),
         'random four': dict(directions='random'),
     }),
+    'detection': ('mask-rcnn_localvmamba', PYRAMIDS),
+    'segmentation': ('upernet_localvmamba', PYRAMIDS),
+}
+# {model: (its data, epochs, metric, what makes percent of it)}; a segmentor's epochs follow from its iterations.
+CLASSIFIER = ('fashion', 4, 'accuracy/top1', 1)
+TASKS = {
+    'localvim': CLASSIFIER,
+    'localvmamba': CLASSIFIER,
+    'mask-rcnn_localvmamba': ('stamps', 12, 'coco/bbox_mAP', 100),
+    'upernet_localvmamba': ('stamps', 24, 'mIoU', 1),
 }
 DEPTHS = dict(localvim=LOCAL_VIM['nano']['num_layers'], localvmamba=sum(LOCAL_VMAMBA['nano']['depths']))
 
@@ -120,11 +139,12 @@ def make_config(model, data, settings, seed, epochs, directions=None):
     cfg = Config.fromfile(ROOT / 'configs' / f'{model}-nano_{data}.py')
     settings = dict(copy.deepcopy(settings), patch_size=PATCH)
     if settings.get('_delete_'):
-        cfg.model.head.in_channels = settings.pop('in_channels')
+        above = dict(mmpretrain='head', mmdet='neck', mmseg='decode_head')[cfg.default_scope]
+        cfg.model[above].in_channels = settings.pop('in_channels')
         if settings['type'] == 'mmpretrain.ResNet':
             del settings['patch_size']
         else:
-            settings['img_size'] = SIDE[data]
+            settings['img_size'] = SIDE[data] if cfg.default_scope == 'mmpretrain' else 128
     else:
         if model == 'localvim':
             settings['window_pad'] = 'none'
@@ -136,15 +156,19 @@ def make_config(model, data, settings, seed, epochs, directions=None):
         search = Config.fromfile(ROOT / 'configs' / 'localvim-nano_search_digits.py')
         cfg.custom_hooks = search.custom_hooks
         cfg.optim_wrapper.paramwise_cfg = search.optim_wrapper.paramwise_cfg
-    cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+    if 'max_iters' in cfg.train_cfg:
+        length = cfg.train_cfg.max_iters
+    else:
+        length = cfg.train_cfg.max_epochs = epochs
+    cfg.train_cfg.val_interval = length
     cfg.randomness = dict(seed=seed)
-    cfg.default_hooks.checkpoint.update(save_best=None, interval=epochs)
+    cfg.default_hooks.checkpoint.update(save_best=None, interval=length)
     cfg.log_level = 'WARNING'
     return cfg
 
 
-def train(cfg, out):
-    """(work directory, accuracy); what is there already is not trained again, what was begun goes on.
+def train(cfg, out, metric='accuracy/top1'):
+    """(work directory, metric at the end); what is there already is not trained again, what was begun goes on.
 
     A configuration has one directory, whatever studies it belongs to.
     """
@@ -163,45 +187,53 @@ def train(cfg, out):
         if code:
             raise SystemExit(f'{path}: the training ended with {code}, see {output.name}')
         logs = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
-        found = [json.loads(line) for log in logs for line in log.read_text().splitlines() if 'accuracy/top1' in line]
-        write_whole(str(done), json.dumps(dict(accuracy=found[-1]['accuracy/top1'])))
+        found = [json.loads(line) for log in logs for line in log.read_text().splitlines() if f'"{metric}"' in line]
+        write_whole(str(done), json.dumps(dict(accuracy=found[-1][metric])))
     return work_dir, json.loads(done.read_text())['accuracy']
 
 
 def parameters(cfg):
-    from mmengine.registry import DefaultScope
-    from mmpretrain.registry import MODELS
-    from mmpretrain.utils import register_all_modules
-
-    import mmlocalmamba  # noqa: F401
-    register_all_modules(init_default_scope=False)
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
+    from mmengine.registry import MODELS, DefaultScope
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return sum(parameter.numel() for parameter in MODELS.build(cfg.model).parameters())
+
+
+def task(study, args):
+    """(model, data, epochs, metric, what makes percent of it); data and epochs may be said."""
+    model = STUDIES[study][0]
+    data, epochs, *metric = TASKS[model]
+    return model, args.data or data, args.epochs or epochs, *metric
+
+
+def images_in(dataset):
+    prefix = dataset.data_prefix
+    prefix = prefix if isinstance(prefix, str) else prefix.get('img') or prefix['img_path']
+    return sum(1 for _ in Path(dataset.data_root, prefix).rglob('*.png'))
 
 
 def run(study, row, seed, args):
     """One row of the table."""
-    model, rows = STUDIES[study]
+    rows = STUDIES[study][1]
+    model, data, epochs, metric, scale = task(study, args)
     settings, directions = rows[row], None
     wanted = settings.get('directions')
     if isinstance(wanted, dict):
-        cfg = make_config(model, args.data, dict(settings, directions=wanted['search']), seed, args.epochs)
+        cfg = make_config(model, data, dict(settings, directions=wanted['search']), seed, epochs)
         found, _ = train(cfg, args.out)
         directions = json.loads((found / 'directions.json').read_text())['directions']
     elif wanted == 'random':
         directions = random_four(DEPTHS[model], seed)
-    cfg = make_config(model, args.data, settings, seed, args.epochs, directions=directions)
-    work_dir, accuracy = train(cfg, args.out)
-    images = sum(1 for path in Path(cfg.train_dataloader.dataset.data_root, cfg.train_dataloader.dataset.data_prefix)
-                 .rglob('*.png'))
-    return dict(study=study, row=row, data=args.data, seed=seed, metric='accuracy/top1', value=f'{accuracy:.2f}',
-                images=images, epochs=args.epochs, parameters=parameters(cfg),
+    cfg = make_config(model, data, settings, seed, epochs, directions=directions)
+    work_dir, value = train(cfg, args.out, metric)
+    return dict(study=study, row=row, data=data, seed=seed, metric=metric, value=f'{scale * value:.2f}',
+                images=images_in(cfg.train_dataloader.dataset), epochs=epochs, parameters=parameters(cfg),
                 processor=processor(), torch=version('torch'), work_dir=work_dir.name)
 
 
 def known(rows, study, row, seed, args):
+    _, data, epochs, *_ = task(study, args)
     return any((found['study'], found['row'], found['data'], int(found['seed']), int(found['epochs']))
-               == (study, row, args.data, seed, args.epochs) for found in rows)
+               == (study, row, data, seed, epochs) for found in rows)
 
 
 def measure(study, args):
@@ -230,9 +262,10 @@ def plus_minus(values, sign=''):
 
 def by_row(rows, study, args):
     """{name: {seed: row of the table}}, in the study's order."""
+    _, data, epochs, *_ = task(study, args)
     table = defaultdict(dict)
     for row in rows:
-        if (row['study'], row['data'], int(row['epochs'])) == (study, args.data, args.epochs):
+        if (row['study'], row['data'], int(row['epochs'])) == (study, data, epochs):
             table[row['row']][int(row['seed'])] = row
     return {name: table[name] for name in STUDIES[study][1] if name in table}
 
@@ -240,12 +273,13 @@ def by_row(rows, study, args):
 def report(study, rows, args):
     table = by_row(rows, study, args)
     if not table:
-        raise SystemExit(f'{study}: nothing of {args.data} with {args.epochs} epochs in the table yet')
+        _, data, epochs, *_ = task(study, args)
+        raise SystemExit(f'{study}: nothing of {data} with {epochs} epochs in the table yet')
     seeds = sorted({seed for found in table.values() for seed in found})
     reference = next(iter(STUDIES[study][1]))
     base = {seed: float(row['value']) for seed, row in table.get(reference, {}).items()}
     one = next(iter(next(iter(table.values())).values()))
-    print('{study}, {data}: {images} images, {epochs} epochs; {processor}, torch {torch}\n'.format(**one))
+    print('{study}, {data}: {metric}, {images} images, {epochs} epochs; {processor}, torch {torch}\n'.format(**one))
     print(f'| | parameters | {" | ".join(f"seed {seed}" for seed in seeds)} | mean | difference to the first |')
     print('|---' * (len(seeds) + 4) + '|')
     for name, found in table.items():
@@ -260,10 +294,8 @@ def draw(rows, args):
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
-    tables = {study: by_row(rows, study, args) for study in STUDIES}
-    tables = {study: table for study, table in tables.items() if table}
-    if not tables:
-        raise SystemExit(f'nothing of {args.data} with {args.epochs} epochs in the table yet')
+    tables = {study: by_row(rows, study, args) for study in args.study}
+    metric, = {task(study, args)[3] for study in args.study}
     figure, axes = plt.subplots(len(tables), 1, figsize=(8, 0.6 + 0.34 * sum(len(table) + 2 for table in
                                                                              tables.values())),
                                 sharex=True, squeeze=False,
@@ -278,7 +310,7 @@ def draw(rows, args):
         panel.set_ylim(len(table) - 0.4, -0.6)
         panel.set_title(study, loc='left', fontsize=10)
         panel.grid(axis='x', alpha=0.3)
-    axes[-1, 0].set_xlabel('accuracy, %; dots: seeds, bar: 95 % interval of the mean')
+    axes[-1, 0].set_xlabel(f'{metric}, %; dots: seeds, bar: 95 % interval of the mean')
     figure.tight_layout()
     figure.savefig(args.plot, dpi=110)
     plt.close(figure)
@@ -287,19 +319,25 @@ def draw(rows, args):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('study', nargs='*', metavar='STUDY', help=f'any of {", ".join(STUDIES)}')
-    parser.add_argument('--data', choices=('fashion', 'digits'), default='fashion')
+    parser.add_argument('--data', choices=('fashion', 'digits', 'stamps'), help="other than the study's own")
     parser.add_argument('--csv', type=Path, default=ROOT / 'docs' / 'evidence.csv', help='table to go on with')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/evidence'))
-    parser.add_argument('--epochs', type=int, default=4)
+    parser.add_argument('--epochs', type=int, help="other than the study's own")
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at a time, of one thread each')
     parser.add_argument('--report', action='store_true', help='print what the table has')
-    parser.add_argument('--plot', metavar='FILE', help='picture of the whole table')
+    parser.add_argument('--plot', metavar='FILE', help='picture of the studies, which must have one metric')
     args = parser.parse_args(arguments)
     for study in args.study:
         if study not in STUDIES:
             parser.error(f'unknown study {study!r}: there are {", ".join(STUDIES)}')
+    if not args.study:
+        parser.error(f'which study? There are {", ".join(STUDIES)}')
+    if args.epochs and 'segmentation' in args.study:
+        parser.error("--epochs: the segmentor's training counts iterations, and is as long as its configuration says")
+    if args.plot and len({task(study, args)[3] for study in args.study}) > 1:
+        parser.error('--plot: these studies have different metrics; draw them one by one')
     unknown = set(args.rows or ()) - {row for study in args.study for row in STUDIES[study][1]}
     if unknown:
         parser.error(f'--rows: unknown {"; ".join(sorted(unknown))}')

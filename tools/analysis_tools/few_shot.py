@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis_tools.robustness import build, make_parser, parse
+from analysis_tools.robustness import build, make_parser, of_model, parse
 from records import processor, read_rows, write_rows
 
 FIELDS = ('config', 'checkpoint', 'protocol', 'accuracy', 'interval', 'images', 'processor', 'torch')
@@ -113,7 +113,6 @@ def measure(args):
 
 def main(arguments=None):
     parser = make_parser(__doc__)
-    parser.add_argument('--name', help="of the model in the table (the configuration's file)")
     parser.add_argument('--novel', type=int, nargs='+', metavar='LABEL', help='classes of the episodes (all)')
     parser.add_argument('--ways', type=int, default=5)
     parser.add_argument('--shots', type=int, nargs='+', default=[1, 5, 20])
@@ -122,7 +121,7 @@ def main(arguments=None):
     args = parse(parser, arguments)
     if min(args.ways, args.episodes) < 2 or min(*args.shots, args.queries) < 1:
         parser.error('--ways and --episodes are 2 or more, --shots and --queries 1 or more')
-    own = dict(config=args.name or Path(args.config).stem, checkpoint=Path(args.checkpoint).name)
+    own = of_model(args)
     results = measure(args)
     protocols = [protocol for protocol, *_ in results]
     rows = [row for row in read_rows(args.csv) if row['protocol'] not in protocols

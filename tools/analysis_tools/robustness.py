@@ -31,6 +31,8 @@ from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.runner import Runner, load_checkpoint
 
+from mmlocalmamba import zoo
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis_tools.latency import PICTURES
 from records import processor, read_rows, write_rows
@@ -98,20 +100,27 @@ def with_corruption(pipeline, step):
     pipeline.transforms.insert(at[0] + 1, step)
 
 
-def make_parser(description):
+def make_parser(description, table=True):
     """With what build() takes, and a table."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='configuration file')
-    parser.add_argument('checkpoint', help='of that configuration')
-    parser.add_argument('--csv', type=Path, required=True, help='table to go on with')
+    parser.add_argument('checkpoint', help=f'of that configuration; {zoo.SCHEME}NAME for one of the package')
+    if table:
+        parser.add_argument('--csv', type=Path, required=True, help='table to go on with')
+        parser.add_argument('--name', help="of the model in the table (the configuration's file)")
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
     return parser
+
+
+def of_model(args):
+    """The columns that say which model a row is of."""
+    return dict(config=args.name or Path(args.config).stem, checkpoint=Path(args.checkpoint).name)
 
 
 def parse(parser, arguments):
     args = parser.parse_args(arguments)
     for path in (args.config, args.checkpoint):
-        if not Path(path).is_file():
+        if not path.startswith(zoo.SCHEME) and not Path(path).is_file():
             parser.error(f'{path}: no such file')
     return args
 
@@ -161,7 +170,7 @@ def metric_of(results, wanted):
 
 def corruptions(args):
     rows = read_rows(args.csv)
-    own = dict(config=Path(args.config).stem, checkpoint=Path(args.checkpoint).name)
+    own = of_model(args)
     names = args.corruptions or imagecorruptions().get_corruption_names()
     unknown = set(names) - set(imagecorruptions().get_corruption_names('all'))
     if unknown:
@@ -289,8 +298,7 @@ def unknown(args):
     threshold = np.quantile(known, 0.05)
     false = float((others >= threshold).mean())
     rows = read_rows(args.csv)
-    own = dict(config=Path(args.config).stem, checkpoint=Path(args.checkpoint).name,
-               corruption=UNKNOWN + Path(args.unknown).as_posix().strip('/'), severity=0)
+    own = dict(of_model(args), corruption=UNKNOWN + Path(args.unknown).as_posix().strip('/'), severity=0)
     rows = [row for row in rows if any(str(row[key]) != str(value) for key, value in own.items())]
     for name, value in (('AUROC', area), ('FPR95', false)):
         rows.append(dict(own, metric=name, value=value, images=len(others), processor=processor(),
