@@ -9,6 +9,8 @@ from urllib.error import URLError
 
 import torch
 
+from mmlocalmamba import zoo
+
 # A scheme of MMEngine's checkpoint loader: what follows is loaded by load_checkpoint.
 WEIGHTS_ONLY = 'weights_only:'
 
@@ -58,15 +60,18 @@ def allow_checkpoints() -> AbstractContextManager:
 
 
 def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
-    """Load a checkpoint from a file or URL with weights_only=True.
+    """Load a checkpoint from a file, a URL or ``mmlocalmamba://NAME``, with weights_only=True.
 
     Raises:
         RuntimeError: the file needs code to be executed, which is refused, or is no checkpoint; it was not fetched.
         FileNotFoundError: there is no such file.
     """
+    path = str(path)
+    if path.startswith(zoo.SCHEME) or '://' not in path and path.endswith(zoo.SUFFIX):
+        return zoo.load(os.path.expanduser(path), map_location)
     try:
         with allow_checkpoints():
-            if '://' in str(path):
+            if '://' in path:
                 return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
             return torch.load(os.path.expanduser(path), map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
@@ -80,8 +85,18 @@ def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
 
 
 def load_from_weights_only(name: str, map_location: Any = None) -> Any:
-    """What MMEngine calls for names of :func:`weights_only`; it tells users the end of this function's name."""
+    """What MMEngine calls, see :func:`register_loader`; it tells users the end of this function's name."""
     return load_checkpoint(name.removeprefix(WEIGHTS_ONLY), map_location)
+
+
+def register_loader() -> None:
+    """Let MMEngine load by :func:`load_checkpoint` what :func:`weights_only` names, our own weights and safetensors.
+
+    What it takes for the beginning of a path is a regular expression.
+    """
+    from mmengine.runner import CheckpointLoader
+    CheckpointLoader.register_scheme([WEIGHTS_ONLY, zoo.SCHEME, rf'.*\{zoo.SUFFIX}$'], load_from_weights_only,
+                                     force=True)
 
 
 def weights_only(path: str) -> str:
@@ -91,9 +106,8 @@ def weights_only(path: str) -> str:
     By themselves, both stacks load URLs without weights_only, and OneDL's tries again without it when a file was
     refused. An error of theirs does not name the file.
     """
-    from mmengine.runner import CheckpointLoader
     path = str(path)
-    if path.startswith(WEIGHTS_ONLY) or '://' in path and not path.startswith(('http://', 'https://')):
+    if path.startswith(WEIGHTS_ONLY) or '://' in path and not path.startswith(('http://', 'https://', zoo.SCHEME)):
         return path
-    CheckpointLoader.register_scheme(WEIGHTS_ONLY, load_from_weights_only, force=True)
+    register_loader()
     return f'{WEIGHTS_ONLY}{path}'

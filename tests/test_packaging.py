@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mmlocalmamba import zoo
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').glob('*.py'))
 STACKS = ('openmmlab', 'onedl')
@@ -44,6 +46,8 @@ def test_wheel_holds_what_mim_looks_for(wheel):
         assert f'mmlocalmamba/.mim/{file}' in names
     for file in (ROOT / 'configs' / '_base_').rglob('*.py'):
         assert f'mmlocalmamba/.mim/{file.relative_to(ROOT).as_posix()}' in names
+    weights = [name for name in names if name.endswith('.safetensors')]
+    assert sorted(weights) == [f'mmlocalmamba/zoo/{name}.safetensors' for name in zoo.names()] != []
 
 
 @pytest.mark.slow
@@ -64,7 +68,7 @@ def test_wheel_metadata(wheel):
                         flags=re.M)[1]
     assert f'\nVersion: {version}\n' in metadata
     required = re.findall(r'^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)', metadata, flags=re.M)
-    assert sorted(required) == ['numpy', 'torch']
+    assert sorted(required) == ['numpy', 'safetensors', 'torch']
 
 
 def test_model_index():
@@ -78,9 +82,10 @@ def test_model_index():
         assert model.in_collection in collections
         assert {'Training Data', 'Task', 'Parameters'} <= set(model.metadata.data)
         # Figures of accuracy stand beside the file that they were reported for, and nowhere else.
-        assert model.weights.startswith('https://') or model.weights == NO_WEIGHTS
+        assert model.weights.startswith(('https://', 'mmlocalmamba://')) or model.weights == NO_WEIGHTS
         assert (model.weights == NO_WEIGHTS) == (not model.results)
-    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models if model.results}
+    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models
+                if model.weights.startswith('https://')}
     assert released == {
         'localvim-t_8xb128_in1k': 'local_vim_tiny.ckpt',
         'localvim-t-midcls_8xb128_in1k': 'local_vim_tiny_middle_cls_token.ckpt',

@@ -10,11 +10,12 @@ PACKAGE = Path(__file__).parents[1] / 'mmlocalmamba'
 # A room may import rooms of lower floors (and its own parts). The first prefix that fits counts.
 FLOORS = {
     'mmlocalmamba.compat': 0,
-    'mmlocalmamba.files': 0,
+    'mmlocalmamba.files': -2,
     'mmlocalmamba.methods': 1,
     'mmlocalmamba.recipes': 0,
     'mmlocalmamba.registry': 0,
     'mmlocalmamba.sizes': 0,
+    'mmlocalmamba.zoo': -1,
     'mmlocalmamba.scans': 1,
     'mmlocalmamba.ops': 2,
     'mmlocalmamba.layers': 3,

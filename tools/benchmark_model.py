@@ -157,7 +157,7 @@ def draw(rows, path):
     from matplotlib import pyplot as plt
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout='constrained')
     names = list(dict.fromkeys(row['model'] for row in rows))
-    for panel, key, label in zip(panels, ('ms', 'peak_mb'), ('ms for an image', 'MB beyond model and image'), strict=True):
+    for panel, (key, label) in zip(panels, dict(ms='ms for an image', peak_mb='MB beyond model and image').items()):
         for index, name in enumerate(names):
             points = sorted((int(row['height']) * int(row['width']), float(row[key])) for row in rows
                             if row['model'] == name and row[key] and float(row[key]) > 0)

@@ -123,7 +123,7 @@ TASKS = {
     'localvim': CLASSIFIER,
     'localvmamba': CLASSIFIER,
     'mask-rcnn_localvmamba': ('stamps', 12, 'coco/bbox_mAP', 100),
-    'upernet_localvmamba': ('stamps', 24, 'mIoU', 1),
+    'upernet_localvmamba': ('stamps', 12, 'mIoU', 1),
 }
 DEPTHS = dict(localvim=LOCAL_VIM['nano']['num_layers'], localvmamba=sum(LOCAL_VMAMBA['nano']['depths']))
 

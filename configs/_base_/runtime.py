@@ -17,6 +17,9 @@ pretrained = None
 
 custom_hooks = []
 
+# Inferencers load a checkpoint before they build a model: what reads `mmlocalmamba://NAME` must be there by then.
+custom_imports = dict(imports=['mmlocalmamba.weights'])
+
 # No weight decay on the state space parameters, norms, biases and embeddings: one rule for the whole model and all
 # tasks, heads included. (MMDetection's and MMSegmentation's files of Swin decay the biases of heads.) Every schedule
 # adds its optimizer.
