@@ -236,6 +236,6 @@ def test_publish(configuration, tmp_path, capsys):
     small = load_checkpoint(tmp_path / 'small.safetensors')
     assert small['meta']['dataset_meta']['classes'] == list('0123456789')
     assert all(torch.equal(value, small['state_dict'][name]) for name, value in zoo.load(NANO)['state_dict'].items())
-    with pytest.raises(SystemExit, match='16 bits cost more than -1.*\n.*accuracy/top1'):
+    with pytest.raises(SystemExit, match='16 bits cost more than -100.00%.*\n.*accuracy/top1'):
         publish.main([*command[:2], str(tmp_path / 'worse.safetensors'), '--tolerance', '-1'])
     assert not (tmp_path / 'worse.safetensors').exists()

@@ -3,8 +3,8 @@
     python tools/model_converters/publish.py CONFIG CHECKPOINT NAME.safetensors
 
 Weights alone, matrices in 16 bits, with the class names and scan directions; no optimizer, no average that is not the
-model. The configuration's test runs with CHECKPOINT and with the file, and both results are printed. Where a metric is
-lower by more than --tolerance, in the metric's unit, nothing is written (exit code 1).
+model. The configuration's test runs with CHECKPOINT and with the file, and both results are printed. Where a metric
+loses more than --tolerance of itself, nothing is written (exit code 1).
 
 The file is taken wherever a checkpoint is: init_cfg, load_from, mim test, inferencers. One beside
 mmlocalmamba/zoo/__init__.py comes with the package as mmlocalmamba://NAME.
@@ -58,7 +58,7 @@ def results(config, checkpoint, options, folder):
 def main(arguments=None):
     parser = make_parser(__doc__, table=False)
     parser.add_argument('out', type=Path, metavar='NAME.safetensors')
-    parser.add_argument('--tolerance', type=float, default=0.05, help='of a metric (default: %(default)s)')
+    parser.add_argument('--tolerance', type=float, default=0.003, help='share of a metric (default: %(default)s)')
     args = parse(parser, arguments)
     if args.out.suffix != zoo.SUFFIX:
         parser.error(f'{args.out}: the name must end in {zoo.SUFFIX}')
@@ -70,9 +70,10 @@ def main(arguments=None):
             sys.exit(f'{args.checkpoint}: {error}')
         before, after = (results(args.config, path, args.cfg_options, str(Path(folder, name)))
                          for name, path in (('before', args.checkpoint), ('after', small)))
-        worse = {name: (value, after[name]) for name, value in before.items() if after[name] < value - args.tolerance}
+        worse = {name: (value, after[name]) for name, value in before.items()
+                 if after[name] < value - args.tolerance * abs(value)}  # COCO says -1 of sizes that do not occur
         if worse:
-            sys.exit('\n  '.join([f'{args.out} was not written: 16 bits cost more than {args.tolerance}',
+            sys.exit('\n  '.join([f'{args.out} was not written: 16 bits cost more than {args.tolerance:.2%}',
                                   *(f'{name}: {old:.4g}, then {new:.4g}' for name, (old, new) in worse.items())]))
         write_whole(str(args.out), small.read_bytes())
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.2f} MB')
