@@ -29,9 +29,9 @@ def backbone(seed=0, **settings):
 
 def test_a_file_holds_what_was_saved(tmp_path):
     model = backbone()
-    zoo.save(str(tmp_path / 'x.safetensors'), model.state_dict(), dict(dataset_meta=dict(classes=['a', 'b'])))
+    zoo.save(str(tmp_path / 'x.safetensors'), model.state_dict(), dict(dataset_meta=dict(classes=('a', 'b'))))
     loaded = load_checkpoint(tmp_path / 'x.safetensors')
-    assert loaded['meta'] == dict(dataset_meta=dict(classes=['a', 'b']))
+    assert loaded['meta'] == dict(dataset_meta=dict(classes=('a', 'b')))
     assert loaded['state_dict'].keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         found = loaded['state_dict'][name]
@@ -140,7 +140,7 @@ print(infer.classes)
 """
     printed = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, text=True, capture_output=True)
     assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.splitlines()[-1] == str(list('0123456789'))
+    assert printed.stdout.splitlines()[-1] == str(tuple('0123456789'))
 
 
 def test_by_name(no_scope, monkeypatch):
@@ -163,7 +163,7 @@ def test_segmentor(no_scope):
     name = 'upernet_localvim-nano_digits'
     infer = MMSegInferencer(str(ROOT / f'configs/{name}.py'), zoo.SCHEME + name, device='cpu')
     assert same(infer.model, zoo.SCHEME + name)
-    assert infer.visualizer.dataset_meta['classes'] == ['background', *'0123456789']
+    assert infer.model.dataset_meta['classes'] == ('background', *'0123456789')
 
 
 # ---- what is in the package ----
@@ -234,7 +234,7 @@ def test_publish(configuration, tmp_path, capsys):
     publish.main(command)
     assert 'accuracy/top1' in capsys.readouterr().out
     small = load_checkpoint(tmp_path / 'small.safetensors')
-    assert small['meta']['dataset_meta']['classes'] == list('0123456789')
+    assert small['meta']['dataset_meta']['classes'] == tuple('0123456789')
     assert all(torch.equal(value, small['state_dict'][name]) for name, value in zoo.load(NANO)['state_dict'].items())
     with pytest.raises(SystemExit, match='16 bits cost more than -100.00%.*\n.*accuracy/top1'):
         publish.main([*command[:2], str(tmp_path / 'worse.safetensors'), '--tolerance', '-1'])

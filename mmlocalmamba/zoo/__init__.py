@@ -87,4 +87,7 @@ def load(path: str, map_location: Any = 'cpu') -> dict[str, Any]:
         value = value.float() if value.dtype == torch.float16 else value
         weights[name] = value if map_location is None else value.to(map_location)
     weights._metadata = OrderedDict(header.get('metadata', {}))  # type: ignore[attr-defined]
-    return dict(state_dict=weights, meta=header.get('meta', {}))
+    meta = header.get('meta', {})
+    if 'classes' in meta.get('dataset_meta', {}):
+        meta['dataset_meta']['classes'] = tuple(meta['dataset_meta']['classes'])  # as datasets have it
+    return dict(state_dict=weights, meta=meta)
