@@ -100,6 +100,7 @@ def test_other_errors_stay_what_they_are():
         raise KeyError('mine')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', ['train', 'val'])
 def test_a_training_names_its_annotations(digits, part):
     """Those of the weights, by the loop: with any program. Those of a validation, by tools/train.py and test.py."""

@@ -22,6 +22,7 @@ TASKS = [dict(config='localvim-nano_digits'),
               options={'model.decode_head.norm_cfg': dict(type='GN', num_groups=8)})]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(tiny_digits, tmp_path):
     """One image for each process, and one process that accumulates the gradients of two images.
 

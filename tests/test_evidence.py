@@ -139,6 +139,7 @@ def test_missing_data_are_named_before_anything_is_written(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_no_result(tmp_path):
     cfg = config_of('windows', 'w3')
     cfg.train_dataloader.dataset.data_root = str(tmp_path)

@@ -271,6 +271,7 @@ def test_signals_are_not_noticed_outside_of_the_main_thread(messages):
 
 # ---- the matrix ----
 
+@pytest.mark.slow
 def test_a_sample_of_the_matrix(tmp_path):
     """Every value of every axis. All of it: python tools/dev/resume_matrix.py"""
     sample = resume_matrix.sample(9)

@@ -107,6 +107,7 @@ def test_there_are_no_new_style_files_to_inherit(package):
     assert not [path for path in folder.rglob('*.py') if 'read_base()' in path.read_text(errors='replace')]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(run, tmp_path):
     """Its cells in one process; a line that begins with ! is a command, as in IPython."""
     cells = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())['cells']

@@ -357,6 +357,7 @@ def command(*searches):
     return [*PYTHON, ROOT / 'tests/search_task.py', *arguments]
 
 
+@pytest.mark.slow
 def test_sigkill_at_a_random_iteration(tmp_path):
     """Killed for real, with workers, in the middle of an epoch or between two."""
     kill_at = random.SystemRandom().randint(1, 8)

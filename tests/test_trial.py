@@ -100,6 +100,7 @@ def test_the_given_configuration_stays(configuration, said):
     assert cfg.to_dict() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command', [['-m', 'mmlocalmamba', 'check'], [str(ROOT / 'tools/check.py')]])
 def test_commands(command, tiny_digits, tmp_path):
     (tmp_path / 'data').mkdir()
