@@ -104,7 +104,8 @@ def test_files_of_other_programs(tmp_path):
 
 def same(model, path=NANO):
     expected = zoo.load(path)['state_dict']
-    return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items() if name in expected)
+    own = model.state_dict()
+    return own.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in own.items())
 
 
 def test_init_cfg(configuration):

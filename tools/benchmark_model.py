@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from benchmark_scan import DTYPES, describe_machine, measure, peak_memory, print_table
 from records import processor, read_rows, write_rows
@@ -146,9 +147,7 @@ def record(results, args):
 
 def slope(pixels, values):
     """Exponent of the power that fits: 1 grows as the image does, 2 as its square."""
-    x, y = (torch.tensor(numbers, dtype=torch.float64).log() for numbers in (pixels, values))
-    x = x - x.mean()
-    return float((x * y).sum() / (x * x).sum())
+    return float(np.polyfit(np.log(pixels), np.log(values), 1)[0])
 
 
 def draw(rows, path):

@@ -318,7 +318,7 @@ def draw(rows, args):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('study', nargs='*', metavar='STUDY', help=f'any of {", ".join(STUDIES)}')
+    parser.add_argument('study', nargs='+', metavar='STUDY', help=f'any of {", ".join(STUDIES)}')
     parser.add_argument('--data', choices=('fashion', 'digits', 'stamps'), help="other than the study's own")
     parser.add_argument('--csv', type=Path, default=ROOT / 'docs' / 'evidence.csv', help='table to go on with')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/evidence'))
@@ -332,8 +332,6 @@ def main(arguments=None):
     for study in args.study:
         if study not in STUDIES:
             parser.error(f'unknown study {study!r}: there are {", ".join(STUDIES)}')
-    if not args.study:
-        parser.error(f'which study? There are {", ".join(STUDIES)}')
     if args.epochs and 'segmentation' in args.study:
         parser.error("--epochs: the segmentor's training counts iterations, and is as long as its configuration says")
     if args.plot and len({task(study, args)[3] for study in args.study}) > 1:

@@ -147,6 +147,14 @@ def build(args, folder):
     return runner
 
 
+def test_of(runner):
+    """(dataloader, evaluator) of the configuration's test."""
+    loader, evaluator = (runner.build_dataloader(runner.cfg.test_dataloader),
+                         runner.build_evaluator(runner.cfg.test_evaluator))
+    evaluator.dataset_meta = loader.dataset.metainfo
+    return loader, evaluator
+
+
 @torch.no_grad()
 def tested(model, loader, evaluator):
     """{metric: value}"""
@@ -187,9 +195,7 @@ def corruptions(args):
     if missing:
         with tempfile.TemporaryDirectory() as folder:
             runner = build(args, folder)
-            loader = runner.build_dataloader(runner.cfg.test_dataloader)
-            evaluator = runner.build_evaluator(runner.cfg.test_evaluator)
-            evaluator.dataset_meta = loader.dataset.metainfo
+            loader, evaluator = test_of(runner)
             dataset = innermost(loader.dataset)
             step = CorruptImage(args.cache or Path(folder, 'cache'))
             with_corruption(dataset.pipeline, step)

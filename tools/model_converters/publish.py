@@ -17,6 +17,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+from mmengine.fileio import dump
 
 from mmlocalmamba import zoo
 from mmlocalmamba.compat import load_checkpoint
@@ -24,16 +25,7 @@ from mmlocalmamba.files import write_whole
 from mmlocalmamba.weights.contents import read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from analysis_tools.robustness import build, make_parser, parse, tested
-
-
-def plain(value):
-    """As JSON has it."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, np.ndarray)):
-        return [plain(entry) for entry in value]
-    return value.item() if isinstance(value, np.generic) else value
+from analysis_tools.robustness import build, make_parser, parse, test_of, tested
 
 
 def contents(checkpoint):
@@ -42,17 +34,16 @@ def contents(checkpoint):
     found = read(loaded)
     weights = OrderedDict(found.weights)
     weights._metadata = found.metadata or {found.prefix.rstrip('.'): found.facts}
-    return weights, plain({key: value for key, value in loaded.get('meta', {}).items()
-                           if key in ('dataset_meta', 'epoch', 'iter', 'seed')})
+    meta = {key: value for key, value in loaded.get('meta', {}).items()
+            if key in ('dataset_meta', 'epoch', 'iter', 'seed')}
+    return weights, json.loads(dump(meta, file_format='json'))  # sets and arrays, too
 
 
 def results(config, checkpoint, options, folder):
     """{metric: value} of the configuration's test."""
     runner = build(argparse.Namespace(config=config, checkpoint=str(checkpoint), cfg_options=options), folder)
-    loader = runner.build_dataloader(runner.cfg.test_dataloader)
-    evaluator = runner.build_evaluator(runner.cfg.test_evaluator)
-    evaluator.dataset_meta = loader.dataset.metainfo
-    return {name: float(value) for name, value in tested(runner.model, loader, evaluator).items() if np.isscalar(value)}
+    found = tested(runner.model, *test_of(runner))
+    return {name: float(value) for name, value in found.items() if np.isscalar(value)}
 
 
 def main(arguments=None):
