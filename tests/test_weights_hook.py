@@ -17,6 +17,7 @@ from mmengine.runner.checkpoint import load_checkpoint
 from processes import PYTHON, ROOT, finish, start
 from torch import nn
 
+from mmlocalmamba import zoo
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.weights import to_official
 
@@ -150,6 +151,26 @@ def load(runner):
     runner.load_or_resume()
 
 
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('ema', [False, True])
+def test_load_from_takes_safetensors(tmp_path, ema, compiled):
+    """And what a training saves after them is its own: it resumes."""
+    weights = random(Classifier())
+    zoo.save(str(tmp_path / 'x.safetensors'), weights)
+    weights = zoo.load(str(tmp_path / 'x.safetensors'))['state_dict']
+    compile = dict(compile=dict(backend='eager')) if compiled else {}
+    runner = build(tmp_path, ema=ema, load_from=str(tmp_path / 'x.safetensors'), cfg=compile)
+    load(runner)
+    for model in (runner.model, average_of(runner)) if ema else (runner.model, ):
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    runner.train()
+    assert not torch.equal(runner.model.state_dict()['head.fc.bias'], weights['head.fc.bias'])
+    second = build(tmp_path, ema=ema, epochs=2, resume=True, cfg=compile)
+    load(second)
+    assert second.epoch == 1
+    assert all(torch.equal(value, runner.model.state_dict()[name]) for name, value in second.model.state_dict().items())
+
+
 @pytest.mark.parametrize('key', KEYS)
 @pytest.mark.parametrize('ema', [False, True])
 def test_load_from_takes_the_authors_files(tmp_path, key, ema):
@@ -211,6 +232,18 @@ def test_nobody_resumes_from_the_authors_files(tmp_path):
     torch.save(dict(model=to_official(random(Classifier()))[0]), tmp_path / 'x.ckpt')
     with pytest.raises(RuntimeError, match="LocalVim's authors: a training cannot resume"):
         load(build(tmp_path, load_from=str(tmp_path / 'x.ckpt'), resume=True))
+
+
+@pytest.mark.parametrize('name', ['x.pth', 'x.safetensors'])
+@pytest.mark.parametrize('meta', [{}, dict(epoch=1, iter=2)])  # as publish.py keeps it
+def test_nobody_resumes_from_weights_alone(tmp_path, name, meta):
+    path, weights = str(tmp_path / name), random(Classifier())
+    if name == 'x.pth':
+        torch.save(dict(state_dict=weights, meta=meta), path)
+    else:
+        zoo.save(path, weights, meta)
+    with pytest.raises(RuntimeError, match='weights alone.*: a training cannot resume from it, but start, with load_f'):
+        load(build(tmp_path, load_from=path, resume=True))
 
 
 def test_another_model_is_refused(tmp_path):

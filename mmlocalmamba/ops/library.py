@@ -180,7 +180,9 @@ def _scan_backward(suffix):
         wanted = [needs[0], needs[1] or needs[9], *needs[2:6], needs[8]]
         grads = call(f'directional_scan_backward{suffix}', grad_y, grad_last, *tensors, ctx.tokens, delta_bias,
                      dt_weight, checkpoints, ctx.softplus, ctx.in_scan_order, wanted)
-        *grads, grad_bias = (x if needed else None for x, needed in zip(grads, wanted, strict=True))
+        # Not `*grads, grad_bias = ...`, which torch.compile makes a tuple of where it traces this function.
+        grads = [x if needed else None for x, needed in zip(grads, wanted, strict=True)]
+        grad_bias = grads.pop()
         grad_weight = None
         if dt_weight is not None:  # delta = factor (B, K, L, R) times weight (K, D, R)
             grad: Any = grads[1]

@@ -49,8 +49,8 @@ class OfficialCheckpointHook(Hook):
         """Convert ``checkpoint`` in place; one of ours stays as it is.
 
         Raises:
-            RuntimeError: the checkpoint is of the other backbone, or for other scan directions; it is the authors', and
-                a training shall resume from it; with ``strict``, weights of the backbone (in a test, of the model) are
+            RuntimeError: the checkpoint is of the other backbone, or for other scan directions; it is the authors', or
+                weights alone, and a training shall resume from it; with ``strict``, weights of the backbone (in a test, of the model) are
                 missing or have another shape.
             ValueError: there are no weights in it, or of a model that has no counterpart here.
         """
@@ -61,6 +61,9 @@ class OfficialCheckpointHook(Hook):
         contents = read(checkpoint, self.key, prefix)
         if contents.family is not None and runner._resume:
             raise RuntimeError(f"this is a checkpoint of {contents.family}'s authors: a training cannot resume from "
+                               'it, but start, with load_from and without resume')
+        if runner._resume and 'message_hub' not in checkpoint:  # MMEngine would miss one entry after the other
+            raise RuntimeError('the checkpoint has weights alone, no state of a training: a training cannot resume from '
                                'it, but start, with load_from and without resume')
         own, weights = adapted(contents, backbone, 'the checkpoint', self.allow)
         found = fit(backbone, own)
