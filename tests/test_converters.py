@@ -123,6 +123,7 @@ def test_stamps_have_exact_masks_and_splits_share_nothing(cut_outs, tmp_path):
         assert all(f'- {found[row][1].as_posix()} ({split}): {found[row][0]}\n' in sources for row in rows)
 
 
+@pytest.mark.slow
 def test_label_images_of_stamps_have_all_classes(cut_outs, tmp_path):
     stamps.generate(cut_outs, tmp_path / 'out', scale='default')
     labels = set()

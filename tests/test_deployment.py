@@ -288,6 +288,7 @@ def test_errors_of_detections():
     assert next(exporting.errors(graph, [boxes, labels], [shifted, labels]))[1] == pytest.approx(0.1 / 20)
 
 
+@pytest.mark.slow
 def test_segmentor(tmp_path):
     cfg = small('upernet_localvmamba-nano_digits')
     model = randomised(graphs.load_model(cfg, None)[0])

@@ -24,15 +24,25 @@ def requirements(name):
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sdist')
+    before = set(ROOT.iterdir())
+    subprocess.run([sys.executable, '-c', 'import sys; from setuptools import build_meta\n'
+                    'build_meta.build_sdist(sys.argv[1])', folder], cwd=ROOT, check=True, timeout=120,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert set(ROOT.iterdir()) == before, 'the build left files in the source tree'
+    path, = folder.glob('mmlocalmamba-*.tar.gz')
+    return path
+
+
+@pytest.fixture(scope='module')
+def wheel(sdist, tmp_path_factory):
+    """As `pip install` of the sdist builds it."""
     folder = tmp_path_factory.mktemp('wheel')
-    before = set(ROOT.iterdir()) | set((ROOT / 'mmlocalmamba').iterdir())
     subprocess.run(
         [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--disable-pip-version-check',
-         '--no-deps', '--no-build-isolation', '--wheel-dir', folder, ROOT],
-        check=True, timeout=300)
-    after = set(ROOT.iterdir()) | set((ROOT / 'mmlocalmamba').iterdir())
-    assert after - before == set(), 'the build left files in the source tree'
+         '--no-deps', '--no-build-isolation', '--wheel-dir', folder, sdist],
+        check=True, timeout=600)
     path, = folder.glob('mmlocalmamba-*.whl')
     with zipfile.ZipFile(path) as archive:
         yield archive
@@ -178,18 +188,6 @@ def use(folder):
     return done.stdout.splitlines()[-1]
 
 
-@pytest.fixture(scope='module')
-def sdist(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('sdist')
-    before = set(ROOT.iterdir())
-    subprocess.run([sys.executable, '-c', 'import sys; from setuptools import build_meta\n'
-                    'build_meta.build_sdist(sys.argv[1])', folder], cwd=ROOT, check=True, timeout=120,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert set(ROOT.iterdir()) == before, 'the build left files in the source tree'
-    path, = folder.glob('mmlocalmamba-*.tar.gz')
-    return path
-
-
 def test_sdist_holds_what_it_takes_to_build_test_and_join(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split('/', 1)[-1] for name in archive.getnames()}
@@ -202,18 +200,13 @@ def test_sdist_holds_what_it_takes_to_build_test_and_join(sdist):
 
 
 @pytest.mark.slow
-def test_pip_installs_the_sdist(sdist, tmp_path):
+def test_pip_installs_the_sdist_and_its_wheel(wheel, tmp_path):
     """Where torch and a compiler are: with the CPU kernel, in an environment with OpenMMLab's packages."""
-    pip_install(sdist, tmp_path)
-    assert use(tmp_path) == '(1, 256, 1, 1) None'
-
-
-@pytest.mark.slow
-def test_pip_installs_the_wheel(wheel, tmp_path):
     pip_install(wheel.filename, tmp_path)
     assert use(tmp_path) == '(1, 256, 1, 1) None'
 
 
+@pytest.mark.slow
 def test_pip_installs_the_sdist_where_no_torch_is(sdist, tmp_path):
     """As in pip's isolated builds: without the CPU kernel, which says so when it is asked for."""
     (tmp_path / 'without' / 'torch').mkdir(parents=True)

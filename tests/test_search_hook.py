@@ -60,6 +60,7 @@ def test_search_writes_what_a_backbone_takes(tmp_path, mode):
         LocalVMamba('nano', directions=str(tmp_path / 'directions.json'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', ['mask-rcnn_localvmamba-nano_digits', 'upernet_localvmamba-nano_digits'])
 def test_detection_and_segmentation_search_by_their_own_losses(tiny_digits, tmp_path, config):
     """From the configuration alone, with held-out data that mmdet and mmseg load, collate and preprocess."""
