@@ -188,7 +188,7 @@ def test_what_vim_taps(feature):
         torch.testing.assert_close(out.flatten(2).transpose(1, 2), norm(tapped))
 
 
-@pytest.mark.parametrize('kind', ['vmamba', 'vim', 'vim-pooled', 'vim-class-token-of-vim'])  # a search looks at its draws
+@pytest.mark.parametrize('kind', ['vmamba', 'vim', 'vim-pooled', 'vim-class-token-of-vim'])
 @pytest.mark.slow
 def test_compiled_at_two_sizes(kind):
     """As one graph each; the second size makes torch.compile trace with symbolic sizes."""

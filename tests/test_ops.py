@@ -148,7 +148,7 @@ def test_gradcheck_of_complex_states(monkeypatch, rank, block):
     names = list(inputs)
     assert torch.autograd.gradcheck(with_real_states(
         lambda *args: directional_scan(**dict(zip(names, args)), tables=tables, delta_softplus=True, backend='chunked',
-                                       return_last_state=True)), tuple(inputs.values()))
+                                       return_last_state=True)), tuple(inputs.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize('make', [directional_inputs, complex_inputs])
@@ -162,7 +162,7 @@ def test_second_derivatives_of_the_reference(make, scan_order):
                                    in_scan_order=scan_order, return_last_state=True)
         return y, (torch.view_as_real(last) if last.is_complex() else last)
 
-    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
 
 
 def test_complex_states_choose_their_backend():

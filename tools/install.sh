@@ -82,7 +82,11 @@ python=$PYTHON
 pip_install() {
     # Conflicts are not reported: the only one is openmim's wish for opendatalab
     # (requirements/mim-openmmlab.txt).
-    "$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts "$@"
+    # Bytecode of 20,000 files takes a minute or two; Python writes that of what it imports, if it may, which is not
+    # so for every user of an image (--no-dev) or of an environment that was there (--no-venv).
+    local more=()
+    [ $use_venv$dev != yesyes ] || more=(--no-compile)
+    "$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts "${more[@]}" "$@"
 }
 
 # ---- steps -----------------------------------------------------------------

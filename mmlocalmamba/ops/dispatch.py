@@ -140,8 +140,10 @@ class ScanInputs(NamedTuple):
         dtypes = dict.fromkeys(('u', 'delta', 'B', 'C'), dtype)
         if self.A.is_complex():
             dtypes.update(dict.fromkeys(('A', 'B', 'C'), computed.to_complex()))
-        return self._replace(**{name: _to(x, dtypes.get(name, computed)) for name, x in zip(self._fields, self)
-                                if isinstance(x, Tensor) and name not in ('src', 'inv')})
+        # Named one by one: torch.compile of torch 2.8 does not know _fields.
+        given = dict(u=self.u, delta=self.delta, A=self.A, B=self.B, C=self.C, D=self.D, delta_bias=self.delta_bias,
+                     dt_weight=self.dt_weight)
+        return self._replace(**{name: _to(x, dtypes.get(name, computed)) for name, x in given.items() if x is not None})
 
     def with_all_step_sizes(self) -> 'ScanInputs':
         """delta (B, K, L, D) instead of its low-rank factor and ``dt_weight``."""

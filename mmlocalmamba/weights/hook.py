@@ -50,8 +50,8 @@ class OfficialCheckpointHook(Hook):
 
         Raises:
             RuntimeError: the checkpoint is of the other backbone, or for other scan directions; it is the authors', or
-                weights alone, and a training shall resume from it; with ``strict``, weights of the backbone (in a test, of the model) are
-                missing or have another shape.
+                weights alone, and a training shall resume from it; with ``strict``, weights of the backbone (in a test,
+                of the model) are missing or have another shape.
             ValueError: there are no weights in it, or of a model that has no counterpart here.
         """
         model = _unwrapped(runner.model)
@@ -63,8 +63,8 @@ class OfficialCheckpointHook(Hook):
             raise RuntimeError(f"this is a checkpoint of {contents.family}'s authors: a training cannot resume from "
                                'it, but start, with load_from and without resume')
         if runner._resume and 'message_hub' not in checkpoint:  # MMEngine would miss one entry after the other
-            raise RuntimeError('the checkpoint has weights alone, no state of a training: a training cannot resume from '
-                               'it, but start, with load_from and without resume')
+            raise RuntimeError('the checkpoint has weights alone, no state of a training: a training cannot resume '
+                               'from it, but start, with load_from and without resume')
         own, weights = adapted(contents, backbone, 'the checkpoint', self.allow)
         found = fit(backbone, own)
         lines = []
