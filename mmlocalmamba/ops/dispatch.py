@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,9 +41,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if _has_autocast(x.device.type) else nullcontext()
 
 
-def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+_Given = TypeVar('_Given', Tensor, Tensor | None)
+
+
+def _to(x: _Given, dtype: torch.dtype) -> _Given:
     # Exported graphs would keep a conversion that changes nothing.
-    return x if x.dtype == dtype else x.to(dtype)
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
@@ -137,20 +140,21 @@ class ScanInputs(NamedTuple):
         """With tokens in this dtype, and parameters in what is computed in for it; A, B and C in the complex one of
         that precision if A is complex."""
         computed = torch.promote_types(dtype, torch.float32)
-        dtypes = dict.fromkeys(('u', 'delta', 'B', 'C'), dtype)
-        if self.A.is_complex():
-            dtypes.update(dict.fromkeys(('A', 'B', 'C'), computed.to_complex()))
-        # Named one by one: torch.compile of torch 2.8 does not know _fields.
-        given = dict(u=self.u, delta=self.delta, A=self.A, B=self.B, C=self.C, D=self.D, delta_bias=self.delta_bias,
-                     dt_weight=self.dt_weight)
-        return self._replace(**{name: _to(x, dtypes.get(name, computed)) for name, x in given.items() if x is not None})
+        state = computed.to_complex() if self.A.is_complex() else computed
+        product = state if self.A.is_complex() else dtype
+        # Not _replace, which torch.compile of torch 2.8 does not follow.
+        return ScanInputs(
+            _to(self.u, dtype), _to(self.delta, dtype), _to(self.A, state), _to(self.B, product), _to(self.C, product),
+            _to(self.D, computed), self.src, self.inv, _to(self.delta_bias, computed), _to(self.dt_weight, computed),
+            self.delta_softplus, self.in_scan_order)
 
     def with_all_step_sizes(self) -> 'ScanInputs':
         """delta (B, K, L, D) instead of its low-rank factor and ``dt_weight``."""
         if self.dt_weight is None:
             return self
         delta = torch.einsum('bklr,kdr->bkld', self.delta, self.dt_weight.to(self.delta.dtype))
-        return self._replace(delta=delta, dt_weight=None)
+        return ScanInputs(self.u, delta, self.A, self.B, self.C, self.D, self.src, self.inv, self.delta_bias, None,
+                          self.delta_softplus, self.in_scan_order)
 
 
 class Backend(NamedTuple):
@@ -256,4 +260,4 @@ def fused_op(op: str, name: str | None, tokens: list[Tensor | None],
     if function is None or not backend.reads(given):
         return None, parameters
     dtype = compute_dtype(given[0])
-    return function, [None if x is None else _to(x, dtype) for x in parameters]
+    return function, [_to(x, dtype) for x in parameters]
