@@ -224,7 +224,7 @@ def test_resuming_is_untouched(tmp_path):
     assert second.epoch == 1
     assert all(torch.equal(value, weights[name]) for name, value in second.model.state_dict().items())
     assert all(torch.equal(value, average[name]) for name, value in average_of(second).state_dict().items())
-    checkpoint = dict(state_dict=average)
+    checkpoint = dict(state_dict=average, message_hub={})
     second.call_hook('after_load_checkpoint', checkpoint=checkpoint)
     assert checkpoint['state_dict'] is average
 
