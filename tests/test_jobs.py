@@ -59,6 +59,7 @@ def images(stream, count):
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('kind', ['default', 'infinite', 'endless', 'shuffle', 'generator', 'aspect'])
+@pytest.mark.slow
 def test_data_start_at_any_batch(kind, workers):
     """Noise on the images is drawn by the dataset: that, too, is the same. Samplers without epochs, torch's own, and
     one that collects images of a kind go on where they were."""

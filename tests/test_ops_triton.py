@@ -498,6 +498,7 @@ def test_cuda_graph(monkeypatch):
         assert torch.equal(ours, x)
 
 
+@pytest.mark.slow
 def test_compiles_for_a_gpu_that_is_not_here():
     """The interpreter accepts more than the compiler. Needs no GPU; another process, since this one may interpret."""
     code = '''

@@ -370,6 +370,7 @@ def test_sigkill_at_a_random_iteration(tmp_path):
     assert all(same(tmp_path / 'whole', tmp_path / 'parts').values()), f'killed at iteration {kill_at}'
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_logits(tmp_path):
     """In the middle of training, too: the hook compares ranks at every report."""
     directions = dict(candidates=search_task.CANDIDATES, sampling='single_path', samples=2)
@@ -464,6 +465,7 @@ def derive(*args):
                           env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_derive_from_a_checkpoint(tmp_path):
     train(tmp_path / 'search', ema=True)
     result = derive(tmp_path / 'search' / 'epoch_3.pth', '-k', 2, '--out', tmp_path / 'out')
@@ -475,6 +477,7 @@ def test_derive_from_a_checkpoint(tmp_path):
     assert (tmp_path / 'out' / 'alphas.csv').read_bytes() == (tmp_path / 'search' / 'alphas.csv').read_bytes()
 
 
+@pytest.mark.slow
 def test_derive_from_the_authors_supernet(tmp_path):
     model = LocalVMamba(search_task.ARCH, directions='search')
     for name, parameter in model.named_parameters():

@@ -180,6 +180,7 @@ def test_a_backbone_keeps_its_modes_also_after_an_error(draw):
     ('mask-rcnn_localvmamba-nano_digits', 'detections.png', 'boxes: AP 0.'),
     ('upernet_localvmamba-nano_digits', 'segmentation.png', 'pixels: mIoU '),
 ])
+@pytest.mark.slow
 def test_the_demo_evaluates_and_draws(name, picture, line, configuration, tmp_path, monkeypatch, capsys):
     cfg = configuration(name)
     cfg.dump(tmp_path / 'config.py')
