@@ -37,12 +37,17 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def wheel(sdist, tmp_path_factory):
-    """As `pip install` of the sdist builds it."""
+    """As `pip install` of the sdist, or in a clone, builds it."""
     folder = tmp_path_factory.mktemp('wheel')
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter='data')
+    tree, = folder.iterdir()
+    before = set(tree.rglob('*'))
     subprocess.run(
         [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--disable-pip-version-check',
-         '--no-deps', '--no-build-isolation', '--wheel-dir', folder, sdist],
+         '--no-deps', '--no-build-isolation', '--wheel-dir', folder, tree],
         check=True, timeout=600)
+    assert set(tree.rglob('*')) == before, 'the build left files in the source tree'
     path, = folder.glob('mmlocalmamba-*.whl')
     with zipfile.ZipFile(path) as archive:
         yield archive

@@ -59,12 +59,12 @@ class OfficialCheckpointHook(Hook):
         if backbone is None:
             return
         contents = read(checkpoint, self.key, prefix)
-        if contents.family is not None and runner._resume:
-            raise RuntimeError(f"this is a checkpoint of {contents.family}'s authors: a training cannot resume from "
-                               'it, but start, with load_from and without resume')
-        if runner._resume and 'message_hub' not in checkpoint:  # MMEngine would miss one entry after the other
-            raise RuntimeError('the checkpoint has weights alone, no state of a training: a training cannot resume '
-                               'from it, but start, with load_from and without resume')
+        # MMEngine would miss one entry after the other.
+        if runner._resume and (contents.family is not None or 'message_hub' not in checkpoint):
+            what = 'has weights alone, no state of a training' if contents.family is None else \
+                f"is of {contents.family}'s authors"
+            raise RuntimeError(f'the checkpoint {what}: a training cannot resume from it, but start, with load_from '
+                               'and without resume')
         own, weights = adapted(contents, backbone, 'the checkpoint', self.allow)
         found = fit(backbone, own)
         lines = []
