@@ -1,9 +1,12 @@
 """Processes of their own for tests: one, or two that train together."""
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, '-W', 'ignore']
@@ -16,18 +19,39 @@ def port():
 
 
 def start(*command, new_session=False, **env):
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONFAULTHANDLER='1', **env)
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=new_session,
-                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
+                            start_new_session=new_session, env=env)
 
 
-def finish(*processes, returncode=0):
-    """Their output. All must end within two minutes and with this code; none is left when one does not."""
+def end(processes, number):
+    """Signal them and all that they have started, these first."""
+    for process in [process for process in processes if process.poll() is None]:
+        try:
+            parent = psutil.Process(process.pid)
+            family = [*reversed(parent.children(recursive=True)), parent]
+        except psutil.NoSuchProcess:
+            continue
+        for member in family:
+            try:
+                member.send_signal(number)
+            except psutil.NoSuchProcess:
+                pass
+
+
+def finish(*processes, returncode=0, seconds=120):
+    """Their output. All must end in time and with this code; none is left when one does not.
+
+    What they do when their time is over stands in the error: they are aborted, and Python's fault handler writes it.
+    """
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        end(processes, signal.SIGABRT)
+        outputs = [process.communicate(timeout=10)[0] for process in processes]
+        raise AssertionError('\n'.join([f'not done after {seconds} s', *outputs])) from None
     finally:
-        for process in processes:
-            process.kill()
+        end(processes, signal.SIGKILL)
     for process, output in zip(processes, outputs):
         assert process.returncode == returncode, output
     return ''.join(outputs)

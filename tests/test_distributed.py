@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from processes import PYTHON, ROOT, finish, port, run_on_two, start
+from processes import PYTHON, ROOT, finish, run_on_two, start
 from test_jobs import same
 
 from mmlocalmamba.compat import load_checkpoint
@@ -95,7 +95,7 @@ def launch(*arguments):
 
 def local(restarts=0):
     return ['--nproc-per-node', 2, '--max-restarts', restarts, '--rdzv-backend', 'c10d', '--rdzv-endpoint',
-            f'127.0.0.1:{port()}', '--local-addr', '127.0.0.1']
+            '127.0.0.1:0', '--local-addr', '127.0.0.1']
 
 
 @pytest.mark.slow

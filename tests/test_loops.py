@@ -15,7 +15,7 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.runner import FlexibleRunner
-from processes import PYTHON, ROOT, finish, port, start
+from processes import PYTHON, ROOT, finish, start
 from search_task import Classifier, loader
 
 from mmlocalmamba.engine import EpochBasedTrainLoop, loops
@@ -378,7 +378,7 @@ def test_the_launcher_takes_its_code_from_the_training(tmp_path, codes, expected
     """And starts nothing again after a signal, whatever --max-restarts says."""
     (tmp_path / 'task.py').write_text(LEAVES)
     process = start(*PYTHON, ROOT / 'tools/launch.py', '--nproc-per-node', 2, '--max-restarts', 1, '--rdzv-backend',
-                    'c10d', '--rdzv-endpoint', f'127.0.0.1:{port()}', '--local-addr', '127.0.0.1',
+                    'c10d', '--rdzv-endpoint', '127.0.0.1:0', '--local-addr', '127.0.0.1',
                     tmp_path / 'task.py', *codes, tmp_path)
     while not all((tmp_path / rank).exists() for rank in '01'):
         assert process.poll() is None, process.communicate()
