@@ -144,6 +144,33 @@ def test_pictures_of_another_kind_are_no_severity(tmp_path, monkeypatch):
     assert [line.get_xydata().tolist() for line in panel.lines] == [[[0, 90], [2, 60]]]
 
 
+def test_summary(tmp_path, capsys):
+    """Means over severities, and over trainings that differ in their seeds: with intervals."""
+    def rows(config, clean, fogs, other):
+        row = dict(config=config, checkpoint='b', processor='c', torch='d', images=1)
+        return [dict(row, corruption='none', severity=0, metric='top1', value=clean),
+                *(dict(row, corruption='fog', severity=i, metric='top1', value=fog) for i, fog in enumerate(fogs, 1)),
+                dict(row, corruption='jpeg_compression', severity=1, metric='top1', value=other),
+                dict(row, corruption='unknown: others', severity=0, metric='AUROC', value=other / 100)]
+
+    table = tmp_path / 'table.csv'
+    robustness.write_rows(table, robustness.FIELDS, [
+        *rows('A, seed 0', 80, (20, 40), 60), *rows('B', 50, (10, 30), 50), *rows('A, seed 1', 60, (20, 20), 50)])
+    with pytest.raises(SystemExit) as ended:
+        run('--summary', table)
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out.splitlines()
+    head, _, *lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in printed]
+    assert head == ['', 'A', 'B']
+    # Two values and their interval: half their difference times Student's 12.706.
+    assert lines == [['clean', '70.00 ± 127.06', '50.00'], ['mean over corruptions', '35.00 ± 63.53', '30.00'],
+                     ['share of the clean one, %', '50.00 ± 0.00', '60.00'], ['fog', '25.00 ± 63.53', '20.00'],
+                     ['jpeg compression', '55.00 ± 63.53', '50.00'], ['others: AUROC', '0.55 ± 0.64', '0.50']]
+    with pytest.raises(SystemExit):
+        run('--summary', tmp_path / 'missing.csv')
+    assert 'missing.csv: no rows there' in capsys.readouterr().err
+
+
 def test_a_detector_that_finds_nothing_has_a_score():
     assert robustness.metric_of({}, 'coco/bbox_mAP') == ('coco/bbox_mAP', 0)
     assert robustness.metric_of({'coco/bbox_mAP': 0.5, 'coco/segm_mAP': 0.4}, None) == ('coco/bbox_mAP', 0.5)

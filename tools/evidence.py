@@ -27,14 +27,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmengine.config import Config
-from scipy.stats import t as student
 
 from mmlocalmamba.backbones.archs import LOCAL_VIM, LOCAL_VMAMBA, WITHOUT_SEARCH
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.search import CANDIDATES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from records import processor, read_rows, write_rows
+from records import interval, plus_minus, processor, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ('study', 'row', 'data', 'seed', 'metric', 'value', 'images', 'epochs', 'parameters', 'processor',
@@ -46,8 +45,8 @@ def searched(**sampling):
     return dict(search=dict(candidates=list(CANDIDATES), **sampling))
 
 
-def windows(size):
-    return dict(directions=['h', 'h_flip', f'w{size}', f'w{size}_flip'])
+def windows(size, **backbone):
+    return dict(directions=['h', 'h_flip', f'w{size}', f'w{size}_flip'], **backbone)
 
 
 def blocks(local):
@@ -70,7 +69,7 @@ PYRAMIDS = {
     'ResNet': peer([20, 40, 80, 160], out_indices=(0, 1, 2, 3), **RESNET),
 }
 SIDE = dict(fashion=28, digits=32)  # of classifiers; detectors and segmentors take 128
-PATCH = 4  # 7x7 or 8x8 tokens, which leaves nothing of windows larger than 7
+PATCH = 4  # 7x7 or 8x8 tokens, but for rows that say otherwise
 GLOBAL = ['h', 'h_flip', 'v', 'v_flip']
 # As the paper has 24 blocks of two scans for 20 of four.
 TWO_SCANS = dict(arch=dict(_delete_=True, embed_dims=64, num_layers=7, d_state=4), scattn=False)
@@ -93,6 +92,8 @@ STUDIES = {
     'windows': ('localvim', {
         'w2': {}, 'w3': windows(3), 'w5': windows(5), 'w7': windows(7),
     }),
+    # As many as of an image of 224x224 in patches of 16.
+    'windows_of_14x14': ('localvim', {f'w{size}': windows(size, patch_size=2) for size in (2, 7, 14)}),
     'depth': ('localvim', {
         'global scans in all blocks': blocks(()),
         'local scans in blocks 1 and 2': blocks((0, 1)),
@@ -137,7 +138,7 @@ def random_four(blocks, seed):
 def make_config(model, data, settings, seed, epochs, directions=None):
     """The configuration of one training."""
     cfg = Config.fromfile(ROOT / 'configs' / f'{model}-nano_{data}.py')
-    settings = dict(copy.deepcopy(settings), patch_size=PATCH)
+    settings = dict(dict(patch_size=PATCH), **copy.deepcopy(settings))
     if settings.get('_delete_'):
         above = dict(mmpretrain='head', mmdet='neck', mmseg='decode_head')[cfg.default_scope]
         cfg.model[above].in_channels = settings.pop('in_channels')
@@ -247,18 +248,6 @@ def measure(study, args):
 
 
 # ---- the report ----
-
-def interval(values):
-    """Half of the 95 % interval of the mean; None for one value."""
-    if len(values) < 2:
-        return None
-    return student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-
-
-def plus_minus(values, sign=''):
-    half = interval(values)
-    return f'{statistics.mean(values):{sign}.2f}' + ('' if half is None else f' ± {half:.2f}')
-
 
 def by_row(rows, study, args):
     """{name: {seed: row of the table}}, in the study's order."""

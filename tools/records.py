@@ -2,6 +2,7 @@
 import csv
 import io
 import platform
+import statistics
 from pathlib import Path
 
 
@@ -32,3 +33,16 @@ def processor():
     found = dict(line.split(':', 1) for line in lines if ':' in line)
     found = {key.strip(): value.strip() for key, value in found.items()}
     return f'{found.get("model name", platform.machine())} family {found.get("cpu family", "?")}'
+
+
+def interval(values):
+    """Half of the 95 % interval of the mean; None for one value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t as student
+    return student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def plus_minus(values, sign=''):
+    half = interval(values)
+    return f'{statistics.mean(values):{sign}.2f}' + ('' if half is None else f' ± {half:.2f}')

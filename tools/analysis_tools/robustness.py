@@ -2,6 +2,7 @@
 
     python tools/analysis_tools/robustness.py CONFIG CHECKPOINT --csv FILE.csv [--plot FILE.png]
     python tools/analysis_tools/robustness.py CONFIG CHECKPOINT --csv FILE.csv --unknown FOLDER
+    python tools/analysis_tools/robustness.py --summary FILE.csv
 
 The first: the configuration's own test, of classification, detection or segmentation, on its images and on those with
 15 corruptions (noise, blur, weather, digital) of 5 severities each, as of ImageNet-C, made by imagecorruptions
@@ -13,6 +14,9 @@ run again.
 The second, for classifiers: pictures in FOLDER (searched recursively) are of none of the classes. Prints how well the
 largest softmax probability tells them from the test's own images: the area under the ROC curve, and the share of them
 that is taken for known where 95 % of the known images are (FPR95).
+
+The third: what the table has, a column for each model, corruptions as means over their severities. Rows whose --name
+ends in ", seed N" are trainings of one model: their mean, with its 95 % interval (Student's t).
 """
 import argparse
 import hashlib
@@ -35,7 +39,7 @@ from mmlocalmamba import zoo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis_tools.latency import PICTURES
-from records import processor, read_rows, write_rows
+from records import plus_minus, processor, read_rows, write_rows
 
 FIELDS = ('config', 'checkpoint', 'corruption', 'severity', 'metric', 'value', 'images', 'processor', 'torch')
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -227,6 +231,50 @@ def report(rows, clean, metric):
     print(f'\n{metric}: clean {clean:.4g}, mean over corruptions {mean:.4g}, {share}')
 
 
+def scores(rows):
+    """{line of the summary: value} of one training."""
+    lines, corrupted = defaultdict(list), []
+    for row in rows:
+        name, value = row['corruption'], float(row['value'])
+        if name.startswith(UNKNOWN):
+            name = f'{name.removeprefix(UNKNOWN)}: {row["metric"]}'
+        elif name != 'none':
+            corrupted.append(value)
+        lines[name].append(value)
+    values = {name: np.mean(found) for name, found in lines.items()}
+    first = {}
+    if 'none' in values:
+        first['clean'] = clean = values.pop('none')
+    if corrupted:
+        first['mean over corruptions'] = np.mean(corrupted)
+        if first.get('clean'):
+            first['share of the clean one, %'] = 100 * np.mean(corrupted) / clean
+    return first | values
+
+
+def summary(rows):
+    """A column for each model; trainings that differ in their seeds are one."""
+    trainings = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        trainings[row['config'].partition(', seed ')[0]][row['config']].append(row)
+    columns = {model: [scores(found) for found in seeds.values()] for model, seeds in trainings.items()}
+    print(f'| | {" | ".join(columns)} |\n|{"---|" * (len(columns) + 1)}')
+    for line in dict.fromkeys(line for column in columns.values() for values in column for line in values):
+        cells = ([float(values[line]) for values in column if line in values] for column in columns.values())
+        print(f'| {line.replace("_", " ")} | {" | ".join(plus_minus(values) if values else "" for values in cells)} |')
+
+
+class Summary(argparse.Action):
+    """Needs neither a configuration nor a checkpoint, as --help does."""
+
+    def __call__(self, parser, namespace, path, option_string=None):
+        rows = read_rows(Path(path))
+        if not rows:
+            parser.error(f'{option_string} {path}: no rows there')
+        summary(rows)
+        parser.exit()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing
 
@@ -321,6 +369,7 @@ def main(arguments=None):
     parser.add_argument('--cache', type=Path, help='folder for corrupted images (none are kept)')
     parser.add_argument('--plot', help='picture of the whole table')
     parser.add_argument('--unknown', metavar='FOLDER', help='pictures of none of the classes')
+    parser.add_argument('--summary', action=Summary, metavar='FILE.csv', help='print what a table has, of all models')
     args = parse(parser, arguments)
     unknown(args) if args.unknown else corruptions(args)
     if args.plot:
