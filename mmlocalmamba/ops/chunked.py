@@ -54,10 +54,9 @@ def _carry(local: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
     enter = torch.zeros_like(local)
     order = range(local.shape[1] - 1)
     for j in (reversed(order) if reverse else order):
-        if reverse:
-            torch.addcmul(local[:, j + 1], decay[:, j + 1], enter[:, j + 1], out=enter[:, j])
-        else:
-            torch.addcmul(local[:, j], decay[:, j], enter[:, j], out=enter[:, j + 1])
+        here, there = (j + 1, j) if reverse else (j, j + 1)
+        # Not by out=, which torch.compile does not take for a part of a tensor before torch 2.9.
+        enter[:, there].copy_(local[:, here]).addcmul_(decay[:, here], enter[:, here])
     return enter
 
 
