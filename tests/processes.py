@@ -1,5 +1,6 @@
 """Processes of their own for tests: one, or two that train together."""
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,9 +14,15 @@ PYTHON = [sys.executable, '-W', 'ignore']
 
 
 def port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return str(free.getsockname()[1])
+    """A free one, below those that systems hand out: no connection of another process gets it before it is used."""
+    while True:
+        number = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as free:
+            try:
+                free.bind(('127.0.0.1', number))
+            except OSError:
+                continue
+            return str(number)
 
 
 def start(*command, new_session=False, **env):

@@ -1,6 +1,7 @@
 """What others need to join: a workflow that calls targets that exist, valid forms, types of all that is public."""
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,15 @@ def test_public_functions_have_types():
         if untyped or node.returns is None:
             bare.append(f'{path.relative_to(ROOT)}:{node.lineno} {node.name}')
     assert [name for name in bare if 'ops/library.py' not in name] == []
+
+
+@pytest.mark.parametrize('call,code', [("write_whole('name', 'text')", 0), ("write_whole(3, 'text')", 1)])
+def test_types_are_checked(tmp_path, call, code):
+    """The settings of `make lint` let a right call pass, and notice a wrong one."""
+    program = shutil.which('mypy', path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip('mypy is not installed')
+    (tmp_path / 'user.py').write_text(f'from mmlocalmamba.files import write_whole\n{call}\n')
+    done = subprocess.run([program, '--config-file', ROOT / 'pyproject.toml', '--cache-dir', tmp_path / 'cache',
+                           tmp_path / 'user.py'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and ('arg-type' in done.stdout) == bool(code), done.stdout + done.stderr
