@@ -1,4 +1,5 @@
 """Layers by hand: what their formulas say, where whole models would not show a slip."""
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 from mmlocalmamba.layers import (
     LocalVimMixer,
     LocalVMambaMixer,
+    PatchEmbed,
     ResidualRMSNorm,
     SCAttn,
     TokenLinear,
@@ -146,3 +148,29 @@ def test_positions_of_another_grid(tokens):
     grid = positions[:, rest].float().view(1, 3, 5, 8).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(5, 3), mode='bicubic').permute(0, 2, 3, 1).flatten(1, 2)
     torch.testing.assert_close(found[:, rest], grid.bfloat16())
+
+
+@pytest.mark.parametrize('autocast', [True, False])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('channels,kernel,stride',
+                         [(3, 2, 2), (3, 4, 4), (4, 16, 16), (8, 8, 8), (3, 16, 8), (16, 4, 4)])
+def test_patches_in_16_bits(channels, kernel, stride, dtype, autocast):
+    """Outputs and gradients are those of float64 but for roundings, also where images are one token wide or high."""
+    torch.manual_seed(0)
+    embed = PatchEmbed(channels, 24, kernel_size=kernel, stride=stride, padding=0, norm_cfg=dict(type='LN'))
+    for grid in ((1, 1), (5, 1), (1, 5), (9, 2), (7, 7)):
+        sides = [(count - 1) * stride + kernel + 1 for count in grid]  # the last pixel belongs to none
+        image, found = torch.randn(2, channels, *sides), []
+        weights = torch.randn(2, grid[0] * grid[1], 24)
+        torch.full((40000, ), float('nan'), dtype=dtype)  # what is not written should show
+        for low in (False, True):
+            model = copy.deepcopy(embed).to(torch.float64 if not low else torch.float32 if autocast else dtype)
+            x = image.to(model.projection.weight.dtype).requires_grad_()
+            with torch.autocast('cpu', dtype, enabled=low and autocast):
+                out, size = model(x)
+            assert size == grid and (not low or autocast or out.dtype == dtype)
+            (out.double() * weights).sum().backward()
+            found.append([out.detach(), x.grad, *(parameter.grad for parameter in model.parameters())])
+        for exact, other in zip(*found, strict=True):
+            error = (other.double() - exact).norm() / exact.norm().clamp(min=1e-3)
+            assert error < (0.02 if dtype == torch.bfloat16 else 0.004), (grid, error)

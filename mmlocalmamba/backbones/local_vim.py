@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from mmcv.cnn.bricks import DropPath
-from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from mmlocalmamba.backbones.base import (
 )
 from mmlocalmamba.layers import (
     LocalVimMixer,
+    PatchEmbed,
     ResidualRMSNorm,
     resize_pos_embed,
     resized_rotary_tables,

@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 
 from mmcv.cnn.bricks import DropPath
-from mmcv.cnn.bricks.transformer import PatchEmbed, PatchMerging
+from mmcv.cnn.bricks.transformer import PatchMerging
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +19,7 @@ from mmlocalmamba.backbones.base import (
     resolve_out_indices,
     resolve_search,
 )
-from mmlocalmamba.layers import LocalVMambaMixer
+from mmlocalmamba.layers import LocalVMambaMixer, PatchEmbed
 from mmlocalmamba.registry import MODELS
 from mmlocalmamba.scans import ScanTables, scan_tables_of
 
