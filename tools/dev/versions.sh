@@ -8,6 +8,7 @@
 # Each row has an environment of its own, in $FOLDER, which is removed before the next: 1 to 6 GB. What was said is in
 # $FOLDER-*.log. Interpreters are pythonX.Y, or those of pyenv; a row without interpreter, or whose packages cannot be had,
 # says so and is no failure of the others. MMCV=yes compiles mmcv where there is no ready wheel of it: 10 minutes a row.
+# MMCV=only: nothing but that and the trainings.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
@@ -43,7 +44,7 @@ outcome() {
 }
 
 row() {
-    local python=$1 torch=$2 torchvision=$3 log="$FOLDER-python-$1-torch-$2.log" interpreter scans bones=- training=-
+    local python=$1 torch=$2 torchvision=$3 log="$FOLDER-python-$1-torch-$2.log" interpreter scans=- bones=- training=-
     interpreter=$(find_python "$python")
     if [ -z "$interpreter" ]; then
         echo "| $python | $torch, $torchvision | no such Python here | | |"
@@ -66,15 +67,16 @@ row() {
     # The installed package, not the sources.
     rm -rf "$FOLDER/source/mmlocalmamba"
     # shellcheck disable=SC2086
-    scans=$(outcome "$FOLDER/source" $alone)
-    if $pip mmengine==0.10.7 mmcv-lite==2.1.0 >>"$log" 2>&1; then
+    [ "${MMCV:-no}" = only ] || scans=$(outcome "$FOLDER/source" $alone)
+    if [ "${MMCV:-no}" != only ] && $pip mmengine==0.10.7 mmcv-lite==2.1.0 >>"$log" 2>&1; then
         # shellcheck disable=SC2086
         bones=$(outcome "$FOLDER/source" $backbones)
     fi
-    if [ "${MMCV:-no}" = yes ]; then
+    if [ "${MMCV:-no}" != no ]; then
         "$FOLDER/venv/bin/python" -m pip uninstall --yes --quiet mmcv-lite >>"$log" 2>&1
-        if (cd "$FOLDER/source" && PATH="$FOLDER/venv/bin:$PATH" bash tools/install.sh --no-venv &&
-            PATH="$FOLDER/venv/bin:$PATH" "$FOLDER/venv/bin/python" tools/smoke.py) >>"$log" 2>&1; then
+        git archive HEAD | tar -x -C "$FOLDER" --one-top-level=source
+        if (cd "$FOLDER/source" && export PATH="$FOLDER/venv/bin:$PATH" &&
+            PYTHON="$FOLDER/venv/bin/python" bash tools/install.sh --no-venv && python tools/smoke.py) >>"$log" 2>&1; then
             training=yes
         else
             training="no: $(tail -n 1 "$log" | cut -c 1-100)"
