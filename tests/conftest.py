@@ -1,6 +1,7 @@
 """Triton's kernels run in its interpreter where there is no GPU, which must be said before Triton is imported; what
 several files of tests share."""
 import os
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -56,3 +57,10 @@ def tuning_file(tmp_path, monkeypatch):
     tuning.saved.cache_clear()
     yield path
     tuning.saved.cache_clear()
+
+
+@pytest.fixture
+def no_scope(monkeypatch):
+    """As in a new process: inferencers keep the default scope that an earlier test has left."""
+    from mmengine.registry import DefaultScope
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())

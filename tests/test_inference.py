@@ -1,5 +1,4 @@
 """The inferencers of mmpretrain, mmdet and mmsegmentation with our configurations and a checkpoint, on one image."""
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-
-
-@pytest.fixture(autouse=True)
-def no_scope(monkeypatch):
-    """As in a new process: inferencers keep the default scope that an earlier test has left."""
-    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
+pytestmark = pytest.mark.usefixtures('no_scope')
 
 
 @pytest.fixture

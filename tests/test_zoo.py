@@ -1,7 +1,6 @@
 """Weights that come with the package: their files, by every way that takes a checkpoint, and what they are worth."""
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -123,11 +122,6 @@ def test_load_from(configuration):
     runner = Runner.from_cfg(configuration('localvim-nano_digits', load_from=NANO))
     metrics = runner.test()
     assert same(runner.model) and metrics['accuracy/top1'] > 80  # 20 images or so
-
-
-@pytest.fixture
-def no_scope(monkeypatch):
-    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.mark.slow
