@@ -79,7 +79,7 @@ row() {
             PYTHON="$FOLDER/venv/bin/python" bash tools/install.sh --no-venv && python tools/smoke.py) >>"$log" 2>&1; then
             training=yes
         else
-            training="no: $(tail -n 1 "$log" | cut -c 1-100)"
+            training="no: $(grep -E '[A-Z][A-Za-z]*Error|^fail ' "$log" | tail -n 1 | cut -c 1-100)"
         fi
     fi
     echo "| $python | $torch, $torchvision | $scans | $bones | $training |"
