@@ -133,12 +133,26 @@ def test_inner_models_and_falling_lists():
     assert model['data_preprocessor']['data_preprocessor']['bgr_to_rgb'] is True
 
 
+@pytest.mark.parametrize('indices,given,widths,expected', [
+    ((0, 1, 2), {}, [256, 512, 1024], ([0, 1, 2], [32, 64, 128])),  # not the last three
+    ((22, 34), dict(out_indices=(2, 3)), [1024, 512], ((2, 3), [256, 128])),  # two that fall
+    ((22, 34), dict(out_indices=(2, 3)), [512, 512], ((2, 3), [128, 256])),
+])
+def test_stages_of_maps(indices, given, widths, expected):
+    model = dict(detector(), backbone=dict(RESNET, out_indices=indices), neck=dict(in_channels=widths))
+    model = with_backbone(model, dict(VMAMBA, **given))
+    assert (model['backbone']['out_indices'], model['neck']['in_channels']) == expected
+
+
 @pytest.mark.parametrize('change, backbone, message', [
     (dict(backbone=dict(type='SSDVGG', out_indices=(22, 34)), neck=dict(in_channels=(512, 1024))), VMAMBA,
      'the 2 maps of SSDVGG is not known: give out_indices'),
     (dict(), dict(VMAMBA, out_indices=(1, 2)), r'reads 4 maps, out_indices=\(1, 2\) gives 2'),
     (dict(neck=None, bbox_head=dict()), VMAMBA, 'says in_channels'),
-    (dict(backbone=dict(type='VisionTransformer', patch_size=16, out_indices=(2, 5, 8, 11))), VMAMBA, 'take LocalVim'),
+    (dict(backbone=dict(type='SSDVGG', out_indices=(22, 34)), neck=dict(in_channels=(512, 1024))),
+     dict(VMAMBA, out_indices=3), 'reads 2 maps, out_indices=3 gives 1'),
+    (dict(backbone=dict(type='VisionTransformer', patch_size=16, out_indices=(2, 5, 8, 11))), VMAMBA,
+     'RetinaNet is made for maps of one stride, those of VisionTransformer: take LocalVim'),
     (dict(), dict(type='mmlocalmamba.SimpleFPN', backbone_channel=8, out_channels=8, num_outs=4), 'no backbone of'),
 ])
 def test_what_cannot_be_replaced(change, backbone, message):
