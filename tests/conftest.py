@@ -42,7 +42,9 @@ def configuration(tiny_digits, tmp_path):
         for key in ('val_evaluator', 'test_evaluator'):
             if 'ann_file' in cfg[key]:
                 cfg[key].ann_file = str(root / 'annotations/instances_val.json')
-        cfg.merge_from_dict(dict(work_dir=str(tmp_path / 'work'), **options))
+        # MMEngine takes runners of one name and second for one, with the scope of the first.
+        own = dict(work_dir=str(tmp_path / 'work'), experiment_name=f'{tmp_path.name}_{name}')
+        cfg.merge_from_dict(own | options)
         return cfg
 
     return write

@@ -12,7 +12,7 @@ class PatchEmbed(transformer.PatchEmbed):
 
     In 16 bits on a CPU as a matrix product of the patches: oneDNN's convolutions (3.10, with torch 2.11) leave pixels
     unwritten or give other numbers there on processors with AMX, for outputs one token wide and for patches of 8 or 16
-    pixels of 4 and more channels (https://github.com/pytorch/pytorch/issues/169688 and 163347). It takes no longer.
+    pixels of 4 and more channels (https://github.com/pytorch/pytorch/issues/169688 and 163347).
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
