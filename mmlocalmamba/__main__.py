@@ -8,11 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from mmlocalmamba import __version__, ops
-from mmlocalmamba.ops.self_test import LIMIT, convolution_error, self_test
+from mmlocalmamba.ops.self_test import LIMIT, LIMIT_BFLOAT16, convolution_error, self_test
 from mmlocalmamba.ops.triton import tuning
 from mmlocalmamba.ops.triton.tune import AGREE, tune
-
-_ROUNDING = 0.02  # of bfloat16, with room
 
 # What is imported, and the distributions that may bring it.
 _STACK = {
@@ -70,7 +68,7 @@ def doctor() -> bool:
     if ops.cpu.instruction_sets():
         print(f'\nInstruction sets of the CPU kernels: {", ".join(ops.cpu.instruction_sets())}')
     error = convolution_error()
-    if not error <= _ROUNDING:
+    if not error <= LIMIT_BFLOAT16:
         print(f"\nWARNING: torch's convolutions in bfloat16 are wrong on this processor for some shapes (relative "
               f'error {error:.1e}).\n  Backbones of this package do without them. For necks, heads and models of '
               'others, in 16 bits on this CPU:\n  export ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 (docs/training.md)')

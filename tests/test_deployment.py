@@ -319,7 +319,7 @@ def test_other_detectors_give_their_features(tmp_path):
 def test_metrics_of_a_file(name, shape, metric, configuration, tmp_path, monkeypatch, capsys):
     """They are those that the model itself has on the same data."""
     from mmengine.runner import Runner
-    cfg = configuration(name, experiment_name=f'metrics_{name}')
+    cfg = configuration(name)
     runner = Runner.from_cfg(cfg)
     with torch.no_grad():
         randomised(runner.model)

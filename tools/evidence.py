@@ -138,7 +138,7 @@ def random_four(blocks, seed):
 def make_config(model, data, settings, seed, epochs, directions=None):
     """The configuration of one training."""
     cfg = Config.fromfile(ROOT / 'configs' / f'{model}-nano_{data}.py')
-    settings = dict(dict(patch_size=PATCH), **copy.deepcopy(settings))
+    settings = dict(patch_size=PATCH) | copy.deepcopy(settings)
     if settings.get('_delete_'):
         above = dict(mmpretrain='head', mmdet='neck', mmseg='decode_head')[cfg.default_scope]
         cfg.model[above].in_channels = settings.pop('in_channels')

@@ -55,7 +55,7 @@ def _carry(local: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
     order = range(local.shape[1] - 1)
     for j in (reversed(order) if reverse else order):
         here, there = (j + 1, j) if reverse else (j, j + 1)
-        # Not by out=, which torch.compile does not take for a part of a tensor before torch 2.9.
+        # Not by out=, which torch.compile of torch 2.8 does not take for a part of a tensor.
         enter[:, there].copy_(local[:, here]).addcmul_(decay[:, here], enter[:, here])
     return enter
 

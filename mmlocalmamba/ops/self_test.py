@@ -12,6 +12,7 @@ from mmlocalmamba.scans import ScanTables, scan_tables
 
 # Relative errors beyond which a backend is called wrong: float32 arithmetic stays far below.
 LIMIT = 1e-4
+LIMIT_BFLOAT16 = 0.02  # of one operation: its rounding makes 0.003
 
 
 def scan_inputs(H: int, W: int, width: int, N: int, device: str, batch: int = 1,
@@ -61,14 +62,13 @@ _CONVOLUTIONS = ((4, 16, 16, 0, (2, 7)), (3, 2, 2, 0, (9, 1)), (256, 3, 2, 1, (4
 
 
 def convolution_error() -> float:
-    """Largest relative error of torch's convolutions in bfloat16 on the CPU; rounding makes it 0.003."""
-    errors = []
+    """Largest relative error of torch's convolutions in bfloat16 on the CPU."""
+    ours, exact = [], []
     for channels, kernel, stride, padding, size in _CONVOLUTIONS:
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(1, channels, *((count - 1) * stride + kernel - 2 * padding for count in size),
                             generator=generator).bfloat16()
         weight = torch.randn(64, channels, kernel, kernel, generator=generator).bfloat16()
-        ours, exact = (F.conv2d(image.to(dtype), weight.to(dtype), stride=stride, padding=padding)
-                       for dtype in (torch.bfloat16, torch.float32))
-        errors.append(relative_difference([ours], [exact]))
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+        ours.append(F.conv2d(image, weight, stride=stride, padding=padding))
+        exact.append(F.conv2d(image.float(), weight.float(), stride=stride, padding=padding))
+    return relative_difference(ours, exact)

@@ -74,7 +74,7 @@ row() {
     fi
     if [ "${MMCV:-no}" != no ]; then
         "$FOLDER/venv/bin/python" -m pip uninstall --yes --quiet mmcv-lite >>"$log" 2>&1
-        git archive HEAD | tar -x -C "$FOLDER" --one-top-level=source
+        git archive HEAD mmlocalmamba | tar -x -C "$FOLDER/source"
         if (cd "$FOLDER/source" && export PATH="$FOLDER/venv/bin:$PATH" &&
             PYTHON="$FOLDER/venv/bin/python" bash tools/install.sh --no-venv && python tools/smoke.py) >>"$log" 2>&1; then
             training=yes
