@@ -1,13 +1,15 @@
-# STACK: openmmlab (default) or onedl. PYTHON: the interpreter to build on.
+# STACK: openmmlab (default) or onedl. PYTHON: the interpreter that the environment is built on.
 STACK ?= openmmlab
 PYTEST_ARGS ?=
-# Processes that run tests, a core and some 2 GB of memory each; 0: none but pytest itself, as a debugger wants.
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# The number of processes that run tests. Each takes a core and about 2 GB of memory. 0 runs the tests in pytest's own
+# process, as a debugger needs. nproc obeys OMP_NUM_THREADS, which is set below.
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+TESTS := tests $(wildcard research/tests)
 
 ifeq ($(STACK),onedl)
 VENV := .venv-onedl
-# `mmdet` is ambiguous to OneDL's mim.
+# OneDL's mim finds `mmdet` ambiguous.
 MIM_DET := mmdetection
 else
 VENV := .venv
@@ -23,8 +25,8 @@ WEB := docs/demo
 WEB_CONFIG := configs/localvmamba-nano_digits.py
 WEB_CHECKPOINT := work_dirs/localvmamba-nano_digits/epoch_40.pth
 
-# The tensors of tests and demo are small: a second thread costs more than it brings. Threads that
-# spin while they wait starve the data loader: 5.2 s instead of 0.36 s for an iteration on 2 cores.
+# The tensors of the tests and the demo are small, so a second thread costs more than it saves. Threads that spin while
+# they wait starve the data loader: an iteration takes 5.2 s instead of 0.36 s on 2 cores.
 OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
@@ -35,20 +37,20 @@ export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
 	@echo "make test      install, run the fast tests; PYTEST_ARGS='-k scans' passes arguments on,"
-	@echo "               WORKERS=2 says how many run at once (default: one per core, at most 8)"
-	@echo "make test-all  all tests"
-	@echo "make coverage  the fast tests, and which lines they do not reach"
-	@echo "make image-test  the container image, built and run (root; Debian's docker.io, debootstrap; docs/jobs.md)"
-	@echo "make slurm-test  a job on a Slurm of two nodes (root; Debian's slurmctld, slurmd, munge; docs/jobs.md)"
-	@echo "make audit     bill of materials of the environment, and known holes of what is pinned (asks PyPI)"
+	@echo "               WORKERS=2 sets how many run at once (default: one per core, at most 8)"
+	@echo "make test-all  run all tests"
+	@echo "make coverage  run the fast tests and list the lines that they do not reach"
+	@echo "make image-test  build and run the container image (root; Debian's docker.io, debootstrap; docs/jobs.md)"
+	@echo "make slurm-test  run a job on a Slurm of two nodes (root; Debian's slurmctld, slurmd, munge; docs/jobs.md)"
+	@echo "make audit     write a bill of materials, look up known vulnerabilities of the pinned packages (asks PyPI)"
 	@echo "make smoke     install, build every configuration; train, resume and test each task on tiny data"
 	@echo "make install   install only"
-	@echo "make docs      the documentation, into docs/_build (Python >= 3.11; an environment of its own, 10 s)"
-	@echo "make web-demo  the demo in a browser, into docs/demo/_build (npm; trains a classifier first, 2 to 4 minutes)"
-	@echo "make web-demo-test   the same, tested in a headless Chromium (npm, chromium)"
-	@echo "make lint      ruff and mypy"
-	@echo "make clean     remove what these commands have made"
-	@echo "STACK=onedl after any of them takes the OneDL stack instead of OpenMMLab."
+	@echo "make docs      build the documentation into docs/_build (Python >= 3.11; its own environment, 10 s)"
+	@echo "make web-demo  build the browser demo in docs/demo/_build (npm; trains a classifier first, 2 to 4 minutes)"
+	@echo "make web-demo-test   build the browser demo and test it in a headless Chromium (npm, chromium)"
+	@echo "make lint      run ruff and mypy"
+	@echo "make clean     remove everything that these commands made"
+	@echo "STACK=onedl after a command takes the OneDL stack instead of OpenMMLab."
 
 install:
 	@bash tools/install.sh
@@ -57,22 +59,22 @@ $(DEMO_DATA): | install
 	@echo "Writing the demo data into $(DEMO_DATA)"
 	@$(BIN)/python tools/dataset_converters/digits.py $(DEMO_DATA)
 
-# An interrupted training goes on, a finished one is not repeated: --resume.
+# With --resume an interrupted training continues and a finished one is not repeated.
 demo: install | $(DEMO_DATA)
-	@echo "Training into $(DEMO_DIR): at most 8 minutes on 2 cores; remove the folder to start anew"
+	@echo "Training into $(DEMO_DIR): at most 8 minutes on 2 cores; remove the folder to start again"
 	@PATH="$(BIN):$$PATH" mim train $(MIM_DET) $(DEMO_CONFIG) --work-dir $(DEMO_DIR) --resume
 	@$(BIN)/python tools/demo.py $(DEMO_CONFIG) $(DEMO_DIR)
 
 test: install
-	@$(PYTEST) -m "not slow" tests $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(TESTS) $(PYTEST_ARGS)
 
 test-all: install
-	@$(PYTEST) --durations=25 tests $(PYTEST_ARGS)
+	@$(PYTEST) --durations=25 $(TESTS) $(PYTEST_ARGS)
 
 coverage: install
-	@$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered tests $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered $(TESTS) $(PYTEST_ARGS)
 
-# ENGINE=podman or buildah; IMAGE_CACHE=folder keeps layers.
+# ENGINE=podman or ENGINE=buildah takes another engine; IMAGE_CACHE=FOLDER keeps the layers.
 image-test: install
 	@$(BIN)/python -m pytest -v -s tests/systems/test_image.py $(PYTEST_ARGS)
 
@@ -80,9 +82,9 @@ slurm-test: install
 	@$(BIN)/python -m pytest -v tests/systems/test_slurm.py $(PYTEST_ARGS)
 
 smoke: install
-	@PATH="$(BIN):$$PATH" $(BIN)/python tools/smoke.py
+	@PATH="$(BIN):$$PATH" $(BIN)/python tests/systems/smoke.py
 
-# The package is not imported, so neither torch nor the stack is needed.
+# Sphinx does not import the package, so this needs neither torch nor the stack.
 DOCS_BIN := .venv-docs/bin
 DOCS_PYTHON = $(or $(PYTHON),$(shell command -v python3.11 || command -v python3))
 
@@ -96,14 +98,14 @@ docs: .venv-docs/.stamp
 	@$(DOCS_BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
 	@echo "docs/_build/index.html"
 
-# ---- what is in it ----
+# ---- audit ----
 
 .venv-audit/.stamp: requirements/audit.txt
 	@$(DOCS_PYTHON) -m venv --clear .venv-audit
 	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/audit.txt
 	@touch $@
 
-# --strict: what could not be looked up is no good news.
+# --strict makes a package that could not be looked up an error.
 audit: .venv-audit/.stamp | install
 	@mkdir -p build
 	@.venv-audit/bin/cyclonedx-py environment --output-file build/sbom-$(STACK).json $(BIN)/python
@@ -111,9 +113,9 @@ audit: .venv-audit/.stamp | install
 	@.venv-audit/bin/pip-audit --strict --disable-pip --no-deps \
 		-r requirements/torch.txt -r requirements/constraints-$(STACK).txt
 
-# ---- the demo in a browser ----
+# ---- browser demo ----
 
-# The last checkpoint: it is there when the training is done. An interrupted one goes on.
+# The last checkpoint exists when the training is done. An interrupted training continues.
 $(WEB_CHECKPOINT): | install $(DEMO_DATA)
 	@echo "Training the classifier of the demo: 2 to 4 minutes on 2 idle cores"
 	@$(BIN)/python tools/train.py $(WEB_CONFIG) --work-dir $(@D) --resume
@@ -123,10 +125,10 @@ $(WEB)/node_modules/.package-lock.json: $(WEB)/package-lock.json
 	@npm ci --prefix $(WEB) --ignore-scripts --no-audit --no-fund
 
 web-demo: $(WEB)/node_modules/.package-lock.json $(WEB_CHECKPOINT) | install $(DEMO_DATA)
-	@$(BIN)/python tools/web_demo.py build $(WEB_CONFIG) $(WEB_CHECKPOINT)
+	@$(BIN)/python docs/demo/web_demo.py build $(WEB_CONFIG) $(WEB_CHECKPOINT)
 
 web-demo-test: web-demo
-	@$(BIN)/python tools/web_demo.py test
+	@$(BIN)/python docs/demo/web_demo.py test
 
 lint: install
 	@$(BIN)/ruff check .

@@ -1,10 +1,9 @@
 """LocalVim-T on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images.
 
-From the authors' recipe this differs in the EMA (on, with the decay the paper states; off in their
+This differs from the authors' recipe in the EMA (on, with the decay that the paper states; off in their
 file) and in RandAugment (without their own Distort, Zoom, Blur and Skew).
 """
 _base_ = [
-    '_base_/models/classifier.py',
     '_base_/datasets/imagenet_bs128.py',
     '_base_/schedules/imagenet_300e.py',
 ]

@@ -1,10 +1,9 @@
 """Direction search for LocalVim-T and -S on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images.
 
-One supernet of dimension 128 serves both, whose blocks differ in width only. Retrain with
+One supernet of dimension 128 serves both models, because their blocks differ only in width. Retrain with
 localvim-{t,s}_8xb128_in1k.py --cfg-options model.backbone.directions=WORK_DIR/directions.json
 """
 _base_ = [
-    '_base_/models/classifier.py',
     '_base_/datasets/imagenet_bs128.py',
     '_base_/schedules/imagenet_search_100e.py',
 ]

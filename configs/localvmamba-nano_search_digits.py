@@ -1,5 +1,6 @@
-"""Demo: direction search for LocalVMamba-nano on handwritten digits, on a CPU: weights on one half of the
-training images, logits on the other.
+"""Demo: direction search for LocalVMamba-nano on handwritten digits, on a CPU.
+
+The weights are trained on one half of the training images, the logits on the other half.
 
 Retrain with localvmamba-nano_digits.py --cfg-options model.backbone.directions=WORK_DIR/directions.json
 """
@@ -7,7 +8,7 @@ _base_ = './localvmamba-nano_digits.py'
 
 model = dict(backbone=dict(directions='search'))
 
-# Images stand in the order of their classes: every other one is a fair half.
+# Images are sorted by class, so every other image is a fair half.
 train_dataloader = dict(dataset=dict(indices=range(0, 1438, 2)))
 custom_hooks = [
     *_base_.custom_hooks,
@@ -27,6 +28,6 @@ custom_hooks = [
                 indices=range(1, 1438, 2),
                 pipeline=_base_.train_pipeline))),
 ]
-# With half of the images an epoch has half of the steps.
+# With half of the images an epoch has half as many steps.
 train_cfg = dict(max_epochs=40, val_interval=4)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))

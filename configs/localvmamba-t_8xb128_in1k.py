@@ -1,10 +1,9 @@
 """LocalVMamba-T on ImageNet-1K. Total batch 1024: 8 GPUs x 128 images.
 
-The authors train LocalVMamba, but not LocalVim, in mixed precision. For the rest see
+The authors train LocalVMamba in mixed precision, and LocalVim without. For the rest see
 localvim-t_8xb128_in1k.py.
 """
 _base_ = [
-    '_base_/models/classifier.py',
     '_base_/datasets/imagenet_bs128.py',
     '_base_/schedules/imagenet_300e.py',
 ]

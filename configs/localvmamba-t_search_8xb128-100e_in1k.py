@@ -4,7 +4,6 @@ The supernet is a third as wide. Retrain with
 localvmamba-t_8xb128_in1k.py --cfg-options model.backbone.directions=WORK_DIR/directions.json
 """
 _base_ = [
-    '_base_/models/classifier.py',
     '_base_/datasets/imagenet_bs128.py',
     '_base_/schedules/imagenet_search_100e.py',
 ]

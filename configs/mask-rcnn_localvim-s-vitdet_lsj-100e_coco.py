@@ -4,7 +4,8 @@ Total batch 64: 8 GPUs x 8 images.
 """
 _base_ = './mask-rcnn_localvim-t-vitdet_lsj-100e_coco.py'
 
-pretrained = None  # weights of LocalVim-S are not released
 model = dict(
-    backbone=dict(arch='small'),
+    backbone=dict(
+        init_cfg=dict(checkpoint=None),  # weights of LocalVim-S are not released
+        arch='small'),
     neck=dict(backbone_channel=384))

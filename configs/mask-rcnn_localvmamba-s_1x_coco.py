@@ -2,5 +2,7 @@
 _base_ = './mask-rcnn_localvmamba-t_1x_coco.py'
 
 # the authors' weights of ImageNet; a file, another URL or None (from scratch)
-pretrained = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vssm_small.ckpt'
-model = dict(backbone=dict(arch='small'))
+model = dict(
+    backbone=dict(
+        init_cfg=dict(checkpoint='https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vssm_small.ckpt'),
+        arch='small'))

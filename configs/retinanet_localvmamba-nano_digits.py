@@ -4,7 +4,7 @@ Total batch 8.
 """
 _base_ = [
     '_base_/models/retinanet_localvmamba.py',
-    '_base_/datasets/digits_boxes.py',
+    '_base_/datasets/digits_coco.py',
     '_base_/schedules/digits_det.py',
 ]
 
@@ -19,3 +19,6 @@ model = dict(
         feat_channels=64,
         anchor_generator=dict(strides=[4, 8, 16, 32])),  # objects of 20 to 56 pixels
     test_cfg=dict(nms_pre=500, max_per_img=20))
+
+# The annotations need no polygons.
+globals().update(__import__('mmlocalmamba').without_masks(_base_))

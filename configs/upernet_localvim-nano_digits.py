@@ -3,13 +3,14 @@
 Total batch 8.
 """
 _base_ = [
-    '_base_/models/upernet_digits.py',
+    '_base_/models/upernet_localvmamba_nano.py',
     '_base_/datasets/digits_ade.py',
     '_base_/schedules/digits_seg.py',
 ]
 
 model = dict(
     backbone=dict(
+        _delete_=True,
         type='mmlocalmamba.LocalVim',
         arch='nano',
         img_size=128,

@@ -2,7 +2,8 @@
 _base_ = './upernet_localvmamba-t_8xb2-160k_ade20k-512x512.py'
 
 # the authors' weights of ImageNet; a file, another URL or None (from scratch)
-pretrained = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vssm_small.ckpt'
 model = dict(
-    backbone=dict(arch='small', drop_path_rate=0.2))
+    backbone=dict(
+        init_cfg=dict(checkpoint='https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vssm_small.ckpt'),
+        arch='small', drop_path_rate=0.2))
 optim_wrapper = dict(type=_base_.amp_optim_wrapper)

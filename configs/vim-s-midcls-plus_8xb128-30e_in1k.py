@@ -1,4 +1,4 @@
-"""Vim-S+: see vim-t-midcls-plus_8xb128-30e_in1k.py. 81.6 % top-1 is the number of hustvl/Vim's README."""
+"""Vim-S+: see vim-t-midcls-plus_8xb128-30e_in1k.py. hustvl/Vim's README reports 81.6 % top-1."""
 _base_ = './vim-t-midcls-plus_8xb128-30e_in1k.py'
 
 model = dict(

@@ -1,8 +1,7 @@
 """Vim-T+: Vim-T at finer granularity, patches of 16 at a stride of 8.
 
-Made from Vim-T (`pretrained`) by 30 epochs at a constant rate, as hustvl/Vim's ft-vim-t.sh does. Vim
-has released its weights; 78.3 % top-1 is the number of its README. Total batch 1024: 8 GPUs x 128
-images.
+30 epochs at a constant rate make it from Vim-T (`pretrained`), as hustvl/Vim's ft-vim-t.sh does.
+hustvl/Vim released its weights; its README reports 78.3 % top-1. Total batch 1024: 8 GPUs x 128 images.
 """
 _base_ = './vim-t-midcls_8xb128_in1k.py'
 

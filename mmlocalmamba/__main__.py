@@ -1,6 +1,6 @@
-"""``python -m mmlocalmamba``: ``doctor`` tells what is installed, which backends can run, and whether they compute
-rightly; ``check`` builds what a configuration needs, looks at its data and makes a step, to say what would go wrong in
-a training; ``tune`` times the Triton scan kernels on this GPU and keeps the fastest block sizes."""
+"""``python -m mmlocalmamba``: ``doctor`` lists versions and backends, and tests that the backends compute correctly;
+``check`` builds a training from a configuration, checks its data and makes a step, to find problems beforehand;
+``tune`` times the Triton scan kernels on this GPU and stores the fastest block sizes."""
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from mmlocalmamba import __version__, ops
+from mmlocalmamba.ops.backends.triton import tuning
+from mmlocalmamba.ops.backends.triton.tune import AGREE, tune
 from mmlocalmamba.ops.self_test import LIMIT, LIMIT_BFLOAT16, convolution_error, self_test
-from mmlocalmamba.ops.triton import tuning
-from mmlocalmamba.ops.triton.tune import AGREE, tune
 
-# What is imported, and the distributions that may bring it.
+# Module -> distributions that may provide it.
 _STACK = {
     'torch': ('torch', ),
     'triton': ('triton', ),
@@ -36,7 +36,7 @@ def _installed(distributions: tuple[str, ...]) -> str:
 
 
 def doctor() -> bool:
-    """Print the report; False if a backend computes wrongly or fails."""
+    """Print the report. Return False if a backend fails or computes wrong results."""
     print(f'mmlocalmamba {__version__}, Python {platform.python_version()}, {platform.platform()}')
     for name, distributions in _STACK.items():
         print(f'  {name:12}{_installed(distributions)}')
@@ -53,11 +53,11 @@ def doctor() -> bool:
                 continue
             try:
                 error, seconds = self_test(name, device)
-            except Exception as problem:  # the very thing a doctor is asked about
+            except Exception as problem:  # report any failure
                 print(f'  {name:12}FAILS: {type(problem).__name__}: {problem}')
                 well = False
                 continue
-            right = error <= LIMIT  # NaN is not
+            right = error <= LIMIT  # False for NaN
             well &= right
             print(f'  {name:12}{"yes" if right else "WRONG"}: relative error {error:.1e}, '
                   f'{1e3 * seconds:.1f} ms for a small scan and its gradients')
@@ -70,17 +70,25 @@ def doctor() -> bool:
     error = convolution_error()
     if not error <= LIMIT_BFLOAT16:
         print(f"\nWARNING: torch's convolutions in bfloat16 are wrong on this processor for some shapes (relative "
-              f'error {error:.1e}).\n  Backbones of this package do without them. For necks, heads and models of '
-              'others, in 16 bits on this CPU:\n  export ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 (docs/training.md)')
+              f'error {error:.1e}).\n  Backbones of this package do not use them. For necks, heads and other '
+              'models in 16 bits on this CPU:\n  export ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 (docs/training.md)')
     return well
 
 
 def check(config: str, options: list[str] | None) -> bool:
-    """Read a configuration and try it; see :mod:`mmlocalmamba.trial`."""
-    # doctor and tune need torch alone
+    """Read a configuration and try it, see :mod:`mmlocalmamba.openmmlab.checks.trial`.
+
+    Args:
+        config: path of the configuration file.
+        options: KEY=VALUE overrides.
+
+    Returns:
+        True if no problems were found.
+    """
+    # Imported here because doctor and tune need only torch.
     from mmengine.config import Config, DictAction
 
-    from mmlocalmamba import trial
+    from mmlocalmamba.openmmlab.checks import trial
     cfg = Config.fromfile(config)
     if options:
         parser = argparse.ArgumentParser()
@@ -95,31 +103,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-_positive.__name__ = 'positive integer'  # argparse names it in its message
+_positive.__name__ = 'positive integer'  # argparse prints it in its error message
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m mmlocalmamba', description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
     commands.add_parser('doctor', help='versions, backends, and a self-test of each')
-    command = commands.add_parser('check', help='what would go wrong in a training with a configuration?')
+    command = commands.add_parser('check', help='find problems of a training with a configuration')
     command.add_argument('config', help='configuration file')
     command.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings')
     command = commands.add_parser('tune', help='choose block sizes of the Triton scan kernels for this GPU',
-                                  description='The choice goes to ~/.cache/mmlocalmamba/tuning.json (or under '
-                                              f'$XDG_CACHE_HOME), or to the file that ${tuning.CACHE_VARIABLE} names.')
+                                  description='Stores the choice in ~/.cache/mmlocalmamba/tuning.json (or under '
+                                              f'$XDG_CACHE_HOME), or in the file ${tuning.CACHE_VARIABLE}.')
     command.add_argument('--dtypes', nargs='+', choices=[str(dtype).removeprefix('torch.') for dtype in AGREE],
-                         default=['bfloat16', 'float32'], help='of the activations (default: %(default)s)')
+                         default=['bfloat16', 'float32'], help='dtypes of the activations (default: %(default)s)')
     command.add_argument('--states', nargs='+', type=_positive, default=[16, 1],
                          help='d_state of the models (default: %(default)s)')
-    command.add_argument('--quick', action='store_true', help='two shapes, once, instead of eight, three times')
+    command.add_argument('--quick', action='store_true', help='time two shapes once instead of eight three times')
     args = parser.parse_args()
     if args.command == 'doctor':
         raise SystemExit(0 if doctor() else 1)
     if args.command == 'check':
         raise SystemExit(0 if check(args.config, args.cfg_options) else 1)
     if not torch.cuda.is_available():
-        raise SystemExit('There is no GPU: nothing to tune.')
+        raise SystemExit('There is no GPU to tune for.')
     reason = ops.available_backends(torch.empty(0, device='cuda'))['triton']
     if reason is not None:
         raise SystemExit(f'The Triton kernels cannot run here: {reason}.')

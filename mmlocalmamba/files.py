@@ -1,10 +1,33 @@
-"""Files that are written whole or not at all."""
-import errno
-import os
-from collections.abc import Callable
-from typing import BinaryIO
+"""Checkpoints are read without executing code; files are written whole or not at all.
 
-# What file systems say that cannot sync, folders above all, and Windows of any folder. A disk that fails says EIO.
+Readable are files of ``torch.save``, safetensors files, their http(s) URLs, and ``mmlocalmamba://NAME`` for the weights
+that come with the package. A safetensors file of this package holds one state dict and, as JSON in its header, the
+state dict's own metadata (scan directions and the like) and the checkpoint's ``meta`` (class names). It is small:
+matrices have 16 bits.
+"""
+import errno
+import json
+import os
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.error import URLError
+
+# torch and safetensors are imported by the functions that need them, so that a tool which only writes a file starts at
+# once.
+
+SCHEME = 'mmlocalmamba://'
+SUFFIX = '.safetensors'
+_PACKAGED = Path(__file__).parent / 'weights' / 'packaged'
+_HEADER = 'mmlocalmamba'  # key in the header of a safetensors file
+
+# ---- writing ----
+
+# Errors of file systems that cannot sync, folders above all, and of Windows for any folder. A failing disk reports EIO.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF,
                 errno.EISDIR)
 
@@ -22,23 +45,202 @@ def _sync(path: str) -> None:
 
 
 def write_whole(path: str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a reader, and a crash at any moment, finds the old one or the new one.
+    """Write a file so that a reader, and a crash at any moment, finds either the old file or the new one.
 
     Args:
-        path: its folder is made if it does not exist.
+        path: its folder is created if it does not exist.
         content: text, bytes, or a function that writes to the open binary file.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    beside = f'{path}.{os.getpid()}.tmp'
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with open(beside, 'wb') as file:
+        with open(temporary, 'wb') as file:
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
-        _sync(beside)
-        os.replace(beside, path)
-        _sync(os.path.dirname(os.path.abspath(path)))  # the new name, too, before anybody removes an older file
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(os.path.dirname(os.path.abspath(path)))  # the new name is on disk before anybody removes an older file
     finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# ---- names of packaged weights ----
+
+
+def packaged_names() -> list[str]:
+    """Names that can follow ``mmlocalmamba://``: those of configurations whose weights come with the package."""
+    return sorted(path.stem for path in _PACKAGED.glob(f'*{SUFFIX}'))
+
+
+def locate(path: str) -> str:
+    """Return the file that a path or ``mmlocalmamba://NAME`` means.
+
+    Raises:
+        FileNotFoundError: the package has no weights of that name.
+    """
+    if not path.startswith(SCHEME):
+        return path
+    name = path.removeprefix(SCHEME)
+    if name not in packaged_names():
+        raise FileNotFoundError(2, 'no weights of this name come with the package; there are '
+                                f'{", ".join(packaged_names())}', path)
+    return str(_PACKAGED / f'{name}{SUFFIX}')
+
+
+# ---- safetensors ----
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise RuntimeError('weights in safetensors files need their package: pip install safetensors') from error
+    return safetensors
+
+
+def save_safetensors(path: str, state_dict: Any, meta: dict[str, Any] | None = None) -> None:
+    """Write weights whole or not at all: float32 matrices as float16, everything else unchanged.
+
+    Args:
+        path: file to write.
+        state_dict: with its ``_metadata``, if it has any.
+        meta: values that JSON can hold, such as MMEngine's ``dataset_meta``.
+
+    Raises:
+        ValueError: a value is too large for 16 bits, or is not finite.
+        RuntimeError: safetensors is not installed.
+    """
+    import torch
+
+    package = _safetensors()
+    tensors = {}
+    for name, value in state_dict.items():
+        value = value.detach().cpu()
+        stored = value.to(torch.float16) if value.dtype == torch.float32 and value.ndim > 1 else value
+        if stored.is_floating_point() and not stored.isfinite().all():
+            raise ValueError(f'{name}: its largest value, {value.abs().max():.4g}, does not fit into {stored.dtype}')
+        tensors[name] = stored.clone(memory_format=torch.contiguous_format)  # safetensors refuses shared memory
+    header = dict(meta=meta or {}, metadata=getattr(state_dict, '_metadata', {}))
+    write_whole(path, package.torch.save(tensors, metadata={'format': 'pt', _HEADER: json.dumps(header)}))
+
+
+def load_safetensors(path: str, map_location: Any = 'cpu') -> dict[str, Any]:
+    """Read a safetensors file or ``mmlocalmamba://NAME``.
+
+    Files of other programs can be read, too; their metadata are empty.
+
+    Returns:
+        ``dict(state_dict=..., meta=...)``. float16 weights become float32.
+
+    Raises:
+        FileNotFoundError: there is no such file or name.
+        RuntimeError: the file is damaged, or safetensors is not installed.
+    """
+    import torch
+
+    package = _safetensors()
+    try:
+        with package.safe_open(locate(path), framework='pt') as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, '{}'))
+            weights = OrderedDict((name, file.get_tensor(name)) for name in file.keys())
+    except (package.SafetensorError, ValueError) as error:
+        raise RuntimeError(f'{path} was not loaded: it is damaged, or no safetensors file ({error})') from error
+    for name, value in weights.items():
+        value = value.float() if value.dtype == torch.float16 else value
+        weights[name] = value if map_location is None else value.to(map_location)
+    weights._metadata = OrderedDict(header.get('metadata', {}))  # type: ignore[attr-defined]
+    meta = header.get('meta', {})
+    if 'classes' in meta.get('dataset_meta', {}):
+        meta['dataset_meta']['classes'] = tuple(meta['dataset_meta']['classes'])  # as data sets have it
+    return dict(state_dict=weights, meta=meta)
+
+
+# ---- checkpoints of torch.save ----
+
+
+class _History:
+    """Stand in for MMEngine's HistoryBuffer in pickles: it keeps the fields and has no methods."""
+
+
+def _getattr_of_history(owner: Any, name: str) -> Any:
+    """Stand in for getattr in pickles: HistoryBuffer stores its statistics methods through it."""
+    if owner is _History:
+        return name
+    raise RuntimeError(f'a checkpoint asks for attribute {name!r} of {owner!r}: refused')
+
+
+class _PlainDict:
+    """Stand in for yacs' configuration in pickles: a dictionary without methods of its own."""
+
+    def __new__(cls) -> Any:
+        return OrderedDict()
+
+
+# What pickles may name beside tensors and numpy's arrays: name -> callable that takes its place.
+_REPLACED: dict[str, Callable] = {'yacs.config.CfgNode': _PlainDict,
+                                  'mmengine.logging.history_buffer.HistoryBuffer': _History,
+                                  'builtins.getattr': _getattr_of_history}
+
+
+def replace_in_pickles(**callables: Callable) -> None:
+    """Let checkpoints name further callables, or others than before. Each is called with what the file says.
+
+    Args:
+        callables: by the dotted name that the file holds: ``**{'package.module.Class': Class}``.
+    """
+    _REPLACED.update(callables)
+
+
+def _harmless_globals() -> list:
+    import numpy as np
+    core = np._core if hasattr(np, '_core') else np.core
+    # numpy pickles a scalar with the class of its dtype; the module was renamed in numpy 2.
+    return [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, Namespace,
+            (core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+            (core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
+            *(type(np.dtype(kind)) for kind in ('float64', 'float32', 'float16', 'int64', 'int32', 'bool')),
+            *((function, name) for name, function in _REPLACED.items())]
+
+
+def allow_checkpoints() -> AbstractContextManager:
+    """A context in which ``torch.load(weights_only=True)`` reads the files of MMEngine, Vim and VMamba.
+
+    MMEngine's message hub holds HistoryBuffers of numpy scalars, Vim's files hold an argparse.Namespace, VMamba's a
+    yacs configuration. Only these are allowed, and a getattr that serves HistoryBuffer alone. On exit the process
+    allows what it allowed before. Where :mod:`mmlocalmamba.openmmlab` is imported, HistoryBuffers are MMEngine's;
+    elsewhere a stand-in holds their fields.
+    """
+    import torch
+
+    known = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([item for item in _harmless_globals() if item not in known])
+
+
+def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
+    """Load a checkpoint from a file, an http(s) URL or ``mmlocalmamba://NAME``. No code in it is executed.
+
+    Raises:
+        RuntimeError: the file needs code to be executed, is not a checkpoint, or was not fetched.
+        FileNotFoundError: there is no such file or name.
+    """
+    import torch
+
+    path = str(path)
+    if path.startswith(SCHEME) or '://' not in path and path.endswith(SUFFIX):
+        return load_safetensors(os.path.expanduser(path), map_location)
+    try:
+        with allow_checkpoints():
+            if '://' in path:
+                return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
+            return torch.load(os.path.expanduser(path), map_location=map_location, weights_only=True)
+    except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
+        if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)):
+            raise RuntimeError(f'{path} was not fetched ({type(error).__name__}: {error}). Check the address and the '
+                               'network, or download the file by other means and name the file') from error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # no such file, no permission: the error names the file
+        raise RuntimeError(f'{path} was not loaded: it is not a plain checkpoint of tensors and numbers, or it is '
+                           f'damaged. Files that execute code are refused. ({error})') from error

@@ -1,7 +1,7 @@
 """Child registries of MMEngine's roots.
 
-``locations`` lets MMEngine import this package by itself when it meets ``type='mmlocalmamba.X'`` in the config of any
-repository, so users need no ``custom_imports``.
+``locations`` lets MMEngine import this package by itself when it meets ``type='mmlocalmamba.X'`` in a configuration of
+any repository, so that users need no ``custom_imports``.
 """
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
@@ -12,18 +12,17 @@ from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZER
 from mmengine.registry import Registry
 
 SCOPE = 'mmlocalmamba'
+_DOOR = f'{SCOPE}.openmmlab'
+_ENGINE = f'{_DOOR}.engine'
 
-MODELS = Registry(
-    'model', parent=MMENGINE_MODELS, scope=SCOPE,
-    locations=['mmlocalmamba.layers', 'mmlocalmamba.backbones', 'mmlocalmamba.necks', 'mmlocalmamba.search.supernet'])
-HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope=SCOPE,
-    locations=['mmlocalmamba.engine', 'mmlocalmamba.weights', 'mmlocalmamba.search.hook', 'mmlocalmamba.checks'])
-LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope=SCOPE, locations=['mmlocalmamba.engine'])
-OPTIM_WRAPPERS = Registry(
-    'optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope=SCOPE, locations=['mmlocalmamba.engine'])
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope=SCOPE,
-    locations=['mmlocalmamba.engine'])
-WEIGHT_INITIALIZERS = Registry(
-    'weight initializer', parent=MMENGINE_WEIGHT_INITIALIZERS, scope=SCOPE, locations=['mmlocalmamba.weights'])
+
+def _child(name: str, parent: Registry, *locations: str) -> Registry:
+    return Registry(name, parent=parent, scope=SCOPE, locations=list(locations))
+
+
+MODELS = _child('model', MMENGINE_MODELS, f'{_DOOR}.models', f'{_DOOR}.necks')
+HOOKS = _child('hook', MMENGINE_HOOKS, _ENGINE, f'{_DOOR}.checkpoint_hook', f'{_DOOR}.search_hook', f'{_DOOR}.checks')
+LOOPS = _child('loop', MMENGINE_LOOPS, _ENGINE)
+OPTIM_WRAPPERS = _child('optimizer wrapper', MMENGINE_OPTIM_WRAPPERS, _ENGINE)
+OPTIM_WRAPPER_CONSTRUCTORS = _child('optimizer wrapper constructor', MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, _ENGINE)
+WEIGHT_INITIALIZERS = _child('weight initializer', MMENGINE_WEIGHT_INITIALIZERS, f'{_DOOR}.models')

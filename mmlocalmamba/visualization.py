@@ -1,5 +1,5 @@
-"""Pictures of scan orders (the paper's Fig. 1), of the direction search (Figs. 4 and 5), and of what a trained
-backbone does: its effective receptive fields and the gates of its SCAttn modules."""
+"""Figures of scan orders (the paper's Fig. 1), of the direction search (Figs. 4 and 5), and of a backbone's effective
+receptive fields and SCAttn gates."""
 from __future__ import annotations
 
 import re
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmlocalmamba.directions import CANDIDATES, scan_index
 from mmlocalmamba.layers import SCAttn
-from mmlocalmamba.scans import CANDIDATES, scan_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _panels(names: Sequence[str], H: int, W: int, columns: int, side: float) -> Figure:
-    """A figure, and axes with a frame of H x W tokens for each scan; borders of its windows are drawn."""
+    """Return a figure with axes for each scan, which show a grid of H x W tokens and the borders of its windows."""
     from matplotlib.figure import Figure
 
     columns = min(columns, len(names))
@@ -51,11 +51,11 @@ def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | N
     Args:
         names: scan names.
         H, W: token grid.
-        image: (h, w, 3) uint8 RGB shown behind the grid, stretched to it.
+        image: RGB image (h, w, 3), uint8, shown behind the grid and stretched to it.
         columns: panels per row.
 
     Returns:
-        A matplotlib Figure; the path runs from dark (first step) to bright (last), a dot marks where it starts. Black
+        A matplotlib Figure. The path runs from dark (first step) to bright (last step); a dot marks its start. Black
         lines are the borders of windows.
     """
     from matplotlib import patheffects
@@ -77,16 +77,16 @@ def draw_scan_orders(names: Sequence[str], H: int, W: int, image: np.ndarray | N
 
 def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, int] | None = None,
                         columns: int = 4) -> Figure:
-    """Draw how many steps of each scan lie between the tokens and one of them.
+    """Draw the distance in scan steps of every token from one token, for each scan.
 
     Args:
         names: scan names.
         H, W: token grid.
-        token: its row and column; by default at 5/7 of both, on 14x14 tokens the middle of a window of 7x7.
+        token: row and column of the one token; by default 5/7 of H and W, on 14x14 tokens the centre of a 7x7 window.
         columns: panels per row.
 
     Returns:
-        A matplotlib Figure; the scale is logarithmic, the token has a cross.
+        A matplotlib Figure with a logarithmic scale; a cross marks the token.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import StrMethodFormatter
@@ -106,7 +106,7 @@ def draw_scan_distances(names: Sequence[str], H: int, W: int, token: tuple[int, 
 
 
 def _grid_of_blocks(axes: Axes, blocks: int, names: Sequence[str]) -> None:
-    """Ticks and cell borders of a matrix with a column a block and a row a direction."""
+    """Draw ticks and cell borders of a matrix with a column for each block and a row for each direction."""
     axes.set_xticks(range(0, blocks, max(1, blocks // 20)))
     axes.set_yticks(range(len(names)), labels=names, family='monospace', fontsize=8)
     axes.set_xticks(np.arange(blocks + 1) - 0.5, minor=True)
@@ -116,30 +116,30 @@ def _grid_of_blocks(axes: Axes, blocks: int, names: Sequence[str]) -> None:
 
 
 def _base_names(names: Sequence[str]) -> list[str]:
-    """The names without _flip, each once: a direction and its flip share a colour."""
+    """Return the distinct names without ``_flip``, because a direction and its flip share a colour."""
     return list(dict.fromkeys(name.removesuffix('_flip') for name in names))
 
 
 def _used_names(directions: Sequence[Sequence[str]]) -> list[str]:
-    """The names that occur in any block, the paper's candidates first, in their order."""
+    """Return the names that occur in any block: the paper's candidates first, in their order, then others."""
     used = list(dict.fromkeys(name for block in directions for name in block))
     return [name for name in CANDIDATES if name in used] + [name for name in used if name not in CANDIDATES]
 
 
 def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[str] | None = None,
                     probabilities: np.ndarray | None = None, stages: Sequence[int] | None = None) -> Figure:
-    """Draw which directions each block has, like the paper's Figs. 4 and 5.
+    """Draw the directions of each block, like the paper's Figs. 4 and 5.
 
     Args:
         directions: scan names of every block.
-        candidates: rows of the picture; by default the names that occur.
+        candidates: rows of the figure; by default the names that occur.
         probabilities: (blocks, candidates), shown as the shade of each cell.
-        stages: number of blocks of every stage; lines are drawn between stages, and their names
-            (S1, ... where one has a single block) above.
+        stages: number of blocks of every stage. Lines separate the stages, with their names above (S1, ... if a stage
+            has only one block).
 
     Returns:
-        A matplotlib Figure: one column a block, one row a candidate, a disc for each chosen direction. A direction and
-        its flip share a colour.
+        A matplotlib Figure with a column for each block, a row for each candidate, and a disc for each chosen
+        direction. A direction and its flip share a colour.
     """
     from matplotlib.figure import Figure
 
@@ -159,7 +159,7 @@ def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[st
     for number, (end, depth) in enumerate(zip(np.cumsum(stages), stages), 1):
         if number < len(stages):
             axes.axvline(end - 0.5, color='0.3', linewidth=1.2)
-        # A column, 0.3 inches, has no room for the word.
+        # A column is 0.3 inches wide, too narrow for the word.
         axes.annotate(f'stage {number}' if min(stages) > 1 else f'S{number}', (end - depth / 2 - 0.5, 1), (0, 4),
                       xycoords=('data', 'axes fraction'), textcoords='offset points', ha='center', fontsize=9)
     _grid_of_blocks(axes, blocks, candidates)
@@ -169,10 +169,10 @@ def draw_directions(directions: Sequence[Sequence[str]], candidates: Sequence[st
 
 def draw_alphas(steps: Sequence[int], probabilities: np.ndarray, candidates: Sequence[str], blocks: Sequence[str],
                 columns: int = 5) -> Figure:
-    """Draw the probabilities of a direction search over time, a panel a block.
+    """Draw the probabilities of a direction search over time, in a panel for each block.
 
     Args:
-        steps: epochs or iterations.
+        steps: epochs or iterations of the reports.
         probabilities: (steps, blocks, candidates).
         candidates: scan names.
         blocks: names of the blocks.
@@ -205,30 +205,32 @@ def draw_alphas(steps: Sequence[int], probabilities: np.ndarray, candidates: Seq
 
 
 def receptive_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
-    """Effective receptive field of every output of a backbone (Luo et al., arXiv 1701.04128).
+    """Compute the effective receptive field of every output of a backbone (Luo et al., arXiv 1701.04128).
 
-    For each image, the feature vector at the centre of the map is projected on a random direction, and the gradient of
-    the projection with respect to the image is taken; absolute values are summed over the image's channels and over
-    images. (The usual sum over channels is constant after a LayerNorm, its gradient rounding errors.)
+    The feature vector at the centre of the map is projected on a random direction. The absolute gradient of the
+    projection with respect to the image is summed over channels and images. A sum of the features, as is usual, does
+    not work: it is constant after a LayerNorm, so its gradient is only rounding error.
 
     Args:
-        backbone: gives a tuple of maps (B, C_i, H_i, W_i); used in evaluation mode.
+        backbone: module that returns a tuple of maps (B, C_i, H_i, W_i). It runs in evaluation mode; the modes of its
+            submodules are restored.
         images: (B, 3, H, W), normalised as for training.
 
     Returns:
-        For every output, (H, W) with sum 1. The centre of a map of even size is the token at the lower right of it.
+        A float64 array (H, W) with sum 1 for every output. The centre of a map of even size is the token to the lower
+        right of the middle.
 
     Raises:
-        ValueError: an output is no map.
+        ValueError: if an output is not a map.
     """
-    with _evaluating(backbone):
+    with _evaluation_mode(backbone):
         fields = _sum_of_fields(backbone, images)
     return [field / field.sum() for field in fields]
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each submodule's own mode again afterwards, whatever happens."""
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, and restore the mode of each submodule at the end."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -241,12 +243,12 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _sum_of_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
     generator = torch.Generator().manual_seed(0)
     fields: list[Any] = []
-    for image in images:  # one at a time: the graph of a large backbone is held for one image only
+    for image in images:  # one at a time, to keep only one graph in memory
         image = image[None].clone().requires_grad_()
         outs = backbone(image)
         if any(out.dim() != 4 for out in outs):
-            raise ValueError('receptive fields need maps (B, C, H, W), but the backbone gives '
-                             f'{[tuple(out.shape) for out in outs]}; LocalVim has them with out_type="featmap"')
+            raise ValueError('receptive fields need maps (B, C, H, W), but the backbone returns '
+                             f'{[tuple(out.shape) for out in outs]}; for LocalVim, set out_type="featmap"')
         fields = fields or [0] * len(outs)
         for index, out in enumerate(outs):
             centre = out[0, :, out.shape[2] // 2, out.shape[3] // 2]
@@ -257,10 +259,15 @@ def _sum_of_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
 
 
 def square_of_share(field: np.ndarray, share: float, stride: int = 1) -> tuple[int, int, int]:
-    """(row, column, side) of the smallest square around the centre of a receptive field that holds ``share`` of it.
+    """Return (row, column, side) of the smallest square around the centre that holds ``share`` of a receptive field.
 
-    The centre is the token of ``stride`` pixels at the middle of the map. Where the square leaves the image, the image
-    is all there is.
+    Args:
+        field: (H, W).
+        share: fraction of the field's sum, 0 to 1.
+        stride: pixels of a token. The centre is that of the token at the middle of the map.
+
+    Returns:
+        The centre and the side in pixels. The square may extend beyond the image, where the field is 0.
     """
     row, col = ((size // stride // 2) * stride + stride // 2 for size in field.shape)
     sums = np.pad(field.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
@@ -270,23 +277,23 @@ def square_of_share(field: np.ndarray, share: float, stride: int = 1) -> tuple[i
         inside = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
         if inside >= share * sums[-1, -1] * (1 - 1e-9):
             return row, col, 2 * half
-    raise AssertionError('a square of twice the image holds all of it')
+    raise AssertionError('a square of twice the image size holds the whole field')
 
 
 def draw_receptive_fields(fields: Sequence[np.ndarray], titles: Sequence[str], strides: Sequence[int],
                           shares: Sequence[float] = (0.5, 0.9), columns: int = 4) -> Figure:
-    """Draw effective receptive fields, a panel an output.
+    """Draw effective receptive fields, in a panel for each output.
 
     Args:
-        fields: of :func:`receptive_fields`.
-        titles: of the panels.
-        strides: of the outputs, in pixels.
-        shares: a square around the centre is drawn for each, which holds that share of the field.
+        fields: result of :func:`receptive_fields`.
+        titles: titles of the panels.
+        strides: strides of the outputs in pixels.
+        shares: fractions of the field. A square around the centre that holds the fraction is drawn for each.
         columns: panels per row.
 
     Returns:
-        A matplotlib Figure. Brightness is logarithmic over four decades from the 99.9th percentile down, which leaves
-        single bright pixels out; the sides of the squares stand below each panel.
+        A matplotlib Figure. Brightness is logarithmic over four decades below the 99.9th percentile, so that single
+        bright pixels do not set the scale. The sides of the squares are below each panel.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -320,23 +327,23 @@ def draw_receptive_fields(fields: Sequence[np.ndarray], titles: Sequence[str], s
 
 @torch.no_grad()
 def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[str, np.ndarray]]]:
-    """What SCAttn multiplies the channels of each direction with.
+    """Return the gates by which SCAttn multiplies the channels of each direction.
 
     Args:
-        backbone: LocalVim or LocalVMamba; used in evaluation mode.
+        backbone: LocalVim or LocalVMamba. It runs in evaluation mode; the modes of its submodules are restored.
         images: (B, 3, H, W), normalised as for training.
 
     Returns:
-        For every block, from the input to the output, its name and for each of its directions the gates (D,) of its
-        inner channels, averaged over images, and over tokens if there is a spatial branch.
+        The name of every block, from input to output, and {direction: gates}. The gates are float64 arrays (D,) for the
+        D inner channels, averaged over images, and over tokens if there is a spatial branch.
 
     Raises:
-        ValueError: the backbone has no SCAttn.
+        ValueError: if the backbone has no SCAttn.
     """
     mixers = {name: module for name, module in backbone.named_modules() if hasattr(module, 'directions')
               and isinstance(getattr(module, 'scattn', None), SCAttn)}
     if not mixers:
-        raise ValueError(f'{type(backbone).__name__} has no SCAttn module: was it built with scattn=False?')
+        raise ValueError(f'{type(backbone).__name__} has no SCAttn module: build it without scattn=False')
     sums: dict[str, Any] = {}
 
     def add(name: str) -> Callable[[SCAttn, tuple[Tensor, ...]], None]:
@@ -346,7 +353,7 @@ def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[st
 
     hooks = [mixer.scattn.register_forward_pre_hook(add(name)) for name, mixer in mixers.items()]
     try:
-        with _evaluating(backbone):
+        with _evaluation_mode(backbone):
             for image in images:
                 backbone(image[None])
     finally:
@@ -357,14 +364,14 @@ def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[st
 
 
 def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]) -> Figure:
-    """Draw SCAttn's gates: a column a block, a row a direction.
+    """Draw SCAttn's gates, with a column for each block and a row for each direction.
 
     Args:
-        gates: of :func:`scattn_gates`.
+        gates: result of :func:`scattn_gates`.
 
     Returns:
-        A matplotlib Figure: the mean over the channels, about 0.5 in an untrained module, and the standard deviation
-        over the channels. Grey: the block does not scan along that direction.
+        A matplotlib Figure with the mean over the channels, about 0.5 in an untrained module, and the standard
+        deviation over the channels. Grey cells are directions that the block does not have.
     """
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
@@ -372,7 +379,7 @@ def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]) -> Figure:
     names = _used_names([list(block) for _, block in gates])
     mean, spread = (np.array([[function(block[name]) if name in block else np.nan for _, block in gates]
                               for name in names]) for function in (np.mean, np.std))
-    least = 0.05  # smaller differences stay pale
+    least = 0.05  # keeps small differences pale
     halfrange = max(least, np.nanmax(np.abs(mean - 0.5)))
     panels = (('mean over channels', mean, dict(cmap='RdBu_r', norm=CenteredNorm(0.5, halfrange))),
               ('standard deviation over channels', spread, dict(cmap='Purples', vmin=0,

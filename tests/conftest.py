@@ -53,7 +53,7 @@ def configuration(tiny_digits, tmp_path):
 @pytest.fixture
 def tuning_file(tmp_path, monkeypatch):
     """Where the choice of block sizes is kept, and not the user's own: in a folder that does not exist yet."""
-    from mmlocalmamba.ops.triton import tuning
+    from mmlocalmamba.ops.backends.triton import tuning
     path = tmp_path / 'cache' / 'tuning.json'
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(path))
     tuning.saved.cache_clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlocalmamba import zoo
+from mmlocalmamba import files
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').glob('*.py'))
@@ -62,7 +62,8 @@ def test_wheel_holds_what_mim_looks_for(wheel):
     for file in (ROOT / 'configs' / '_base_').rglob('*.py'):
         assert f'mmlocalmamba/.mim/{file.relative_to(ROOT).as_posix()}' in names
     weights = [name for name in names if name.endswith('.safetensors')]
-    assert sorted(weights) == [f'mmlocalmamba/zoo/{name}.safetensors' for name in zoo.names()] != []
+    packaged = files.packaged_names()
+    assert sorted(weights) == [f'mmlocalmamba/weights/packaged/{name}.safetensors' for name in packaged] != []
 
 
 @pytest.mark.slow

@@ -1,17 +1,17 @@
-"""Whole backbones, ours beside mmpretrain's, in one run: latency, throughput, training step, peak memory.
+"""Measure latency, throughput, training step and peak memory of whole backbones, ours and mmpretrain's, in one run.
 
     python tools/benchmark_model.py [--device cpu] [--sizes 224 512 1024] [--quick] [--json FILE]
     python tools/benchmark_model.py --dtype bfloat16 --sizes 224 --threads 1
     python tools/benchmark_model.py --device cuda --dtype bfloat16 --sizes 224 --batch 128
-    python tools/benchmark_model.py --inference --sizes 224 512 1024 800x1333 --csv docs/scaling.csv --plot scaling.png
+    python tools/benchmark_model.py --inference --sizes 224 512 1024 800x1333 --csv scaling.csv --plot scaling.png
 
-With --dtype all models run under autocast, peers too, and ours once more in float32. --cpu-time counts the processor
-time of one thread, which other jobs on the machine disturb less, and takes the least of all calls. --csv goes on with a
-table of inferences on single images, --plot draws it: time and memory against pixels.
+With --dtype, all models run under autocast, and ours also in float32. --cpu-time measures the processor time of one
+thread and takes the minimum of all calls; other jobs on the machine disturb it less. --csv extends a table of
+inferences on single images, and --plot draws time and memory of that table against the number of pixels.
 
-Random weights: speed does not depend on them. Peers come from mmpretrain; without it only ours are measured. On a GPU
-with mamba_ssm there is LocalVMamba-T once more with its scans done as in the authors' code: permuted copies, and
-mamba_ssm's op.
+Weights are random, because speed does not depend on them. The other models come from mmpretrain; without it, only ours
+are measured. On a GPU with mamba_ssm, LocalVMamba-T is also measured with scans as in the authors' code: permuted
+copies and mamba_ssm's operator.
 """
 import argparse
 import json
@@ -34,7 +34,7 @@ FIELDS = ('model', 'height', 'width', 'dtype', 'threads', 'ms', 'spread_percent'
 
 
 class WithBackend(torch.nn.Module):
-    """A model whose scans take the named backend."""
+    """A model whose scans use the named backend."""
 
     def __init__(self, model, backend):
         super().__init__()
@@ -46,7 +46,7 @@ class WithBackend(torch.nn.Module):
 
 
 def builders(device):
-    """{name: (height, width) -> backbone}, ours first."""
+    """Return {name: function((height, width)) -> backbone}, ours first."""
     from mmlocalmamba.backbones import LocalVim, LocalVMamba
     found = {
         'LocalVMamba-T': lambda size: LocalVMamba('tiny', drop_path_rate=0.),
@@ -59,7 +59,7 @@ def builders(device):
     try:
         from mmpretrain.models.backbones import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
     except ImportError as error:
-        print(f'mmpretrain is not here, so neither are its models: {error}', file=sys.stderr)
+        print(f'mmpretrain cannot be imported, so its models are skipped: {error}', file=sys.stderr)
         return found
     found.update({
         'Swin-T': lambda size: SwinTransformer('tiny', img_size=size, drop_path_rate=0.),
@@ -123,13 +123,13 @@ def compare(models, size, batch, training, args):
 
 
 def image_size(text):
-    """(height, width) of '224' or '800x1333'."""
+    """Return (height, width) of '224' or '800x1333'."""
     height, _, width = text.partition('x')
     return int(height), int(width or height)
 
 
 def record(results, args):
-    """Put inferences on single images into the table; a case that is there is replaced."""
+    """Write inferences on single images into the table. They replace rows of the same case."""
     own = dict(dtype=args.dtype, threads=torch.get_num_threads() if args.device == 'cpu' else '',
                machine=processor() if args.device == 'cpu' else torch.cuda.get_device_name(),
                torch=version('torch'))
@@ -146,7 +146,7 @@ def record(results, args):
 
 
 def slope(pixels, values):
-    """Exponent of the power that fits: 1 grows as the image does, 2 as its square."""
+    """Return the exponent of the power law that fits: 1 is linear in the number of pixels, 2 is quadratic."""
     return float(np.polyfit(np.log(pixels), np.log(values), 1)[0])
 
 
@@ -179,23 +179,27 @@ def main():
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--sizes', type=image_size, nargs='+', metavar='SIZE', help='224 or 800x1333',
                         default=[(side, side) for side in (224, 384, 512, 768, 1024)])
-    parser.add_argument('--batch', type=int, default=8, help='of throughput and training, at the first size')
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of autocast; float32: none')
-    parser.add_argument('--threads', type=int, help="torch's, on a CPU")
-    parser.add_argument('--cpu-time', action='store_true', help='processor time of the calling thread: --threads 1')
-    parser.add_argument('--inference', action='store_true', help='of single images, no more')
-    parser.add_argument('--models', nargs='+', help='only these, by name')
-    parser.add_argument('--rounds', type=int, default=5, help='how often the models take turns')
-    parser.add_argument('--seconds', type=float, default=0.5, help='for each model in each round')
-    parser.add_argument('--quick', action='store_true', help='the first size only, one round')
-    parser.add_argument('--json', help='write the figures here, too')
-    parser.add_argument('--csv', type=Path, help='table of inferences on single images to go on with')
-    parser.add_argument('--plot', help='picture of that table: --csv')
+    parser.add_argument('--batch', type=int, default=8,
+                        help='batch size of throughput and training, at the first size (default: 8)')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32',
+                        help='dtype of autocast (default: float32, without autocast)')
+    parser.add_argument('--threads', type=int, help='number of threads on a CPU')
+    parser.add_argument('--cpu-time', action='store_true',
+                        help='measure the processor time of the calling thread; needs --threads 1')
+    parser.add_argument('--inference', action='store_true', help='only measure inference on single images')
+    parser.add_argument('--models', nargs='+', help='names of models (default: all)')
+    parser.add_argument('--rounds', type=int, default=5, help='number of rounds; models take turns (default: 5)')
+    parser.add_argument('--seconds', type=float, default=0.5,
+                        help='seconds for each model in each round (default: 0.5)')
+    parser.add_argument('--quick', action='store_true', help='only the first size, in one round')
+    parser.add_argument('--json', help='file for the measurements')
+    parser.add_argument('--csv', type=Path, help='table of inferences on single images to extend')
+    parser.add_argument('--plot', help='draw the table of --csv')
     args = parser.parse_args()
     if args.plot and not args.csv:
         parser.error('--plot draws a table: add --csv')
     if args.cpu_time and args.threads != 1:
-        parser.error('--cpu-time is that of one thread: add --threads 1')
+        parser.error('--cpu-time is the time of one thread: add --threads 1')
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:

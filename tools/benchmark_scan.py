@@ -1,22 +1,23 @@
-"""Time, memory and error of the selective scan, side by side with other ways to compute it, in one run.
+"""Compare time, memory and error of the selective scan with other implementations, in one run.
 
     python tools/benchmark_scan.py [--device cpu] [--quick] [--json FILE]
     python tools/benchmark_scan.py --device cuda --dtype bfloat16 --batch 64
 
-The shapes are those of LocalVMamba-T's four stages and of LocalVim-T at 224x224 pixels, and on a GPU, those of stage 1
-at 512x512 and 800x1333 pixels. Compared are all backends of mmlocalmamba.ops that run on the device; mambapy's parallel
-scan (pip install --no-deps mambapy); torch's associative scan, on a GPU also compiled. These work on sequences, so they
-get theirs gathered by the table and their outputs put back, as a model needs them. On a GPU with mamba_ssm: the
-authors' pipeline (sequences in float32 by permuting, padding and stacking, mamba_ssm's op, and back), and that op alone
-on ready-made sequences. Both are given their step sizes, B and C in scan order, as the authors' projections make them.
+The shapes are those of LocalVMamba-T's four stages and of LocalVim-T at 224x224 pixels. On a GPU, stage 1 at 512x512
+and 800x1333 pixels is added. The script compares all backends of mmlocalmamba.ops that run on the device, mambapy's
+parallel scan (pip install --no-deps mambapy), and torch's associative scan (on a GPU also compiled). The latter two
+work on sequences, so their inputs are gathered by the table and their outputs are scattered back, as a model needs
+them. On a GPU with mamba_ssm, the script adds the authors' pipeline (sequences in float32 by permuting, padding and
+stacking, mamba_ssm's operator, and back) and that operator alone on prepared sequences. Both get step sizes, B and C in
+scan order, as the authors' projections produce them.
 
-On a GPU, times are those of CUDA events, with the L2 cache overwritten before each call, and the last columns relate
-them to a floor: the larger of the time for the exponentials and of that for reading every input and writing every
-output once, both at rates measured in the same run.
+On a GPU, CUDA events measure the time, and the L2 cache is overwritten before each call. The last columns compare it
+with a lower bound: the larger of the time for the exponentials and the time to read each input and write each output
+once, at rates measured in the same run.
 
-On a CPU, the floor of the native kernel's forward pass is the time for its eight multiplications a state (of which a
-processor does fewest at a time), at the rate that oneDNN's matrix product, which is little else, reaches in the same
-run. Needs torch alone.
+On a CPU, the lower bound of the native kernel's forward pass is the time of its eight multiplications per state, which
+are the operations with the lowest throughput, at the rate of oneDNN's matrix product in the same run. The script needs
+only torch.
 """
 import argparse
 import ctypes
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from records import processor
 
 DIRECTIONS = ('h', 'v_flip', 'w2', 'w7_flip')
-# Name: (height and width of the tokens, class token in the middle, channels, rank of the step sizes).
+# {name: (height and width of the token grid, class token in the middle, channels, rank of the step sizes)}
 SHAPES = {
     'LocalVMamba-T stage 1': ((56, 56), False, 192, 6),
     'LocalVMamba-T stage 2': ((28, 28), False, 384, 12),
@@ -52,7 +53,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 
 def peak_memory(function, device):
-    """MB that a call takes at its peak, beyond what was there before. None if the system cannot tell."""
+    """Return the peak memory of a call in MB, beyond the memory before it. None if the system does not report it."""
     gc.collect()
     if device == 'cuda':
         torch.cuda.synchronize()
@@ -78,7 +79,7 @@ def peak_memory(function, device):
 
 
 def cuda_timer(flush=1 << 28):
-    """A function that times a call on the GPU, in milliseconds, with what it needs overwritten in the cache."""
+    """Return a function that measures the milliseconds of a call on the GPU with a cold cache."""
     cache = torch.empty(flush, dtype=torch.int8, device='cuda')
 
     def time_once(function):
@@ -106,11 +107,12 @@ def cpu_timer(function):
 
 
 def measure(cases, device, rounds, seconds, cpu_time=False):
-    """Median milliseconds of each case {name: function}, or the reason why it cannot run; and its spread, half the
-    range between the quartiles in percent of the median.
+    """Return median milliseconds and spread of cases {name: function}.
 
-    Cases take turns, so that a disturbance of the machine meets all of them. In each round a case runs at least once
-    and for about ``seconds``. With ``cpu_time`` it is the least processor time of this thread.
+    A case that cannot run has the reason instead of a time, and no spread. The spread is half the range between the
+    quartiles, in percent of the median. Cases take turns, so that a disturbance of the machine affects all of them. In
+    each round a case runs at least once and for about ``seconds``. With ``cpu_time``, the result is the minimum
+    processor time of this thread.
     """
     timer = cuda_timer() if device == 'cuda' else cpu_timer if cpu_time else wall_timer
     times, failed = {name: [] for name in cases}, {}
@@ -122,7 +124,7 @@ def measure(cases, device, rounds, seconds, cpu_time=False):
             while True:
                 try:
                     ms = timer(function)
-                except Exception as error:  # a peer may lack anything
+                except Exception as error:  # another implementation may fail in any way
                     failed[name] = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
                     break
                 if index:  # the first round warms up
@@ -140,7 +142,7 @@ def measure(cases, device, rounds, seconds, cpu_time=False):
 
 
 def with_threads(threads, function):
-    """The function, run with so many threads."""
+    """Return a function that runs another with a number of threads."""
 
     def run():
         before = torch.get_num_threads()
@@ -168,7 +170,7 @@ def print_table(header, rows):
 
 
 def describe_machine(device):
-    from mmlocalmamba.ops.triton import tuning
+    from mmlocalmamba.ops.backends.triton import tuning
     if device == 'cuda':
         name = '; '.join([torch.cuda.get_device_name(), *tuning.in_force(torch.device('cuda'))])
     else:
@@ -178,11 +180,11 @@ def describe_machine(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is measured
+# Cases
 
 
 def inputs(size, middle_token, width, rank, N, batch, device, dtype):
-    from mmlocalmamba.scans import scan_tables
+    from mmlocalmamba.directions import scan_tables
     tables = scan_tables(DIRECTIONS, *size, middle_token=middle_token, device=device)
     K, L = tables.inv.shape
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +192,7 @@ def inputs(size, middle_token, width, rank, N, batch, device, dtype):
     def randn(*shape):
         return torch.randn(*shape, generator=generator)
 
-    # Step sizes and decay rates as Mamba initialises them.
+    # Mamba initialises step sizes and decay rates like this.
     factor, weight = randn(batch, K, L, rank), randn(K, width, rank) / (2 * rank ** 0.5)
     tensors = dict(
         u=randn(batch, L, width),
@@ -234,7 +236,7 @@ def associative_scan(a, x, mode='generic'):
 
 
 def to_sequence(x, name):
-    """Feature map (B, D, H, W) along a direction, (B, D, T), as the authors do it: by permuting and padding."""
+    """Arrange a feature map (B, D, H, W) along a direction, (B, D, T), by permuting and padding as the authors do."""
     base = name.removesuffix('_flip')
     if base == 'v':
         x = x.transpose(2, 3)
@@ -247,7 +249,7 @@ def to_sequence(x, name):
 
 
 def from_sequence(x, name, H, W):
-    """The way back: (B, D, T) -> (B, D, H, W)."""
+    """Invert :func:`to_sequence`: (B, D, T) -> (B, D, H, W)."""
     base = name.removesuffix('_flip')
     x = x.flip(-1) if name != base else x
     if base == 'h':
@@ -261,7 +263,10 @@ def from_sequence(x, name, H, W):
 
 
 def authors_pipeline(selective_scan_fn, size, u, delta, A, B, C, D, delta_bias):
-    """u (B, L, D) at original positions; delta (B, K * D, T), B and C (B, K, N, T) are sequences already."""
+    """Run the authors' pipeline.
+
+    u (B, L, D) is at original positions. delta (B, K * D, T), B and C (B, K, N, T) are sequences.
+    """
     batch, _, width = u.shape
     image = u.transpose(1, 2).unflatten(2, size).float()
     sequences = [to_sequence(image, name) for name in DIRECTIONS]
@@ -270,7 +275,7 @@ def authors_pipeline(selective_scan_fn, size, u, delta, A, B, C, D, delta_bias):
     y = selective_scan_fn(xs, delta.float(), A.flatten(0, 1), B.float(), C.float(), D.flatten(), None,
                           delta_bias.flatten(), True)
     y = y.view(batch, len(DIRECTIONS), width, -1)
-    # A shorter sequence has its padding behind it.
+    # Shorter sequences are padded at their ends.
     return torch.stack([from_sequence(y[:, k, :, :lengths[k]], name, *size)
                         for k, name in enumerate(DIRECTIONS)], 1).flatten(3).transpose(2, 3).to(u.dtype)
 
@@ -280,7 +285,7 @@ def op_alone(selective_scan_fn, u, delta, A, B, C, D, delta_bias):
 
 
 def ready_made(tensors, tables, u_as_well):
-    """The tensors as sequences, as mamba_ssm takes them."""
+    """Return the tensors as sequences for mamba_ssm."""
     from mmlocalmamba.ops.scan_order import to_scan_order
     made = dict(tensors)
     for name in ('delta', 'B', 'C', 'u') if u_as_well else ('delta', 'B', 'C'):
@@ -290,7 +295,7 @@ def ready_made(tensors, tables, u_as_well):
 
 
 def methods(device, tensors, low_rank, tables, size, middle_token):
-    """{name: (function, its tensors, threads)}, our fastest first."""
+    """Return {name: (function, its tensors, threads)}, our fastest first."""
     from mmlocalmamba import ops
     from mmlocalmamba.ops import directional_scan
     usable = [name for name, reason in ops.available_backends(tensors['u'][:0]).items() if reason is None]
@@ -337,14 +342,14 @@ def forward_backward(function, tensors, dy):
 
 
 def relative_error(ours, exact, names):
-    """The largest of those names that both have, in the same shape: peers that take sequences have other shapes."""
+    """Return the largest error among tensors of the same name and shape. Tensors in scan order have other shapes."""
     names = [name for name in names if name in ours and ours[name].shape == exact[name].shape]
     return max((((ours[name].double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-30)).item()
                 for name in names), default=None)
 
 
 def gpu_rates():
-    """Exponentials and bytes of memory traffic per millisecond, measured."""
+    """Measure exponentials and bytes of memory traffic per millisecond."""
     import triton
     import triton.language as tl
 
@@ -369,19 +374,23 @@ def gpu_rates():
 
 
 def cpu_rate(threads, size=1024, repeat=20):
-    """Multiplications per millisecond in float32, measured: those of oneDNN's product."""
+    """Measure float32 multiplications per millisecond in oneDNN's matrix product."""
     from mmlocalmamba.ops import linear
     x, weight = torch.randn(2, size, size)
     run = with_threads(threads, partial(linear, x, weight, backend='cpu'))
     return size ** 3 / min(wall_timer(run) for _ in range(repeat))
 
 
-MULTIPLICATIONS = 8  # of a state in csrc/scan_kernel.h: four of the exponential, one before it, three of the recurrence
+# Per state in csrc/scan_kernel.h: four in the exponential, one before it, three in the recurrence.
+MULTIPLICATIONS = 8
 
 
 def floors(tensors, y_bytes, tables, N, rates):
-    """Least milliseconds of the forward pass, and of both passes: (exponentials, memory) each. The backward pass has to
-    compute every exponential once more, to read inputs and the output's gradient, and to write the gradients."""
+    """Return lower bounds in milliseconds of the forward pass and of both passes: (exponentials, memory) each.
+
+    The backward pass computes each exponential again, reads the inputs and the output's gradient, and writes the
+    gradients.
+    """
     steps, (batch, _, width) = tables.src.numel(), tensors['u'].shape
     exponentials = batch * steps * width * N / rates[0]
     read = sum(tensors[name].nbytes for name in ('u', 'delta', 'B', 'C'))
@@ -397,10 +406,10 @@ def compare(name, N, args, rates):
     found = methods(args.device, tensors, low_rank, tables, size, middle_token)
     dy = torch.randn(args.batch, *tables.inv.shape, width, device=args.device).to(DTYPES[args.dtype])
     exact = None
-    if tables.inv.numel() * width * args.batch < args.check:  # float64 takes its time and memory
+    if tables.inv.numel() * width * args.batch < args.check:  # float64 needs much time and memory
         exact = forward_backward(partial(directional_scan, tables=tables, delta_softplus=True, backend='chunked'),
                                  {key: x.double() for key, x in tensors.items()}, dy.double())
-    # Outputs in scan order have their own gradients; only time and memory of these methods count.
+    # Outputs in scan order get gradients of their own shape. Only time and memory of these methods are compared.
     sequence_dy = torch.randn(args.batch, len(DIRECTIONS) * width, tables.src.shape[1], device=args.device).to(dy)
     calls = {'forward': {}, 'forward + backward': {}}
     for key, (function, own, n) in found.items():
@@ -439,15 +448,18 @@ def compare(name, N, args, rates):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
-    parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of activations; parameters are float32')
-    parser.add_argument('--shapes', nargs='+', help='only those whose names end in one of these')
-    parser.add_argument('--states', type=int, nargs='+', default=[16, 1], help='N')
-    parser.add_argument('--check', type=float, default=3e8, help='errors up to so many elements of y')
-    parser.add_argument('--rounds', type=int, default=3, help='how often the methods take turns')
-    parser.add_argument('--seconds', type=float, default=0.3, help='for each method in each round')
-    parser.add_argument('--quick', action='store_true', help='two small shapes, one round')
-    parser.add_argument('--json', help='write the figures here, too')
+    parser.add_argument('--batch', type=int, default=1, help='batch size (default: 1)')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32',
+                        help='dtype of activations; parameters are float32')
+    parser.add_argument('--shapes', nargs='+', help='only shapes whose names end in one of these')
+    parser.add_argument('--states', type=int, nargs='+', default=[16, 1], help='d_state (default: 16 1)')
+    parser.add_argument('--check', type=float, default=3e8,
+                        help='compute errors if y has fewer elements (default: 3e8)')
+    parser.add_argument('--rounds', type=int, default=3, help='number of rounds; methods take turns (default: 3)')
+    parser.add_argument('--seconds', type=float, default=0.3,
+                        help='seconds for each method in each round (default: 0.3)')
+    parser.add_argument('--quick', action='store_true', help='only two small shapes, in one round')
+    parser.add_argument('--json', help='file for the measurements')
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.seconds = 1, 0.05

@@ -1,6 +1,6 @@
-"""Before a training: what would go wrong? Builds everything, looks at the data, makes two steps; nothing is trained.
+"""Check a training before it starts: build everything, read the data, make two steps. Nothing is trained.
 
-`python -m mmlocalmamba check CONFIG` and `mim run mmlocalmamba check CONFIG` are the same.
+`python -m mmlocalmamba check CONFIG` and `mim run mmlocalmamba check CONFIG` do the same.
 """
 import sys
 

@@ -1,19 +1,20 @@
-"""What torchrun does not find out by itself on a cluster: who hosts the store, and the network interface for gloo."""
+"""Help torchrun on a cluster: find the host of the store, and the network interface of gloo."""
 import ipaddress
 import os
 import socket
 import struct
 
-# Nobody's (RFC 5737). Which interface would lead there is that of the default route; nothing is sent.
-_SOMEWHERE = '192.0.2.1'
+# This address belongs to nobody (RFC 5737). The interface that leads there is that of the default route. Nothing is
+# sent.
+_ANYWHERE = '192.0.2.1'
 _SIOCGIFADDR = 0x8915
 
 
 def hosts_store(endpoint):
-    """Whether this pod of a Kubernetes Indexed Job is the first one, if that is where all meet; None elsewhere.
+    """Return True if this pod of a Kubernetes Indexed Job is the first one and the endpoint names the first pod.
 
-    torchrun compares the endpoint with the machine's names. A pod that starts before its own name is known to the DNS
-    takes itself for another, and then nobody hosts the store.
+    Return False in the other pods, and None outside of such a job. torchrun compares the endpoint with the machine's
+    names. A pod that starts before the DNS knows its name does not recognise itself, and then no pod hosts the store.
     """
     index, pod = os.environ.get('JOB_COMPLETION_INDEX'), endpoint.partition(':')[0].partition('.')[0]
     return index == '0' if index is not None and pod.endswith('-0') else None
@@ -27,7 +28,7 @@ def _address_of(interface):
 
 
 def _interface_to(host):
-    """The interface that leads to a host, unless it is the loopback."""
+    """Return the interface that leads to a host, or None if it is the loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect((host, 9))
         own = sock.getsockname()[0]
@@ -37,32 +38,32 @@ def _interface_to(host):
         try:
             if _address_of(name) == own:
                 return name
-        except OSError:  # it has no address
+        except OSError:  # the interface has no address
             continue
     return None
 
 
 def gloo_interface(endpoint):
-    """The interface that leads to the other nodes, if gloo would not take it; None if it would, or if there is none.
+    """Return the interface that leads to the other nodes, or None if gloo finds it or if there is none.
 
-    gloo listens where the host's own name leads. On Debian that is 127.0.1.1, which other nodes do not reach.
+    gloo listens on the address of the host's own name. On Debian that is 127.0.1.1, which other nodes cannot reach.
     """
     try:
         if not ipaddress.ip_address(socket.gethostbyname(socket.gethostname())).is_loopback:
             return None
-    except OSError:  # a name that does not resolve: gloo takes the loopback
+    except OSError:  # the name does not resolve, and gloo takes the loopback
         pass
-    for host in filter(None, (endpoint.rpartition(':')[0] or endpoint, _SOMEWHERE)):
+    for host in filter(None, (endpoint.rpartition(':')[0] or endpoint, _ANYWHERE)):
         try:
             if (name := _interface_to(host)) is not None:
                 return name
-        except (OSError, ImportError):  # it does not resolve or there is no way; no Unix
+        except (OSError, ImportError):  # no address or no route; this system is not Unix
             continue
     return None
 
 
 def prepare(args):
-    """torchrun's arguments of a training on several nodes, and the environment of its processes."""
+    """Set torchrun's arguments for a training on several nodes, and the environment of its processes."""
     if args.standalone or args.nnodes.split(':')[-1] == '1':
         return
     endpoint = args.rdzv_endpoint or args.master_addr

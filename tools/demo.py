@@ -1,6 +1,7 @@
-"""The second half of `make demo`: evaluates a trained detector and draws what it
-finds. Leaves in the work directory metrics.json, detections.png and
-scan_orders.png. Of a segmentor, segmentation.png instead:
+"""Evaluate a trained detector or segmentor and draw its predictions. This is the second half of `make demo`.
+
+The script writes metrics.json, scan_orders.png and detections.png into the work directory. For a segmentor, it writes
+segmentation.png instead of detections.png:
 
     python tools/demo.py configs/upernet_localvmamba-nano_digits.py work_dirs/upernet_localvmamba-nano_digits
 """
@@ -26,7 +27,7 @@ TOOLS = Path(__file__).resolve().parent
 
 
 def draw_image(axes, image, instances, classes):
-    """Draws an image with masks, boxes and labels."""
+    """Draw an image with masks, boxes and labels."""
     colors = plt.get_cmap('tab10').colors
     image = image / 255
     labels = instances.labels.tolist()
@@ -48,9 +49,9 @@ def draw_image(axes, image, instances, classes):
 
 
 def place_label(box, size, taken):
-    """Above the box, below it, or inside at an edge: the first place in the image that no label has ``taken``."""
+    """Return the first free place for a label: above the box, below it, or inside at an edge. Add it to ``taken``."""
     left, top, _, bottom = box
-    height, width = 0.055 * size[0], 0.17 * size[1]  # of a label, about
+    height, width = 0.055 * size[0], 0.17 * size[1]  # the approximate size of a label
     x = min(left, size[1] - width)
     places = [(top, 'bottom', top - height), (bottom, 'top', bottom), (top, 'top', top),
               (bottom, 'bottom', bottom - height)]
@@ -62,7 +63,7 @@ def place_label(box, size, taken):
 
 
 def draw_labels(axes, image, labels, palette):
-    """Draws an image with the colour of its class over each pixel, but over background."""
+    """Draw an image with the colour of its class over each pixel, except over background."""
     image, found = image / 255, labels > 0
     image[found] = 0.25 * image[found] + 0.75 * np.array(palette)[labels[found]] / 255
     axes.imshow(image)
@@ -70,7 +71,7 @@ def draw_labels(axes, image, labels, palette):
 
 @torch.no_grad()
 def draw_found(runner, out, rows=3, columns=4, threshold=0.5):
-    """Draws the first validation images with what the model finds in them."""
+    """Draw the first validation images with the model's predictions."""
     dataset = runner.test_dataloader.dataset
     figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.4 * rows), squeeze=False, layout='constrained')
     for axes in grid.flat:
@@ -87,7 +88,7 @@ def draw_found(runner, out, rows=3, columns=4, threshold=0.5):
         classes = list(zip(dataset.metainfo['classes'], dataset.metainfo['palette'], strict=True))[1:]
         figure.legend(handles=[Patch(color=np.array(color) / 255, label=name) for name, color in classes],
                       ncols=len(classes), loc='outside lower center', fontsize=12)
-        figure.suptitle('Validation images, the class found for each pixel')
+        figure.suptitle('Validation images, the predicted class of each pixel')
     else:
         figure.suptitle(f'Validation images, detections with a score of {threshold} or more')
     figure.savefig(out, dpi=120)
@@ -98,25 +99,25 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='configuration of the detector or segmentor')
-    parser.add_argument('work_dir', type=Path, help='where it was trained')
-    parser.add_argument('--rows', type=int, default=3, help='of pictures, four in each (default: 3)')
+    parser.add_argument('work_dir', type=Path, help='work directory of its training')
+    parser.add_argument('--rows', type=int, default=3, help='rows of four images (default: 3)')
     args = parser.parse_args()
 
     cfg = Config.fromfile(args.config)
     if cfg.default_scope not in ('mmdet', 'mmseg'):
-        parser.error(f'{args.config} is neither a detector nor a segmentor, but of {cfg.default_scope}')
+        parser.error(f'{args.config} is neither a detector nor a segmentor: its scope is {cfg.default_scope}')
     picture = 'detections.png' if cfg.default_scope == 'mmdet' else 'segmentation.png'
     cfg.work_dir = str(args.work_dir)
-    # The last one, not the best on these very images.
+    # The last checkpoint, because the best one was chosen on these images.
     cfg.load_from = find_latest_checkpoint(args.work_dir)
     if cfg.load_from is None:
-        sys.exit(f'{args.work_dir} has no checkpoint: train first')
+        sys.exit(f'{args.work_dir} has no checkpoint: train the model first')
     runner = Runner.from_cfg(cfg)
     metrics = runner.test()
     dump(metrics, args.work_dir / 'metrics.json', indent=2)
     draw_found(runner, args.work_dir / picture, args.rows)
     subprocess.run(
-        [sys.executable, TOOLS / 'visualization/scan_orders.py',
+        [sys.executable, TOOLS / 'draw.py', 'scans',
          '--out', args.work_dir / 'scan_orders.png'], check=True)
 
     print()

@@ -1,17 +1,18 @@
-"""Parameters and FLOPs of the model of a configuration, of any of the three tasks.
+"""Count parameters and FLOPs of a configuration's model, for any of the three tasks.
 
     python tools/get_flops.py CONFIG [--shape H W] [--convention exact|paper] [--modules [DEPTH]] [--json]
 
-A multiply-add counts once, as in the papers' tables. Without --shape: 224x224 for classification, 1280x800 for
-detection, 512x2048 for segmentation, as in the paper.
+A multiply-add counts once, as in the papers' tables. The default of --shape is the paper's: 224x224 for classification,
+1280x800 for detection, 512x2048 for segmentation.
 
-exact   what runs, by MMEngine's analyzer: every direction's projections, 9*L*D*N + L*D for each scan of L steps (pads
-        of windows included), D channels and N states. Element-wise operations outside of the scans are not counted.
-paper   the same, but blocks of LocalVim and Vim as the authors' counters take them (mmlocalmamba.ops.flops).
+exact   count the operations that run, by MMEngine's analyzer: each direction's projections, and 9*L*D*N + L*D for each
+        scan of L steps (with the pads of windows), D channels and N states. Element-wise operations outside the scans
+        are not counted.
+paper   count blocks of LocalVim and Vim as the authors' counters do (mmlocalmamba.ops.flops), all else as above.
 
-Detectors are counted without post-processing, with as many proposals as the RPN keeps in tests. The first 100 go to
-Mask R-CNN's mask head, all of them to Cascade Mask R-CNN's, as MMDetection's forward has it. The auxiliary head of a
-segmentor has parameters, but does not run.
+Detectors are counted without post-processing, with as many proposals as the RPN keeps in tests. As in MMDetection's
+forward, Mask R-CNN's mask head gets the first 100 proposals, and Cascade Mask R-CNN's gets all. The auxiliary head of a
+segmentor has parameters but does not run.
 """
 import argparse
 import json
@@ -26,18 +27,18 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 
+from mmlocalmamba.directions import scan_index
 from mmlocalmamba.layers import LocalVimMixer
 from mmlocalmamba.layers.mixers import DirectionalSSM
 from mmlocalmamba.ops import BACKEND_VARIABLE
 from mmlocalmamba.ops.flops import HANDLES, SCAN, authors_mixer_flops, check_all_known
-from mmlocalmamba.scans import scan_index
 
 CONVENTIONS = ('exact', 'paper')
 SHAPES = {'mmpretrain': (224, 224), 'mmdet': (1280, 800), 'mmseg': (512, 2048)}
 
 
 class Count(NamedTuple):
-    """FLOPs and parameters by module; the whole model is ''."""
+    """FLOPs and parameters by module. The name of the whole model is ''."""
     flops: Counter
     params: Counter
 
@@ -51,8 +52,10 @@ def build(cfg):
 
 
 def detector_forward(model):
-    """What a two-stage detector computes for an image, whatever its proposals: boxes are made up, as untrained weights
-    propose nothing that a trained detector would."""
+    """Return a forward function that computes what a two-stage detector computes for an image.
+
+    The proposals are random boxes, because untrained weights do not propose what a trained detector would.
+    """
     from mmdet.structures import DetDataSample
     count = model.test_cfg.rpn.max_per_img
 
@@ -69,13 +72,13 @@ def detector_forward(model):
 
 @torch.no_grad()
 def count_flops(model, shape):
-    """Exact FLOPs and parameters of a model of :func:`build` for one image of ``shape`` (H, W).
+    """Return exact FLOPs and parameters of a model of :func:`build` for one image of ``shape`` (H, W).
 
     Raises:
-        NotImplementedError: an op of ours has no handle.
-        RuntimeError: a scan ran without being counted.
+        NotImplementedError: an operator of this package has no handle.
+        RuntimeError: a scan was not counted.
     """
-    # The reference has no op to count; both others give the same number.
+    # The reference backend has no operator to count. The other backends give the same number.
     chosen = os.environ.pop(BACKEND_VARIABLE, None)
     try:
         analyzer = FlopAnalyzer(model, torch.zeros(1, 3, *shape)).set_op_handle(**HANDLES)
@@ -87,8 +90,8 @@ def count_flops(model, shape):
     check_all_known(analyzer.unsupported_ops())
     for name, module in model.named_modules():
         if isinstance(module, DirectionalSSM) and not operators[name].get(SCAN):
-            raise RuntimeError(f'the scans of {name} were not counted: mmlocalmamba.ops.flops.HANDLES does not know '
-                               'the op that runs them')
+            raise RuntimeError(f'the scans of {name} were not counted: mmlocalmamba.ops.flops.HANDLES lacks the '
+                               'operator that runs them')
     flops = Counter({name: int(value) for name, value in analyzer.by_module().items()})
     params = Counter()
     for name, parameter in model.named_parameters():
@@ -99,7 +102,7 @@ def count_flops(model, shape):
 
 
 def as_in_the_paper(count, model, shape):
-    """An exact count with the mixers of LocalVim as the authors' counters take them."""
+    """Return a count in which the mixers of LocalVim are counted as the authors do."""
     flops = count.flops.copy()
     dense = getattr(model.backbone, 'out_type', None) == 'featmap'
     for name, mixer in model.named_modules():
@@ -118,17 +121,17 @@ def as_in_the_paper(count, model, shape):
                 if part == '' or f'{name}.'.startswith(f'{part}.'):
                     flops[part] += difference
                 elif part.startswith(f'{name}.'):
-                    del flops[part]  # the authors' formulas have no such parts
+                    del flops[part]  # the authors' formulas do not have these parts
     return Count(flops, count.params)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='configuration file')
-    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='size of the image')
+    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='image size')
     parser.add_argument('--convention', choices=CONVENTIONS, default='exact')
     parser.add_argument('--modules', type=int, nargs='?', const=2, default=0, metavar='DEPTH',
-                        help='also every module down to DEPTH (2)')
+                        help='print each module down to DEPTH (default: 2), too')
     parser.add_argument('--json', action='store_true', help='print JSON')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
     args = parser.parse_args()

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one run and without network: tests, block sizes, scans, models.
+# Run everything that needs a GPU, without network: tests, tuning of block sizes, benchmarks of scans and models.
 #
 #     bash tools/gpu_session.sh [OUTPUT] [PYTHON]
 #
-# OUTPUT (default work_dirs/gpu) gets a log of each part, the figures as JSON, and the block sizes that were chosen for
-# this GPU, tuning.json, with which everything after that is measured. A part that fails is reported and does not stop
-# the others, except for wrong results: figures of wrong kernels are worth nothing.
+# The script writes to OUTPUT (default: work_dirs/gpu) a log of each part, the measurements as JSON, and tuning.json,
+# the block sizes chosen for this GPU, which all later parts use. If a part fails, the script reports it and continues.
+# It stops only if results are wrong, because measurements of wrong kernels are useless.
 set -u
 cd "$(dirname "$0")/.." || exit
 output=${1:-work_dirs/gpu}
@@ -30,9 +30,9 @@ set -o pipefail
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv | tee "$output/gpu.log"
 
 run doctor "$python" -m mmlocalmamba doctor || exit 1
-# Where the OpenMMLab stack is missing, these are the tests that need torch alone.
-run tests "$python" -m pytest -q tests/test_ops_triton.py tests/test_ops_triton_tuning.py tests/test_ops.py \
-    tests/test_scans.py || exit 1
+# These tests need only torch, so they run without the OpenMMLab stack too.
+run tests "$python" -m pytest -q tests/ops/test_triton.py tests/ops/test_triton_tuning.py tests/ops/test_scan.py \
+    tests/test_directions.py || exit 1
 run tune "$python" -m mmlocalmamba tune
 
 scan() {
@@ -57,7 +57,7 @@ if "$python" -c 'import mmengine, mmcv' 2>/dev/null; then
     model train --dtype bfloat16 --sizes 224 --batch 128
     model large --dtype bfloat16 --sizes 512 800 --batch 2
 else
-    echo 'mmengine and mmcv are not installed: no whole models'
+    echo 'mmengine and mmcv are not installed: whole models are skipped'
 fi
 if ((${#failed[@]})); then
     echo "Failed: ${failed[*]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs one of the two stacks and this package. Run it again at any time: what
-# is done is skipped. pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL, ...) hold.
+# Install one of the two stacks and this package. It can be run again at any time and skips finished steps. pip's own
+# settings (PIP_FIND_LINKS, PIP_INDEX_URL, ...) apply.
 set -euo pipefail
 
 usage() {
@@ -9,17 +9,17 @@ Usage: tools/install.sh [--no-venv] [--reinstall-torch] [--no-dev] [--until=STEP
 
   --no-venv          install into the current environment (a GPU machine that has
                      torch, a container) and keep its torch if that is >= 2.6
-  --reinstall-torch  with --no-venv: take the pinned torch all the same
+  --reinstall-torch  with --no-venv, install the pinned torch anyway
   --no-dev           leave out the test tools
-  --until=STEP       end after this step: venv, torch, build, mmcv, stack, verify
+  --until=STEP       stop after this step: venv, torch, build, mmcv, stack, verify
                      (the layers of a container image)
 
 Environment:
   STACK       openmmlab (default; into .venv) or onedl (into .venv-onedl)
   VENV_DIR    another folder for the virtual environment
   PYTHON      the interpreter (default: python3.11 or python3, if it is >= 3.10)
-  FORCE_CUDA  1: mmcv must have its CUDA ops also where there is no GPU;
-              TORCH_CUDA_ARCH_LIST says for which GPUs
+  FORCE_CUDA  1 requires mmcv's CUDA ops even where there is no GPU;
+              TORCH_CUDA_ARCH_LIST names the GPU architectures
 TEXT
 }
 
@@ -67,7 +67,7 @@ good_python() {
 
 if [ -n "${PYTHON:-}" ]; then
     good_python "$PYTHON" ||
-        fail "PYTHON=$PYTHON is not a Python >= 3.10" "Name another: PYTHON=/path/to/python3.11 make ..."
+        fail "PYTHON=$PYTHON is not a Python >= 3.10" "Name another one: PYTHON=/path/to/python3.11 make ..."
 else
     for PYTHON in python3.11 python3 ''; do
         if [ -n "$PYTHON" ] && good_python "$PYTHON"; then break; fi
@@ -80,9 +80,8 @@ fi
 python=$PYTHON
 
 pip_install() {
-    # Conflicts are not reported: the only one is openmim's wish for opendatalab
-    # (requirements/mim-openmmlab.txt).
-    # Where there are many packages to come, all their bytecode is made at once (install_rest).
+    # Conflicts are not reported, because the only one is openmim's requirement of opendatalab
+    # (requirements/mim-openmmlab.txt). In a virtual environment, install_rest compiles all bytecode at once.
     local more=()
     [ $use_venv = no ] || more=(--no-compile)
     "$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts "${more[@]}" "$@"
@@ -90,8 +89,8 @@ pip_install() {
 
 # ---- steps -----------------------------------------------------------------
 
-# In a virtual environment each finished step leaves a stamp with a hash of what
-# it depends on. Elsewhere pip is asked again, which is quick when all is there.
+# In a virtual environment each finished step leaves a stamp with a hash of its inputs. Elsewhere pip checks again,
+# which is quick when everything is installed.
 digest() { "$python" -c '
 import hashlib, sys
 h = hashlib.sha256(repr(sys.version_info[:3]).encode())
@@ -105,7 +104,7 @@ step() {
     shift 4
     local stamp=$venv/.stamps/$name
     if [ $use_venv = yes ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
-        say "[$name] $text: done before"
+        say "[$name] $text: already done"
     else
         say "[$name] $text ($time)"
         local start=$SECONDS
@@ -123,20 +122,20 @@ step() {
     fi
 }
 
-# quietly "WHAT TO DO" COMMAND...: shows the output only if the command fails.
+# quietly "WHAT TO DO" COMMAND... shows the output only if the command fails.
 quietly() {
     local advice=$1
     shift
     "$@" >"$log" 2>&1 || {
         tail -n 40 "$log" >&2
-        fail "this step failed (the whole output: $log)" "$advice" "Then run the same command again; finished steps are skipped."
+        fail "this step failed (output: $log)" "$advice" "Then run the same command again; it skips finished steps."
     }
 }
 
-network='Check the network, or point PIP_INDEX_URL or PIP_FIND_LINKS at a place that has the packages.'
+network='Check the network, or set PIP_INDEX_URL or PIP_FIND_LINKS to a place that has the packages.'
 
 make_venv() {
-    # Emptied only if it is known to be ours: then the Python or the path changed.
+    # Empty the folder only if this script made it: then the Python or the path has changed.
     local clear=()
     [ ! -d "$venv/.stamps" ] || clear=(--clear)
     quietly "Does '$python -m venv' work? Debian and Ubuntu: apt-get install python3-venv" \
@@ -148,7 +147,7 @@ install_torch() {
     quietly "$network" pip_install -r requirements/torch.txt
 }
 
-# Keeps the torch that is there, if it is new enough, and sees to torchvision.
+# Keep an installed torch that is new enough, and install a torchvision if none works.
 keep_torch() {
     local version
     version=$("$python" - 2>/dev/null <<'PY'
@@ -160,14 +159,14 @@ assert (major, minor) >= (2, 6)
 print(version('torch'))  # as pip knows it; torch.__version__ may add its CUDA version
 PY
     ) || return 1
-    say "        keeps torch $version"
+    say "        keeping torch $version"
     "$python" -c 'import torchvision' 2>/dev/null ||
-        quietly "No torchvision fits torch $version? Install one, or use --reinstall-torch." \
+        quietly "If no torchvision fits torch $version, install one yourself or use --reinstall-torch." \
             pip_install "torch==$version" torchvision
 }
 
-# True if mmcv is the wanted one and its ops run, on the GPU too if there is one.
-# Where an image is built there is none.
+# Succeed if the right version of mmcv is installed and its ops run, on the GPU too if there is one. There is none while
+# an image is built.
 mmcv_works() {
     "$python" - "${mmcv#*==}" >"$log" 2>&1 <<'PY'
 import os
@@ -190,31 +189,33 @@ PY
 install_mmcv() {
     if [ $use_venv = no ] && mmcv_works; then return; fi
     local name=${mmcv%%==*}
-    # A ready wheel, if pip finds one. It may have been built for another torch.
+    # Take a ready wheel if pip finds one. It may have been built for another torch.
     if pip_install --only-binary "$name" --constraint "$constraints" "$mmcv" >"$log" 2>&1; then
         if mmcv_works; then
-            say "        took a ready one"
+            say "        using a ready wheel"
             return
         fi
-        say "        the ready one does not work with this torch"
+        say "        the ready wheel does not work with this torch"
     fi
-    say "        compiles mmcv and its ops: 7 to 10 minutes on 2 cores, longer for a GPU"
-    # Not the cache: a wheel in it may have been built for another torch.
-    CFLAGS="${CFLAGS:--g0 -O2}" MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc 2>/dev/null || echo 2)} quietly \
-        "mmcv needs gcc and g++, and for a GPU an nvcc of torch's CUDA version. With too little memory: MAX_JOBS=1." \
+    say "        compiling mmcv and its ops: 7 to 10 minutes on 2 cores, longer for a GPU"
+    # No cache, because a cached wheel may have been built for another torch.
+    # nproc obeys OMP_NUM_THREADS, which says nothing about the number of compilers.
+    CFLAGS="${CFLAGS:--g0 -O2}" MMCV_WITH_OPS=1 \
+        MAX_JOBS=${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)} quietly \
+        "mmcv needs gcc and g++, and for a GPU an nvcc of torch's CUDA version. If memory runs out, set MAX_JOBS=1." \
         pip_install --no-build-isolation --no-binary "$name" --no-cache-dir --force-reinstall --no-deps "$mmcv"
     quietly "$network" pip_install --constraint "$constraints" "$mmcv"
     mmcv_works || {
         tail -n 20 "$log" >&2
         fail "mmcv was compiled, but 'from mmcv.ops import nms' does not run" \
-            "Does torch work? Try: $python -c 'import torch; print(torch.__version__)'" \
+            "Check that torch works: $python -c 'import torch; print(torch.__version__)'" \
             "With a GPU, nvcc must have the same CUDA major version as torch."
     }
 }
 
 install_rest() {
-    # mmcv stands in the list as well and is there already; without isolation,
-    # since source packages would otherwise each fetch their own build tools.
+    # The list names mmcv too, which is already installed. There is no build isolation, because each source package
+    # would otherwise fetch its own build tools.
     local lists=(-r "$wanted")
     if [ $dev = yes ]; then
         lists+=(-r requirements/dev.txt)
@@ -222,9 +223,9 @@ install_rest() {
     fi
     quietly "$network" pip_install --no-build-isolation --constraint "$constraints" "${lists[@]}"
     quietly "$network" pip_install --no-deps -r "requirements/mim-$STACK.txt"
-    # 20,000 files on all cores: pip takes one after another. Left to the first import, it would be made anew by every
-    # process that may not write it (PYTHONDONTWRITEBYTECODE): then `import mmdet.models` takes 16 s instead of 7.
-    # A few files of packages are templates and no Python.
+    # Compile 20,000 files on all cores; pip compiles them one after another. Without bytecode, every process that must
+    # not write it (PYTHONDONTWRITEBYTECODE) compiles again, and `import mmdet.models` takes 16 s instead of 7. A few
+    # files of packages are templates and not valid Python, so a failure is ignored.
     [ $use_venv = no ] || "$python" -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true
 }
 
@@ -233,22 +234,22 @@ verify() {
         tail -n 20 "$log" >&2
         fail "'from mmcv.ops import nms' does not run" \
             "mmcv was built for another torch, or another package replaced it." \
-            "Remove it ($python -m pip uninstall -y ${mmcv%%==*}; rm -rf $venv/.stamps) and run this again."
+            "Remove mmcv ($python -m pip uninstall -y ${mmcv%%==*}; rm -rf $venv/.stamps) and run this again."
     }
-    quietly "The error above names the package that does not load." \
+    quietly "The error above names the package that fails to load." \
         "$python" -c 'import mmpretrain, mmdet, mmseg, mim'
 }
 
 install_package() {
-    quietly "Read the error above; it comes from this project's setup.py." \
+    quietly "The error above comes from this project's setup.py." \
         pip_install --no-deps --no-build-isolation --editable .
 }
 
 # ---- go --------------------------------------------------------------------
 
 if [ $use_venv = yes ]; then
-    say "Installing the $STACK stack into ${venv##*/}; in all 2 to 4 minutes, 7 to 10 more if mmcv must be compiled."
-    # The path is part of the key: the scripts of a moved environment do not start.
+    say "Installing the $STACK stack into ${venv##*/}: 2 to 4 minutes in total, 7 to 10 more if mmcv must be compiled."
+    # The path is part of the key, because the scripts of a moved environment do not start.
     venv_key="$(digest) $venv"
     step venv "$venv_key" "virtual environment ${venv##*/} ($("$python" -V))" "5 s" make_venv
     python=$venv/bin/python
@@ -268,9 +269,9 @@ step stack "$(digest "${stack_files[@]}") $dev" \
     "MMEngine, mmpretrain, mmdet, mmsegmentation, mim, test tools" "1 to 2 minutes" install_rest
 step verify "$mmcv $(digest requirements/torch.txt "${stack_files[@]}")" \
     "check: from mmcv.ops import nms; the packages load" "10 s" verify
-# What the build of this package depends on: its metadata, its native sources, torch.
+# The build of this package depends on its metadata, its native sources and torch.
 mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.cu' -o -name '*.h' | sort)
-# The links that an editable install puts into the source tree may have been cleaned away.
+# `make clean` may have removed the links that an editable install puts into the source tree.
 [ -e mmlocalmamba/.mim/configs ] || rm -f "$venv/.stamps/package"
 step package "$root $(digest setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")" \
     "mmlocalmamba itself, editable, with its CPU kernel" "10 to 60 s" install_package

@@ -1,10 +1,11 @@
-"""torchrun for jobs that may be preempted: all its arguments, and an exit code that says whether to try again.
+"""Run torchrun for jobs that may be preempted, with an exit code that asks to start again.
 
     python tools/launch.py --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch --resume
 
-SIGTERM and SIGUSR1 go on to the training, which finishes an iteration and writes its checkpoint; it has as long as it
-needs, not torchrun's 30 s. Exit code 75 (EX_TEMPFAIL): the training left with it, start the same command again. Others
-are the training's or torchrun's.
+The script takes all arguments of torchrun. It forwards SIGTERM and SIGUSR1 to the training, which finishes its
+iteration and writes a checkpoint. The training has as long as it needs, and not torchrun's 30 s. Exit code 75
+(EX_TEMPFAIL) means that the training was preempted: start the same command again. Other codes are the training's or
+torchrun's.
 """
 import os
 import signal
@@ -14,20 +15,20 @@ from pathlib import Path
 
 import cluster
 
-# As mmlocalmamba.engine.EXIT_PREEMPTED, whose import would take seconds.
+# This is mmlocalmamba.openmmlab.engine.EXIT_PREEMPTED, whose import would take seconds.
 EXIT_PREEMPTED = 75
-# For the other processes, once one has failed.
+# The time that the other processes have after one has failed.
 GRACE_SECONDS = 30
 
 
 def trainings():
-    """Processes that torchrun has started: each leads a session."""
+    """Return the processes that torchrun has started. Each leads a session."""
     children = [pid for task in Path('/proc/self/task').glob('*/children') for pid in task.read_text().split()]
     return [pid for pid in map(int, children) if os.getsid(pid) == pid]
 
 
 def exit_codes(pids):
-    """Wait for their end, and leave it to torchrun to reap them."""
+    """Wait until processes end and return their exit codes. torchrun reaps them."""
     codes, deadline = {}, float('inf')
     while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
@@ -43,12 +44,12 @@ def exit_codes(pids):
 
 
 def pass_on(number, frame):
-    """A signal. Before there is a training, nothing is lost: start again."""
+    """Forward a signal to the training. Without a training nothing is lost, so ask to start again."""
     pids = trainings()
     for pid in pids:
         os.kill(pid, number)
     codes = exit_codes(pids)
-    # One process alone leaves with this code only after all have agreed, and the checkpoint is there.
+    # A process exits with this code only after all have agreed and the checkpoint is written.
     sys.exit(EXIT_PREEMPTED if EXIT_PREEMPTED in codes or not codes else max(codes))
 
 
@@ -57,11 +58,11 @@ def main():
         print(__doc__)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
-    sys.argv[1:1] = ['--signals-to-handle', 'SIGINT,SIGHUP,SIGQUIT']  # SIGTERM is ours
-    # Or the processes find each other through a store that outlives them, and after a restart read the addresses of
-    # those that died: https://github.com/pytorch/pytorch/issues/135712
+    sys.argv[1:1] = ['--signals-to-handle', 'SIGINT,SIGHUP,SIGQUIT']  # SIGTERM is handled here
+    # With a shared store, which outlives the processes, restarted processes would read the addresses of those that
+    # died: https://github.com/pytorch/pytorch/issues/135712
     os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
-    from torch.distributed import run  # after the handlers, since it takes seconds
+    from torch.distributed import run  # after the handlers, because this import takes seconds
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
     args = run.parse_args(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Tables of results that tools go on with: CSV files, read whole and written whole. Needs nothing to be installed."""
+"""CSV tables of results that scripts extend. Reading them needs only the standard library."""
 import csv
 import io
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def read_rows(path):
-    """Rows as dicts of texts; none where there is no file."""
+    """Return rows as dicts of strings, or no rows if there is no file."""
     if not path.exists():
         return []
     with path.open(newline='') as file:
@@ -15,8 +15,8 @@ def read_rows(path):
 
 
 def write_rows(path, fields, rows):
-    """What a row lacks is empty."""
-    from mmlocalmamba.files import write_whole  # not before: some tools measure the memory of what they import
+    """Write a whole table. Missing values are empty."""
+    from mmlocalmamba.files import write_whole  # imported late, because some tools measure the memory of their imports
     text = io.StringIO()
     table = csv.DictWriter(text, fields, lineterminator='\n')
     table.writeheader()
@@ -25,7 +25,7 @@ def write_rows(path, fields, rows):
 
 
 def processor():
-    """Its name and family, which decides more than the name."""
+    """Return the name and the family of the processor. Its speed depends on the family more than on the name."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -36,7 +36,7 @@ def processor():
 
 
 def interval(values):
-    """Half of the 95 % interval of the mean; None for one value."""
+    """Return half of the 95 % interval of the mean, or None for one value."""
     if len(values) < 2:
         return None
     from scipy.stats import t as student

@@ -1,4 +1,4 @@
-"""What train.py and test.py share: arguments, configuration, runner."""
+"""The arguments, the configuration and the runner of train.py and test.py."""
 import argparse
 import os
 from pathlib import Path
@@ -15,12 +15,12 @@ def add_common_arguments(description):
     parser.add_argument('config', help='configuration file')
     parser.add_argument(
         '--work-dir',
-        help="where logs and results go (default: the configuration's, or work_dirs/NAME)")
+        help="folder of logs and results (default: the configuration's, or work_dirs/NAME)")
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
         help='override settings, for example train_cfg.max_epochs=3 or key="[(a,b),(c,d)]"')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    # Given by torch.distributed.launch, in either spelling.
+    # torch.distributed.launch gives this argument, in either spelling.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
 
@@ -44,7 +44,7 @@ def load_config(args):
 
 
 def distribute_over_cpus(cfg):
-    """MMEngine's launchers take GPUs for granted."""
+    """Prepare a distributed training on CPUs, because MMEngine's launchers assume GPUs."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     cfg.model_wrapper_cfg = dict(
@@ -53,7 +53,7 @@ def distribute_over_cpus(cfg):
 
 
 def build_runner(cfg):
-    """MMEngine finds the modules of cfg.default_scope by itself."""
+    """Build the runner of a configuration. MMEngine imports the modules of cfg.default_scope."""
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         distribute_over_cpus(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

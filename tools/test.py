@@ -1,16 +1,15 @@
-"""Test a checkpoint: what `mim test mmlocalmamba CONFIG --checkpoint FILE` runs.
+"""Test a checkpoint. `mim test mmlocalmamba CONFIG --checkpoint FILE` runs this script.
 
-The configuration may belong to mmpretrain, mmdet or mmsegmentation: its
-`default_scope` says which.
+The configuration may belong to mmpretrain, mmdet or mmsegmentation. Its `default_scope` names the package.
 """
 from mmengine.config import ConfigDict
 from runner import add_common_arguments, build_runner, load_config, parse_args
 
-from mmlocalmamba.engine.data import annotations_named
+from mmlocalmamba.openmmlab.engine.data import naming_annotation_files
 
 
 def use_tta(cfg):
-    """Puts the configuration's test-time augmentation around its model."""
+    """Put the configuration's test-time augmentation around its model."""
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
@@ -34,7 +33,7 @@ def main():
             parser.error('--tta: the configuration has no tta_model and tta_pipeline')
         use_tta(cfg)
 
-    with annotations_named():
+    with naming_annotation_files():
         build_runner(cfg).test()
 
 

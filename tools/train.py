@@ -1,13 +1,12 @@
-"""Train a model: what `mim train mmlocalmamba CONFIG` runs.
+"""Train a model. `mim train mmlocalmamba CONFIG` runs this script.
 
-The configuration may belong to mmpretrain, mmdet or mmsegmentation: its
-`default_scope` says which.
+The configuration may belong to mmpretrain, mmdet or mmsegmentation. Its `default_scope` names the package.
 """
 import os
 import signal
 
-# Signals that come before the training can note them: nothing is lost, and 75 says to start again. It is
-# mmlocalmamba.engine.EXIT_PREEMPTED, whose import takes seconds.
+# A signal may arrive before the training can handle it. Nothing is lost then, so exit with 75, which asks to start
+# again. That is mmlocalmamba.openmmlab.engine.EXIT_PREEMPTED, whose import takes seconds.
 if __name__ == '__main__':
     for number in (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, lambda *_: os._exit(75))
@@ -15,7 +14,7 @@ if __name__ == '__main__':
 from mmengine.device import get_device
 from runner import add_common_arguments, build_runner, load_config, parse_args
 
-from mmlocalmamba.engine.data import annotations_named
+from mmlocalmamba.openmmlab.engine.data import naming_annotation_files
 
 
 def main():
@@ -23,14 +22,14 @@ def main():
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr', action='store_true',
-        help='scale the learning rate from the total batch size the configuration was made for')
+        help='scale the learning rate from the total batch size that the configuration is made for')
     parser.add_argument(
         '--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-        help='resume from CHECKPOINT, or without one from the latest in the work directory')
+        help='resume from CHECKPOINT, or from the latest checkpoint in the work directory')
     args = parse_args(parser)
     cfg = load_config(args)
 
-    if args.amp and get_device() == 'cpu':  # MMEngine's refuses
+    if args.amp and get_device() == 'cpu':  # MMEngine's AmpOptimWrapper refuses CPUs
         cfg.optim_wrapper.type = 'mmlocalmamba.BFloat16OptimWrapper'
         cfg.optim_wrapper.pop('loss_scale', None)
     elif args.amp:
@@ -44,7 +43,7 @@ def main():
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
-    with annotations_named():
+    with naming_annotation_files():
         build_runner(cfg).train()
 
 

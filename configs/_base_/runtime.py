@@ -1,4 +1,4 @@
-"""What every task shares. Use it through default_runtime_{cls,det,seg}.py."""
+"""Settings that every task shares. The schedules inherit this file and add the settings of their task."""
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
@@ -7,22 +7,18 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     numerical_guard=dict(type='mmlocalmamba.NumericalGuardHook'),
     broken_files=dict(type='mmlocalmamba.BrokenFilesHook'),
-    # converts the authors' checkpoints, and refuses one that does not fill the backbone
-    official_checkpoint=dict(type='mmlocalmamba.OfficialCheckpointHook'),
+    # converts the authors' checkpoints and refuses one that does not fill the backbone
+    official_checkpoint=dict(type='mmlocalmamba.LoadCheckpointHook'),
     checks=dict(type='mmlocalmamba.TrainingChecksHook'))
-
-# Weights the backbone starts from, a path or URL, ours or the authors'; None starts from scratch. Works in every
-# configuration that inherits this one and as --cfg-options pretrained=FILE: TrainingChecksHook hands it on.
-pretrained = None
 
 custom_hooks = []
 
-# Inferencers load a checkpoint before they build a model: what reads `mmlocalmamba://NAME` must be there by then.
-custom_imports = dict(imports=['mmlocalmamba.weights'])
+# Inferencers load a checkpoint before they build a model, so what loads `mmlocalmamba://NAME` must be imported first.
+custom_imports = dict(imports=['mmlocalmamba.openmmlab.models'])
 
-# No weight decay on the state space parameters, norms, biases and embeddings: one rule for the whole model and all
-# tasks, heads included. (MMDetection's and MMSegmentation's files of Swin decay the biases of heads.) Every schedule
-# adds its optimizer.
+# There is no weight decay on state space parameters, norms, biases and embeddings. The rule is the same for all tasks
+# and for the whole model, heads included. (MMDetection's and MMSegmentation's configurations of Swin decay biases of
+# heads.) Each schedule adds its optimizer.
 no_decay = dict(decay_mult=0.0)
 optim_wrapper = dict(
     paramwise_cfg=dict(
@@ -34,18 +30,18 @@ optim_wrapper = dict(
             'norm': no_decay,
             'pos_embed': no_decay,
             'cls_token': no_decay,
-            'alphas': no_decay,  # of the direction search
+            'alphas': no_decay,  # the logits of the direction search
         }))
 del no_decay
 
-# cudnn_benchmark: sizes of images vary in detection and segmentation, and each would be timed anew; and which
-# algorithm wins may differ from run to run.
+# cudnn_benchmark is off because image sizes vary in detection and segmentation and each new size would be timed again,
+# and because the fastest algorithm may differ from run to run.
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
-# Mixed precision by itself is for GPUs: MMEngine's AmpOptimWrapper cannot be built on a CPU, where
-# mmlocalmamba.BFloat16OptimWrapper can. Schedules take it from here.
+# Schedules in mixed precision take this type. MMEngine's AmpOptimWrapper cannot be built on a CPU. There,
+# mmlocalmamba.BFloat16OptimWrapper can (tools/train.py --amp).
 amp_optim_wrapper = ('OptimWrapper' if __import__('mmengine.device').device.get_device() in ('cpu', 'mps') else
                      'AmpOptimWrapper')
 

@@ -1,6 +1,6 @@
-"""Demo: Oriented R-CNN with LocalVMamba-nano finds turned digits on photographs, from scratch, on a CPU.
+"""Demo: Oriented R-CNN with LocalVMamba-nano finds rotated digits on photographs, from scratch, on a CPU.
 
-On the OneDL stack, with onedl-mmrotate; data by digits.py --rotated. Total batch 8.
+It needs the OneDL stack with onedl-mmrotate, and data written by digits.py --rotated. Total batch 8.
 """
 _base_ = [
     '../_base_/models/oriented_rcnn_localvmamba_nano.py',

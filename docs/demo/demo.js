@@ -6,7 +6,7 @@ const WORDS = {h: 'rows', v: 'columns', 'w<K>': 'windows', diag: 'diagonals', zi
   hilbert: 'Hilbert curve'};
 
 /**
- * The steps of a scan, {row, col, token} each; token is -1 for a pad. mmlocalmamba.scans defines them, a test compares.
+ * The steps of a scan, {row, col, token} each; token is -1 for a pad. mmlocalmamba.directions defines them, a test compares.
  * tables: {'8x8': {name: [tokens]}}, of the directions that are neither rows, columns nor windows.
  */
 export function scanSteps(name, height, width, tables = {}) {

@@ -1,4 +1,4 @@
-// The built page in a headless Chromium, as a user would use it: `node test.js GIVEN`, which tools/web_demo.py calls.
+// The built page in a headless Chromium, as a user would use it: `node test.js GIVEN`, which docs/demo/web_demo.py calls.
 // GIVEN is a JSON file with the page's address, and with what Python has computed.
 import assert from 'node:assert/strict';
 import {mkdirSync, readFileSync} from 'node:fs';

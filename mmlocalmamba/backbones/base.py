@@ -1,4 +1,4 @@
-"""What both backbones share: variants, direction lists, taps, freezing, loading of pre-trained weights."""
+"""The base class of both backbones: variants, direction lists, outputs, freezing, initialisation and loading."""
 import copy
 import json
 import os
@@ -6,29 +6,24 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.analysis import complexity_analysis
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmlocalmamba.ops.flops import HANDLES
-from mmlocalmamba.registry import MODELS, WEIGHT_INITIALIZERS
-from mmlocalmamba.scans import check_scan
+from mmlocalmamba.directions import check_scan
+from mmlocalmamba.weights.loading import check_requirements, load_pretrained
 
 Directions = None | str | dict | Sequence[str] | Sequence[Sequence[str]]
 SEARCH = 'search'
 WINDOW_PADS = ('zero', 'none')
-# What weights may need without showing it.
-FACTS = ('directions', 'stride', 'rope', 'cls_token')
 # The results of a search with hundreds of blocks are far smaller.
 _MAX_DIRECTIONS_FILE = 1 << 20
 
 
 def resolve_arch(arch: str | dict, variants: dict[str, dict], required: Sequence[str]) -> dict:
-    """A variant's name or a dict of the same keys -> a dict of our own.
+    """Return a copy of the variant of this name, or of a dict with the same keys.
 
     Raises:
-        ValueError: an unknown name or key, a key that is missing.
-        TypeError: neither a name nor a dict.
+        ValueError: the name is unknown, or a required key is missing.
+        TypeError: ``arch`` is neither a name nor a dict.
     """
     if isinstance(arch, str):
         if arch not in variants:
@@ -44,8 +39,11 @@ def resolve_arch(arch: str | dict, variants: dict[str, dict], required: Sequence
 
 
 def load_directions(path: str) -> list:
-    """Read a directions file: a list per block, or a dict that holds it under ``directions``. Files of others may be
-    anything: what is no small JSON file is an error that names it."""
+    """Read a directions file: a list per block, or a dict that holds it under ``directions``.
+
+    Raises:
+        ValueError: the file is not a small JSON file of this form. The message names it.
+    """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError('not a regular file')  # opening a pipe would wait for ever
@@ -66,26 +64,26 @@ def load_directions(path: str) -> list:
 
 
 def resolve_search(directions: Directions, mixer: type[nn.Module]) -> tuple[Directions, type[nn.Module], dict]:
-    """Directions, class of the mixers and further arguments of theirs: those given, but in a search.
+    """Return directions, class of the mixers and further arguments of theirs. Only a search changes them.
 
     Args:
-        directions: as in :func:`resolve_directions`; a search is 'search' or dict(candidates=[...], **options), the
-            arguments of :class:`mmlocalmamba.search.supernet.Supernet`.
-        mixer: class of the mixers outside of a search.
+        directions: as in :func:`resolve_directions`; for a search 'search' or dict(candidates=[...], **options), the
+            arguments of :func:`mmlocalmamba.search.supernet.relax`.
+        mixer: class of the mixers without a search.
 
     Raises:
-        ValueError: unknown options, candidates that are no list of different names, options out of range.
+        ValueError: as :func:`mmlocalmamba.search.supernet.relax`.
     """
     if directions == SEARCH:
         directions = {}
     if not isinstance(directions, dict):
         return directions, mixer, {}
-    supernet = MODELS.get('mmlocalmamba.Supernet')(mixer, **directions)
-    return supernet.candidates, supernet.mixer, supernet.options
+    from mmlocalmamba.search.supernet import relax  # only a search needs it
+    return relax(mixer, **directions)
 
 
 def resolve_directions(directions: Directions, default: Directions, depth: int) -> list[tuple[str, ...]]:
-    """Scan names of every block.
+    """Return the scan names of every block.
 
     Args:
         directions: None (``default``), one list for all blocks, a list per block, a path to a JSON file.
@@ -93,7 +91,7 @@ def resolve_directions(directions: Directions, default: Directions, depth: int) 
         depth: number of blocks.
 
     Raises:
-        ValueError: an unknown scan, an empty list, or a list per block whose length is not ``depth``.
+        ValueError: a scan is unknown, a list is empty, or the number of lists is not ``depth``.
     """
     if directions is None:
         directions = default
@@ -123,7 +121,7 @@ def resolve_directions(directions: Directions, default: Directions, depth: int) 
 
 
 def resolve_out_indices(out_indices: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Sorted, non-negative indices of the stages or blocks that give outputs."""
+    """Return sorted, non-negative indices of the stages or blocks that give outputs."""
     indices = [out_indices] if isinstance(out_indices, int) else out_indices
     if not isinstance(indices, (list, tuple)) or not all(isinstance(index, int) for index in indices):
         raise TypeError(f'out_indices must be an int or a list of ints, got {out_indices!r}')
@@ -143,103 +141,101 @@ def check_window_pad(window_pad: str) -> str:
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth: from 0 at the first block linearly to ``rate`` at the last."""
+    """Return drop path rates that grow linearly from 0 at the first block to ``rate`` at the last."""
     return [rate * index / max(1, depth - 1) for index in range(depth)]
 
 
-class LocalMambaBackbone(BaseModule):
-    """Freezing, and what loading asks of a backbone.
+class LocalMambaBackbone(nn.Module):
+    """Base class of the backbones.
 
-    ``out_channels`` and ``out_strides`` are lists: channels of each output, and its stride in pixels (for a pooled
-    output, that of the tokens that are pooled).
+    Attributes:
+        out_channels: list, channels of each output.
+        out_strides: list, stride of each output in pixels (for a pooled output, that of the tokens that are pooled).
+        num_extra_tokens: class tokens in the outputs, for tools that draw feature maps.
 
-    Whatever loads a state dict, MMEngine's and torch's functions too, resizes positions, refuses one that has nothing
-    for this backbone, and one whose metadata say that it belongs to other scan directions (see :meth:`facts`).
+    Every way to load a state dict, torch's and MMEngine's functions included, resizes learned positions. It refuses a
+    state dict without weights for this backbone, and one whose metadata name other scan directions (see
+    :meth:`requirements`).
 
-    ``init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)`` takes checkpoints of this package (of a backbone, or
-    of a classifier, detector or segmentor that holds one) and those of the authors, which are converted on the fly.
-    See :class:`mmlocalmamba.weights.Pretrained`. ``checkpoint=None`` trains from scratch and says so.
+    Args:
+        frozen_stages: see the subclasses.
+        init_cfg: None, a dict or a list of dicts. ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads weights of
+            this package (of a backbone, or of a classifier, detector or segmentor that holds one) or of the authors,
+            which are converted on the fly; its options are those of :func:`mmlocalmamba.weights.load_pretrained`.
+            ``checkpoint=None`` trains from scratch and says so. MMEngine's other types work in a backbone that its
+            registry has built.
     """
 
     out_channels: list[int]
     out_strides: list[int]
-    init_cfg: Any
+    directions: list[tuple[str, ...]]
+    num_extra_tokens = 0
 
-    def __init__(self, frozen_stages: int, init_cfg: dict | None) -> None:
-        super().__init__(init_cfg)
+    def __init__(self, frozen_stages: int, init_cfg: dict | Sequence[dict] | None) -> None:
+        super().__init__()
         self.frozen_stages = frozen_stages
-        self.register_state_dict_post_hook(_tell_facts)
+        self.init_cfg: Any = copy.deepcopy(init_cfg)
+        self.register_state_dict_post_hook(_add_requirements)
         self.register_load_state_dict_pre_hook(_prepare_to_load)
-        # Or the packages' own get_flops would leave out our ops without a word.
-        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(HANDLES)
 
     def init_weights(self) -> None:
-        """Initialise every parameter anew, also of a model that was built on the meta device, then as ``init_cfg``
-        says."""
-        for module in reversed(list(self.modules())):  # who holds a module may go on from its values
+        """Initialise every parameter anew, also of a model built on the meta device, then apply ``init_cfg``.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`load_pretrained` and :meth:`initialize`.
+        """
+        for module in reversed(list(self.modules())):  # children first: a parent may change their values
             if module is not self and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
         self.reset_parameters()
-        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
-        pretrained = [cfg for cfg in cfgs if cfg and cfg['type'] == 'Pretrained']
-        if not pretrained:
-            super().init_weights()
-            return
-        # MMEngine's own Pretrained would load what happens to match and skip the rest.
-        own, self.init_cfg = self.init_cfg, [cfg for cfg in cfgs if cfg and cfg['type'] != 'Pretrained'] or None
-        super().init_weights()
-        self.init_cfg = own
-        for cfg in pretrained:
+        cfgs = self.init_cfgs()
+        others = [cfg for cfg in cfgs if not _is_pretrained(cfg)]
+        if others:
+            self.initialize(others)
+        for cfg in filter(_is_pretrained, cfgs):
             self.load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
 
-    def load_pretrained(self, checkpoint: str | None, **options: Any) -> None:
-        """Load weights from a file or URL; options and errors are those of :class:`mmlocalmamba.weights.Pretrained`."""
-        WEIGHT_INITIALIZERS.build(dict(type='mmlocalmamba.Pretrained', checkpoint=checkpoint, **options))(self)
+    def init_cfgs(self) -> list[dict]:
+        """Return ``init_cfg`` as a list."""
+        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
+        return [cfg for cfg in cfgs if cfg]
 
-    def reset_parameters(self) -> None:
-        """Of the parameters that the backbone itself holds, and what depends on its depth."""
+    def pretrained_checkpoints(self) -> list[str]:
+        """Return the files and URLs that :meth:`init_weights` loads."""
+        return [cfg['checkpoint'] for cfg in self.init_cfgs() if _is_pretrained(cfg) and cfg.get('checkpoint')]
 
-    def facts(self) -> dict[str, Any]:
-        """What these weights need and their shapes do not show. State dicts carry it as metadata."""
-        return dict(directions=[list(block) for block in self.directions])
-
-    def check_facts(self, facts: dict[str, Any], source: str) -> None:
-        """Compare with facts that came with weights, as far as they did.
+    def initialize(self, cfgs: list[dict]) -> None:
+        """Apply initialisers other than 'Pretrained'.
 
         Raises:
-            RuntimeError: they differ; it names both sides.
+            ValueError: always here; the backbones that MMEngine's registry builds have MMEngine's initialisers.
         """
-        own = self.facts()
-        differing = [key for key in FACTS if key in facts and facts[key] != own.get(key)]
-        if not differing:
-            return
-        lines = [f'{source} belongs to another {type(self).__name__}:']
-        for key in differing:
-            theirs: Any = facts[key]
-            ours: Any = own.get(key)
-            if key == 'directions' and len(theirs) == len(ours):
-                block = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
-                count = sum(a != b for a, b in zip(theirs, ours))
-                theirs, ours = (f'{", ".join(blocks[block])} in block {block}' for blocks in (theirs, ours))
-                ours += f' ({count} of {len(self.directions)} blocks differ)'
-            elif key == 'directions':
-                theirs, ours = (f'{len(blocks)} blocks' for blocks in (theirs, ours))
-            lines.append(f'{key}: its weights were trained with {theirs}, here: {ours}')
-        report = '\n  '.join(lines)
-        raise RuntimeError(f'{report}\nIts features would be meaningless here: set the backbone accordingly. If the '
-                           f'difference is meant, say allow={differing} in init_cfg or on the OfficialCheckpointHook, '
-                           'or load dict(state_dict), which carries no metadata.')
+        raise ValueError(f'init_cfg type {cfgs[0].get("type")!r} is an initialiser of MMEngine: build the backbone by '
+                         f"its registry, type='mmlocalmamba.{type(self).__name__}', or initialise the parameters "
+                         'yourself')
+
+    def load_pretrained(self, checkpoint: str | None, **options: Any) -> None:
+        """Load weights from a file or URL; see :func:`mmlocalmamba.weights.load_pretrained` for options and errors."""
+        load_pretrained(self, checkpoint, **options)
+
+    def reset_parameters(self) -> None:
+        """Initialise the backbone's own parameters and depth-dependent scales."""
+
+    def requirements(self) -> dict[str, Any]:
+        """Return what these weights need and their shapes do not show. State dicts carry it as metadata."""
+        return dict(directions=[list(block) for block in self.directions])
 
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit weights to this model where that is exact by meaning (e.g. positions of another grid), and say so."""
+        """Fit weights to this model where that keeps their meaning, such as positions of another grid, and log it."""
         return weights
 
     def is_new_for_task(self, name: str) -> bool:
-        """Parameters that a downstream task adds to the pre-trained model, or has no use for."""
+        """Return True for parameters that a downstream task adds to the pre-trained model, or does not use."""
         raise NotImplementedError
 
     def stages_to_freeze(self) -> list[list[nn.Module | nn.Parameter]]:
-        """What ``frozen_stages`` 0, 1, ... each adds: the embedding, then every stage or block with its output norm."""
+        """Return the parts that ``frozen_stages`` 0, 1, ... each add: the embedding, then every stage or block with its
+        output norm."""
         raise NotImplementedError
 
     def _freeze(self) -> None:
@@ -255,27 +251,32 @@ class LocalMambaBackbone(BaseModule):
         return self
 
 
+def _is_pretrained(cfg: dict) -> bool:
+    kind = cfg.get('type')
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2] in ('Pretrained', 'PretrainedInit')
+
+
 def find_backbone(model: nn.Module) -> tuple[str, LocalMambaBackbone | None]:
-    """Name of our backbone in a model, as checkpoints know it, and the backbone."""
+    """Return the name of our backbone in a model, as checkpoints know it, and the backbone; ('', None) without one."""
     return next(((name, module) for name, module in model.named_modules() if isinstance(module, LocalMambaBackbone)),
                 ('', None))
 
 
-def _tell_facts(backbone: LocalMambaBackbone, state_dict: dict[str, Any], prefix: str, metadata: dict) -> None:
-    metadata.update(backbone.facts())
+def _add_requirements(backbone: LocalMambaBackbone, state_dict: dict[str, Any], prefix: str, metadata: dict) -> None:
+    metadata.update(backbone.requirements())
 
 
 def _prepare_to_load(backbone: LocalMambaBackbone, state_dict: dict[str, Tensor], prefix: str, metadata: dict,
                      *_: Any) -> None:
-    """Before any loading: MMEngine's skips what it does not know, so the files of others would leave random weights.
-    Whether it is strict, a module is not told, by MMEngine nor by torch."""
+    """Check and adapt a state dict before it is loaded. Neither MMEngine nor torch tells a module whether loading is
+    strict, and MMEngine skips names that it does not know, so that files of others would leave random weights."""
     own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
     if not any(name in own for name, _ in backbone.named_parameters()):
         raise RuntimeError(f'{type(backbone).__name__}: the checkpoint has no weight of it under "{prefix}". If the '
-                           'file is of another project, convert it first: '
-                           'tools/model_converters/official_to_mmlocalmamba.py. If it holds other parts of the model, '
-                           'load it into these')
-    backbone.check_facts(metadata, 'the checkpoint')
+                           'file is of another project, load it by init_cfg or load_from, which convert it, or convert '
+                           'it first: tools/model_converters/official_to_mmlocalmamba.py. If it holds other parts of '
+                           'the model, load it into these')
+    check_requirements(backbone, metadata, 'the checkpoint')
     state_dict.update({prefix + name: value for name, value in backbone.adapt_state_dict(own).items()})
 
 

@@ -1,11 +1,9 @@
 """LocalVim: Vim's plain hierarchy with local scans and SCAttn (paper section 4.3, Fig. 3a)."""
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmcv.cnn.bricks import DropPath
-from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +20,9 @@ from mmlocalmamba.backbones.base import (
     resolve_out_indices,
     resolve_search,
 )
+from mmlocalmamba.directions import ScanTables, scan_tables_of
 from mmlocalmamba.layers import (
+    DropPath,
     LocalVimMixer,
     PatchEmbed,
     ResidualRMSNorm,
@@ -30,21 +30,20 @@ from mmlocalmamba.layers import (
     resized_rotary_tables,
     rotary_tables,
 )
-from mmlocalmamba.registry import MODELS
-from mmlocalmamba.scans import ScanTables, scan_tables_of
 
+_LOGGER = logging.getLogger(__name__)
 _EPS = 1e-5
 # Positions are scaled to the token grid of ImageNet pre-training, whatever the image size, as in Vim.
 _ROPE_SIZE = 14
-# What a scan's tables are told of it.
+# cls_token -> middle_token of the scan tables.
 CLS_TOKENS: dict[str, bool | str] = {'none': False, 'middle': True, 'vim': 'flipped'}
 OUT_TYPES = ('avg_featmap', 'cls_token', 'featmap')
 OUT_FEATURES = ('mixer', 'residual')
 ROPES = (True, False, 'resized')
 
 
-class LocalVimBlock(BaseModule):
-    """Add -> rotate -> RMSNorm -> mixer; returns the mixer's output and the residual stream, kept in float32 under
+class LocalVimBlock(nn.Module):
+    """Add -> rotate -> RMSNorm -> mixer. Returns the mixer's output and the residual stream, which stays float32 under
     autocast."""
 
     def __init__(self, mixer: nn.Module, channels: int, drop_path: float, with_cp: bool) -> None:
@@ -61,13 +60,12 @@ class LocalVimBlock(BaseModule):
 
     def forward(self, x: Tensor, residual: Tensor | None, tables: ScanTables,
                 rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """x, residual (B, L, C), tables of the mixer's directions, rotary tables -> the mixer's output, residual."""
+        """x, residual (B, L, C), tables of the mixer's directions, rotary tables -> mixer's output, residual."""
         if self.with_cp and x.requires_grad:
             return checkpoint(self._forward, x, residual, tables, rotary, use_reentrant=False)
         return self._forward(x, residual, tables, rotary)
 
 
-@MODELS.register_module()
 class LocalVim(LocalMambaBackbone):
     """LocalVim backbone for classification, detection and segmentation.
 
@@ -76,15 +74,16 @@ class LocalVim(LocalMambaBackbone):
     Args:
         arch: 'nano', 'tiny', 'small', or a dict with ``embed_dims`` and ``num_layers`` and optionally ``d_state``
             (16), ``expand`` (2), ``dt_rank`` ('auto'), ``d_conv`` (4), ``directions``.
-        img_size: image size that sets the grid of the learned positions. They are resized to the actual grid in
-            forward, and from the grid of a checkpoint when it is loaded.
+        img_size: image size in pixels, which sets the grid of the learned positions. They are resized to the actual
+            grid in forward, and from the grid of a checkpoint when it is loaded.
         in_channels: channels of the image.
-        patch_size: side of a patch.
-        stride: from patch to patch, and so of all features; None for patch_size. Smaller, patches overlap, as in Vim+
-            (16 and 8). Images are padded at the right and bottom until the patches cover them.
+        patch_size: side of a patch in pixels.
+        stride: pixels from patch to patch, and so the stride of all features; None for ``patch_size``. With a smaller
+            stride patches overlap, as in Vim+ (16 and 8). Images are padded at the right and bottom until the patches
+            cover them.
         directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
             block, a path to a JSON file that holds one of these, 'search' for the supernet of the direction search, or
-            dict(candidates=[...], sampling=...) for one with options, those of MixedScan.
+            dict(candidates=[...], sampling=...) for a supernet with the options of MixedScan.
         scattn: True, False, or a dict of SCAttn's arguments.
         window_pad: 'zero' scans the pads of incomplete windows (the authors' behaviour), 'none' real tokens only.
         cls_token: 'none', 'middle' for a class token in the middle of every scan, or 'vim' for one in the middle of the
@@ -94,8 +93,8 @@ class LocalVim(LocalMambaBackbone):
         out_indices: blocks that give outputs with ``out_type='featmap'``; negative ones count from the end.
         out_type: 'avg_featmap' (mean over tokens) or 'cls_token': one (B, C) tensor of the last block, after the
             residual sum and the final norm; 'featmap': a (B, C, H, W) map per out_index, each after its own LayerNorm.
-        out_feature: what 'featmap' taps: 'mixer', a block's output alone (what the authors' detection and segmentation
-            results rest on), or 'residual', the sum with the residual stream.
+        out_feature: output of 'featmap': 'mixer', a block's output alone (as in the authors' detection and
+            segmentation results), or 'residual', its sum with the residual stream.
         frozen_stages: -1 none, 0 patch embedding, positions and class token, i the first i blocks with their output
             norms, too.
         with_cp: recompute blocks in the backward pass to save memory.
@@ -104,7 +103,7 @@ class LocalVim(LocalMambaBackbone):
         init_cfg: see LocalMambaBackbone.
 
     Raises:
-        ValueError: an unknown arch, scan or option, directions that do not fit the depth, indices out of range.
+        ValueError: an arch, scan or option is unknown, directions do not fit the depth, or an index is out of range.
 
     Example:
         >>> backbone = LocalVim(arch='tiny', out_type='featmap', out_indices=(4, 9, 14, 19))
@@ -160,8 +159,7 @@ class LocalVim(LocalMambaBackbone):
         if not 0 < self.stride <= patch_size:
             raise ValueError(f'stride must be from 1 to patch_size {patch_size}, got {stride}')
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, kernel_size=patch_size, stride=self.stride,
-                                      padding=0)
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, self.stride)
         self.out_channels = [self.embed_dims] * len(self.out_indices)
         self.out_strides = [self.stride] * len(self.out_indices)
         self.grid = self.token_grid(height, width)
@@ -229,18 +227,24 @@ class LocalVim(LocalMambaBackbone):
         return (x[:, middle] if self.out_type == 'cls_token' else x.mean(1), )
 
     def token_grid(self, H: int, W: int) -> tuple[int, int]:
-        """(rows, columns) of tokens that an image of H x W pixels has."""
-        # No remainders of negative numbers, which graphs of symbolic sizes do not know.
+        """Return (rows, columns) of the tokens of an image of H x W pixels."""
+        # Graphs of symbolic sizes cannot take remainders of negative numbers.
         rows, columns = ((side - self.patch_size + self.stride - 1) // self.stride + 1 for side in (H, W))
         return rows, columns
 
-    def facts(self) -> dict[str, Any]:
-        return dict(super().facts(), stride=self.stride, **dict(rope=self.rope) if self.rope == 'resized' else {},
-                    **dict(cls_token='vim') if self.middle_token == 'flipped' else {})
+    def requirements(self) -> dict[str, Any]:
+        needed = dict(super().requirements(), stride=self.stride)
+        if self.rope == 'resized':
+            needed['rope'] = self.rope
+        if self.middle_token == 'flipped':
+            needed['cls_token'] = 'vim'
+        return needed
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding and the
-        positions, each block one more, final and output norms the last."""
+        """Return (depth of a parameter, number of depths) for layer-wise learning rates.
+
+        Depth 0 is the patch embedding and the positions; each block adds one; final and output norms come last.
+        """
         count = len(self.layers) + 2
         name = param_name[len(prefix):] if param_name.startswith(prefix) else param_name
         if name.startswith(('patch_embed', 'pos_embed', 'cls_token')):
@@ -254,8 +258,8 @@ class LocalVim(LocalMambaBackbone):
         if loaded is not None and loaded.shape != self.pos_embed.shape and loaded.shape[-1] == self.embed_dims:
             side = round((loaded.shape[1] - self.num_cls_tokens) ** 0.5)
             if side * side + self.num_cls_tokens == loaded.shape[1]:
-                print_log(f'{type(self).__name__}: positions of {side}x{side} tokens were resized to '
-                          f'{self.grid[0]}x{self.grid[1]}', logger='current')
+                _LOGGER.info('%s: positions of %dx%d tokens are resized to %dx%d', type(self).__name__, side, side,
+                             *self.grid)
                 loaded = resize_pos_embed(loaded, (side, side), self.grid, self.num_cls_tokens)
                 weights = {**weights, 'pos_embed': loaded}
         return weights

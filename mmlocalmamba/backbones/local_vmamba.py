@@ -1,9 +1,6 @@
 """LocalVMamba: VMamba's hierarchy with local scans and SCAttn (paper section 4.3)."""
 from collections.abc import Sequence
 
-from mmcv.cnn.bricks import DropPath
-from mmcv.cnn.bricks.transformer import PatchMerging
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,12 +16,11 @@ from mmlocalmamba.backbones.base import (
     resolve_out_indices,
     resolve_search,
 )
-from mmlocalmamba.layers import LocalVMambaMixer, PatchEmbed
-from mmlocalmamba.registry import MODELS
-from mmlocalmamba.scans import ScanTables, scan_tables_of
+from mmlocalmamba.directions import ScanTables, scan_tables_of
+from mmlocalmamba.layers import DropPath, LocalVMambaMixer, PatchEmbed, PatchMerging
 
 
-class LocalVMambaBlock(BaseModule):
+class LocalVMambaBlock(nn.Module):
     """x + drop_path(mixer(norm(x))) on tokens (B, H*W, C)."""
 
     def __init__(self, mixer: nn.Module, channels: int, drop_path: float, with_cp: bool) -> None:
@@ -38,6 +34,7 @@ class LocalVMambaBlock(BaseModule):
         return x + self.drop_path(self.mixer(self.norm(x), size, tables))
 
     def forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
+        """x (B, H*W, C), size (H, W), tables of the mixer's directions -> (B, H*W, C)."""
         if self.with_cp and x.requires_grad:
             return checkpoint(self._forward, x, size, tables, use_reentrant=False)
         return self._forward(x, size, tables)
@@ -64,7 +61,6 @@ class LocalVMambaStage(nn.Module):
         return x
 
 
-@MODELS.register_module()
 class LocalVMamba(LocalMambaBackbone):
     """LocalVMamba backbone for classification, detection and segmentation.
 
@@ -74,13 +70,13 @@ class LocalVMamba(LocalMambaBackbone):
         arch: 'nano', 'tiny', 'small', 'base', or a dict with ``embed_dims`` and ``depths`` (one entry a stage) and
             optionally ``d_state`` (16), ``expand`` (2), ``dt_rank`` ('auto'), ``d_conv`` (3), ``directions``.
         in_channels: channels of the image.
-        patch_size: stride of the first stage; each further stage halves the resolution.
+        patch_size: side of a patch and stride of the first stage in pixels; each further stage halves the resolution.
         directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
             block, a path to a JSON file that holds one of these, 'search' for the supernet of the direction search, or
-            dict(candidates=[...], sampling=...) for one with options, those of MixedScan.
+            dict(candidates=[...], sampling=...) for a supernet with the options of MixedScan.
         scattn: True, False, or a dict of SCAttn's arguments, e.g. ``dict(spatial=True)``.
-        window_pad: what happens to windows that do not fill the grid: 'zero' scans their pads (the authors'
-            behaviour), 'none' scans real tokens only.
+        window_pad: 'zero' scans the pads of windows that do not fill the grid (the authors' behaviour), 'none' scans
+            real tokens only.
         out_indices: stages that give outputs; negative ones count from the end.
         frozen_stages: -1 none, 0 the patch embedding, i the first i stages with their output norms, too, as in mmdet's
             Swin. (mmpretrain's Swin counts from 0: its 0 is 1 here.)
@@ -89,7 +85,7 @@ class LocalVMamba(LocalMambaBackbone):
         init_cfg: see LocalMambaBackbone.
 
     Raises:
-        ValueError: an unknown arch or scan, directions that do not fit the depth, indices out of range.
+        ValueError: an arch or scan is unknown, directions do not fit the depth, or an index is out of range.
 
     Example:
         >>> backbone = LocalVMamba(arch='tiny', out_indices=(0, 1, 2, 3))
@@ -122,8 +118,7 @@ class LocalVMamba(LocalMambaBackbone):
         check_frozen_stages(frozen_stages, len(self.depths))
 
         self.patch_size = patch_size
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims[0], kernel_size=patch_size, stride=patch_size,
-                                      padding=0, norm_cfg=dict(type='LN'))
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims[0], patch_size, norm=True)
         drop_paths = drop_path_rates(drop_path_rate, depth)
         widths = [*self.embed_dims, None]
         self.stages = nn.ModuleList()
@@ -157,8 +152,10 @@ class LocalVMamba(LocalMambaBackbone):
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """(depth of a parameter, number of depths) for layer-wise learning rates: 0 is the patch embedding, each
-        block one more, output norms the last."""
+        """Return (depth of a parameter, number of depths) for layer-wise learning rates.
+
+        Depth 0 is the patch embedding; each block adds one; output norms come last.
+        """
         count = sum(self.depths) + 2
         name = param_name[len(prefix):] if param_name.startswith(prefix) else param_name
         parts = name.split('.')

@@ -1,5 +1,4 @@
-"""From a graph to a file: ONNX, a program of torch.export, a library of AOTInductor. A file is checked before it gets
-its name."""
+"""Write a graph to a file: ONNX, a program of torch.export, or a library of AOTInductor."""
 import json
 import os
 import tempfile
@@ -12,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmlocalmamba import sizes
+from mmlocalmamba import table_cache
 from mmlocalmamba.deployment.graphs import Graph
-from mmlocalmamba.deployment.runtimes import METADATA, needed
+from mmlocalmamba.deployment.runtimes import METADATA, import_optional
 from mmlocalmamba.ops import BACKEND_VARIABLE
-from mmlocalmamba.ops.onnx import expand
+from mmlocalmamba.ops.backends.onnx import expand
 
-OPSET = 20  # the first with Gelu
+OPSET = 20  # the first version with Gelu
 FORMATS = ('.onnx', '.pt2')
-# Of a table of a million steps and more.
-_FOLDED = 1 << 28
+# Largest constant to fold in elements. Scan tables of long sequences have millions.
+_FOLD_LIMIT = 1 << 28
 
 
 @contextmanager
 def _backend(name: str | None) -> Iterator[None]:
-    """Models choose their backend by the environment."""
+    """Set the environment variable by which models choose their backend; None unsets it."""
     before = os.environ.pop(BACKEND_VARIABLE, None)
     if name is not None:
         os.environ[BACKEND_VARIABLE] = name
@@ -40,59 +39,61 @@ def _backend(name: str | None) -> Iterator[None]:
 
 def _program(graph: Graph, shape: Sequence[int], any_batch: bool, backend: str | None) -> torch.export.ExportedProgram:
     if any_batch and not graph.any_batch:
-        raise NotImplementedError(f'a {graph.task} graph takes one image at a time: leave --batch at 1')
+        raise NotImplementedError(f'a {graph.task} graph takes one image at a time: set --batch 1')
     dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)}, ) if any_batch else None
-    # Of a batch of 1, torch would take the size for a constant.
+    # torch would treat a batch size of 1 as a constant.
     example = torch.zeros(2 if any_batch else 1, 3, *shape)
     with torch.no_grad():
         graph(example)
-    with torch.no_grad(), sizes.constants(), _backend(backend), warnings.catch_warnings():
+    with torch.no_grad(), table_cache.constants(), _backend(backend), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         return torch.export.export(graph, (example, ), dynamic_shapes=dynamic)
 
 
 def _fold(model: Any) -> None:
-    """Compute what no image changes, the tables above all, and keep one copy of equal constants."""
+    """Fold everything that does not depend on the images, mostly scan tables, and merge equal constants."""
     import onnxscript.optimizer
     from onnx_ir.passes import common
 
-    onnxscript.optimizer.optimize(model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
-    # Left out by the optimizer as a rule, and in the way of all that follow.
+    onnxscript.optimizer.optimize(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
+    # The optimizer skips ConstantOfShape, which blocks the folding of later nodes.
     onnxscript.optimizer.fold_constants(
-        model, input_size_limit=_FOLDED, output_size_limit=_FOLDED,
+        model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT,
         should_fold=lambda node: node.op_type == 'ConstantOfShape' and node.inputs[0].const_value is not None or None)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
-    common.DeduplicateInitializersPass(size_limit=_FOLDED)(model)
+    common.DeduplicateInitializersPass(size_limit=_FOLD_LIMIT)(model)
 
 
-def _texts(metadata: dict[str, Any]) -> dict[str, str]:
-    """As formats have it that know texts alone: all as JSON, and each entry for who reads no JSON."""
+def _text_metadata(metadata: dict[str, Any]) -> dict[str, str]:
+    """Return metadata for formats that store only texts: all of it as JSON, and each entry for readers without JSON."""
     return {METADATA: json.dumps(metadata),
             **{key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}}
 
 
 def to_onnx(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
             weights: str = 'float32') -> int:
-    """Write an ONNX file of ONNX's own operators, for images of one size.
+    """Write an ONNX file with only standard ONNX operators, for images of one size, and check it.
 
     Args:
-        graph: see :func:`mmlocalmamba.deployment.graphs.graph_of`.
-        shape: (H, W).
-        path: of the file.
-        metadata: goes into the file as JSON, under the key ``mmlocalmamba``, and each entry under its own.
-        any_batch: the number of images is open.
-        weights: 'float32'; 'float16' stores them so, to compute in float32; 'int8' has the products with weights
-            computed in 8 bits, by scales that are found for each image (dynamic quantisation). Scans stay in float32.
+        graph: result of :func:`mmlocalmamba.deployment.graphs.graph_of`.
+        shape: (H, W) of the images.
+        path: path of the file.
+        metadata: entries for the file: all of them as JSON under the key ``mmlocalmamba``, and each under its own key.
+        any_batch: allow any number of images, 1 to 1024. False: one image.
+        weights: 'float32'. 'float16' stores weights in float16 and computes in float32. 'int8' computes products with
+            weights in 8 bits, with scales found for each image (dynamic quantisation). Scans stay in float32.
 
     Returns:
-        The number of nodes, those in the bodies of loops included.
+        The number of nodes, including those in the bodies of loops.
 
     Raises:
-        NotImplementedError: the graph holds an operator that ONNX has no counterpart of; it names it.
+        NotImplementedError: if an operator has no ONNX counterpart, which the message names, or if ``any_batch`` is set
+            for a graph that takes one image.
+        RuntimeError: if a package of requirements/deploy.txt is not installed.
     """
-    onnx, onnx_ir = needed('onnx'), needed('onnx_ir')
-    needed('onnxscript')  # by torch
+    onnx, onnx_ir = import_optional('onnx'), import_optional('onnx_ir')
+    import_optional('onnxscript')  # torch.onnx.export needs it
     program = _program(graph, shape, any_batch, 'onnx')
     try:
         with warnings.catch_warnings():
@@ -101,18 +102,18 @@ def to_onnx(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, A
                                      input_names=['images'], output_names=list(graph.outputs))
     except torch.onnx.errors.OnnxExporterError as error:
         raise NotImplementedError('an operator of this model has no counterpart in ONNX: '
-                                  f'{str(error.__cause__ or error).splitlines()[0]}. Backbone and neck alone are '
-                                  'exported with --features, and .pt2 takes any operator') from error
+                                  f'{str(error.__cause__ or error).splitlines()[0]}. Export backbone and neck alone '
+                                  'with --features, or export to .pt2, which takes any operator') from error
     model = made.model
     expand(model)
     _fold(model)
-    model.metadata_props.update(_texts(metadata))
+    model.metadata_props.update(_text_metadata(metadata))
     model.graph.doc_string = None
-    for node in model.graph.all_nodes():  # where in Python it came from
+    for node in model.graph.all_nodes():  # remove references to Python source lines
         node.metadata_props.clear()
         node.doc_string = None
     if weights == 'float16':
-        _store_in_halves(model)
+        _store_in_float16(model)
     onnx_ir.save(model, path)
     if weights == 'int8':
         _quantize(path)
@@ -120,10 +121,10 @@ def to_onnx(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, A
     return sum(1 for _ in model.graph.all_nodes())
 
 
-def _store_in_halves(model: Any) -> None:
-    """Large float32 constants as float16, and a Cast behind each, which runtimes compute once."""
+def _store_in_float16(model: Any) -> None:
+    """Store large float32 constants as float16, each followed by a Cast, which runtimes compute once."""
     import onnx_ir as ir
-    # OpenVINO's loops take constants alone from the graph around them.
+    # OpenVINO's loops accept only constants from the outer graph.
     of_loops = {value for node in model.graph if node.op_type == 'Scan' for inner in node.attributes['body'].as_graph()
                 for value in inner.inputs}
     for name, value in list(model.graph.initializers.items()):
@@ -141,10 +142,10 @@ def _store_in_halves(model: Any) -> None:
 
 
 def _quantize(path: str) -> None:
-    """Products with weights in 8 bits, in place."""
-    quantization = needed('onnxruntime.quantization')
-    model = needed('onnx').load(path)
-    # A weight for each direction has more scales than ONNX Runtime's product takes.
+    """Quantise the products with weights of an ONNX file to 8 bits, in place."""
+    quantization = import_optional('onnxruntime.quantization')
+    model = import_optional('onnx').load(path)
+    # Weights with a dimension for directions have more scales than ONNX Runtime's product accepts.
     several = {value.name for value in model.graph.initializer if len(value.dims) > 2}
     kept = [node.name for node in model.graph.node if node.op_type == 'MatMul' and several & set(node.input)]
     quantization.quantize_dynamic(path, path, op_types_to_quantize=['MatMul', 'Gemm'], per_channel=True,
@@ -153,14 +154,19 @@ def _quantize(path: str) -> None:
 
 def to_pt2(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
            plain: bool = False) -> int:
-    """Write a program that ``torch.export.load`` reads, after ``import mmlocalmamba.ops``.
+    """Write a program that ``torch.export.load`` reads after ``import mmlocalmamba.ops``.
 
     Args:
-        plain: of PyTorch's own operators alone, so that the file needs nothing of this package; several times slower.
-        others: as in :func:`to_onnx`; metadata are its extra file ``metadata.json``.
+        graph, shape, path, any_batch: see :func:`to_onnx`.
+        metadata: entries for the extra file ``metadata.json``.
+        plain: use only PyTorch's own operators, so that the file does not need this package. It is several times
+            slower.
 
     Returns:
         The number of nodes.
+
+    Raises:
+        NotImplementedError: if ``any_batch`` is set for a graph that takes one image.
     """
     program = _program(graph, shape, any_batch, 'chunked' if plain else None)
     torch.export.save(program, path, extra_files={'metadata.json': json.dumps(metadata)})
@@ -169,24 +175,34 @@ def to_pt2(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, An
 
 def to_aoti(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
             plain: bool = False) -> int:
-    """Compile a library for this kind of processor with AOTInductor, which ``torch._inductor.aoti_load_package`` reads,
-    after ``import mmlocalmamba.ops``, whose kernels are called from it; one that is ``plain``, C++ as well
-    (``AOTIModelPackageLoader``).
+    """Compile a library for this kind of processor with AOTInductor.
 
-    Args and returns as in :func:`to_pt2`; metadata are the package's own, with the JSON of each value.
+    ``torch._inductor.aoti_load_package`` reads the file after ``import mmlocalmamba.ops``, whose kernels it calls. C++
+    (``AOTIModelPackageLoader``) can also read a ``plain`` one.
+
+    Args, returns and raises: see :func:`to_pt2`. The metadata of the package hold the entries as :func:`to_onnx` does.
     """
     program = _program(graph, shape, any_batch, 'chunked' if plain else None)
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=path,
-                                                 inductor_configs={'aot_inductor.metadata': _texts(metadata)})
+                                                 inductor_configs={'aot_inductor.metadata': _text_metadata(metadata)})
     return len(program.graph.nodes)
 
 
 def errors(graph: Graph, expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> Iterator[tuple[str, float]]:
-    """How far a file's outputs are from PyTorch's: a line for the reader, and the error relative to the largest value.
+    """Compare the outputs of a file with those of PyTorch.
 
-    Detections are paired first, each with the one of its label whose box is nearest: scores that are equal but for
-    rounding may change places.
+    Detections are compared with the one of the same label whose box is nearest, because rounding may swap detections
+    with almost equal scores.
+
+    Args:
+        graph: exported graph.
+        expected: outputs of PyTorch.
+        found: outputs of the file.
+
+    Yields:
+        A line to print, and the largest error relative to the largest value; infinite if over 2 % of the detections
+        have no counterpart.
     """
     if graph.task != 'detection':
         for name, a, b in zip(graph.outputs, expected, found, strict=True):
@@ -213,12 +229,18 @@ def errors(graph: Graph, expected: Sequence[np.ndarray], found: Sequence[np.ndar
 
 @torch.no_grad()
 def run_eager(graph: nn.Module, images: Tensor) -> list[Tensor]:
-    """What the graph computes in PyTorch."""
+    """Run the graph in PyTorch without gradients, and return its outputs as a list."""
     return list(graph(images))
 
 
 def write_checked(path: str, write: Callable[[str], Any], check: Callable[[str], Any]) -> None:
-    """``write(beside)`` makes the file under another name; it gets ``path`` if ``check(beside)`` does not raise."""
+    """Write a file under another name, check it, and rename it to ``path`` only if the check does not raise.
+
+    Args:
+        path: final path; its folder is made if it does not exist.
+        write: function of a path that writes the file.
+        check: function of a path that raises if the file is wrong.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.export-') as own:

@@ -1,64 +1,23 @@
-"""What is exported: modules from a batch of normalised images to named tensors, made of the models of the packages."""
+"""Graphs to export: modules that map a batch of normalised images to named tensors.
+
+They hold models of this package, or classifiers, segmentors and detectors of mmpretrain, mmsegmentation and mmdet.
+"""
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor, nn
 
-from mmlocalmamba.backbones.base import find_backbone
-from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.weights.contents import read
-from mmlocalmamba.weights.loading import adapted, grouped
-
-
-def load_model(cfg: Config, checkpoint: str | None) -> tuple[nn.Module, list[str] | None]:
-    """The model of a configuration with the weights of a checkpoint, ours or the authors', ready to infer, and the
-    names of its classes, from the checkpoint or the data set's type, if they say.
-
-    Args:
-        cfg: a complete configuration.
-        checkpoint: file or URL; None leaves weights at random, for measurements of speed.
-
-    Raises:
-        RuntimeError: the checkpoint is of another model; it names what is missing.
-        ValueError: there are no weights in it.
-    """
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset', {})
-        known = getattr(DATASETS.get(dataset['type']), 'METAINFO', {}) if 'type' in dataset else {}
-    metainfo = {**(known or {}), **(dataset.get('metainfo') or {})}
-    if checkpoint is None:
-        return model.eval(), metainfo.get('classes')
-    prefix, backbone = find_backbone(model)
-    loaded = load_checkpoint(checkpoint)
-    contents = read(loaded, prefix=prefix)
-    weights = contents.weights if backbone is None else adapted(contents, backbone, checkpoint)[1]
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = {'not in it': [name for name in expected if name not in weights],
-             'of another shape': [name for name in expected if name in weights
-                                  and weights[name].shape != expected[name]],
-             'in it only': [name for name in weights if name not in expected]}
-    if any(wrong.values()):
-        lines = '\n  '.join(f'{len(names)} {what}: {", ".join(grouped(names)[:8])}'
-                            for what, names in wrong.items() if names)
-        raise RuntimeError(f'{checkpoint} is not a checkpoint of this {type(model).__name__}:\n  {lines}\nName the '
-                           'configuration that it was trained with.')
-    model.load_state_dict(weights)
-    meta = loaded.get('meta') or {}
-    return model.eval(), {**metainfo, **(meta.get('dataset_meta') or {})}.get('classes')
+from mmlocalmamba.backbones.base import LocalMambaBackbone
 
 
 class Graph(nn.Module):
-    """A model as it is exported.
+    """Base class of the graphs.
 
     Attributes:
-        task: as users know it.
-        outputs: names of what ``forward`` returns, in order.
-        any_batch: whether it takes more images than one.
+        task: 'classification', 'detection', 'segmentation' or 'features'.
+        outputs: names of the tensors that ``forward`` returns, in order.
+        any_batch: False if the graph takes one image at a time.
     """
     task: str
     outputs: tuple[str, ...]
@@ -69,20 +28,20 @@ class Graph(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images (B, 3, H, W), float32."""
+        """Map normalised images (B, 3, H, W), float32, to the outputs."""
         raise NotImplementedError
 
 
 class Classifier(Graph):
-    """``logits`` (B, classes)."""
+    """A classifier: ``logits`` (B, classes)."""
     task, outputs = 'classification', ('logits', )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.model(images, mode='tensor'), )
+        return (self.model(images), )
 
 
 class Segmentor(Graph):
-    """``logits`` (B, classes, H, W), of the whole image at once, whatever windows the configuration tests with."""
+    """A segmentor: ``logits`` (B, classes, H, W) of the whole image, also if the configuration tests by windows."""
     task, outputs = 'segmentation', ('logits', )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -92,7 +51,7 @@ class Segmentor(Graph):
 
 
 class Features(Graph):
-    """The maps that the backbone and the neck give: ``features_0`` (B, C, H/4, W/4), ..."""
+    """Maps of backbone and neck: ``features_0`` (B, C, H/4, W/4), ..."""
     task = 'features'
 
     def __init__(self, model: nn.Module, count: int) -> None:
@@ -100,23 +59,27 @@ class Features(Graph):
         self.outputs = tuple(f'features_{index}' for index in range(count))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.extract_feat(images))
+        extract = getattr(self.model, 'extract_feat', self.model)  # a backbone alone is called
+        return tuple(extract(images))
 
 
 def _nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, most: int) -> tuple[Tensor, Tensor]:
-    """Indices (most,) of the boxes that stay, best first, and which of these are meant: groups do not meet."""
+    """Return indices (most,) of the boxes that stay, best first, and a mask (most,) of the valid ones.
+
+    Boxes of different groups do not suppress each other.
+    """
     from torchvision.ops import nms
     apart = boxes + (groups.to(boxes.dtype) * (boxes.max() + 1))[:, None]
     kept = nms(apart, scores, threshold)
-    meant = torch.arange(most, device=kept.device) < kept.shape[0]
-    return torch.cat([kept, kept.new_zeros(most)])[:most], meant
+    valid = torch.arange(most, device=kept.device) < kept.shape[0]
+    return torch.cat([kept, kept.new_zeros(most)])[:most], valid
 
 
 class TwoStageDetector(Graph):
-    """Faster R-CNN or Mask R-CNN of MMDetection: what its ``predict`` finds in one image, in a fixed number of rows.
+    """Faster R-CNN or Mask R-CNN of MMDetection: its ``predict`` for one image, with a fixed number of rows.
 
-    ``boxes`` (N, 5): x1, y1, x2, y2 in pixels of the input, score, best first; ``labels`` (N,), -1 in the rows that are
-    left over; ``masks`` (N, h, w): probabilities within each box, to be resized to it.
+    ``boxes`` (N, 5): x1, y1, x2, y2 in pixels of the input, score, best first; ``labels`` (N,), -1 in unused rows;
+    ``masks`` (N, h, w): probabilities within each box, to be resized to it.
     """
     task, any_batch = 'detection', False
 
@@ -132,26 +95,26 @@ class TwoStageDetector(Graph):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         shape = tuple(images.shape[-2:])
         maps = self.model.extract_feat(images)
-        proposals, meant = self._propose(maps, shape)
+        proposals, valid = self._propose(maps, shape)
         head, cfg = self.model.roi_head, self.model.test_cfg.rcnn
         pooled = self._pool(head.bbox_roi_extractor, maps, proposals)
         scores, deltas = head.bbox_head(pooled)
         classes = head.bbox_head.num_classes
-        scores = scores.softmax(-1)[:, :classes] * meant[:, None].to(scores.dtype)
+        scores = scores.softmax(-1)[:, :classes] * valid[:, None].to(scores.dtype)
         agnostic = head.bbox_head.reg_class_agnostic
         each = proposals if agnostic else proposals.repeat_interleave(classes, dim=0)
         boxes = head.bbox_head.bbox_coder.decode(each, deltas.reshape(-1, 4), max_shape=shape)
         row, label = (scores > cfg.score_thr).nonzero().unbind(1)
         scores, boxes = scores[row, label], boxes[row if agnostic else row * classes + label]
-        # One row that counts for nothing, so that there is a largest box.
+        # One row without effect, so that there is a largest box.
         scores, boxes = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (scores, boxes))
         label = torch.cat([label, label.new_zeros(1)])
-        kept, meant = _nms(boxes, scores, label, cfg.nms.iou_threshold, cfg.max_per_img)
+        kept, valid = _nms(boxes, scores, label, cfg.nms.iou_threshold, cfg.max_per_img)
         scores, boxes, label = scores[kept], boxes[kept], label[kept]
-        meant = meant & (scores > cfg.score_thr)
-        scores, boxes = scores * meant, boxes * meant[:, None]
+        valid = valid & (scores > cfg.score_thr)
+        scores, boxes = scores * valid, boxes * valid[:, None]
         found = torch.cat([boxes, scores[:, None]], dim=1)
-        labels = torch.where(meant, label, -1)
+        labels = torch.where(valid, label, -1)
         if not head.with_mask:
             return found, labels
         masks = head.mask_head(self._pool(head.mask_roi_extractor, maps, boxes))
@@ -160,7 +123,7 @@ class TwoStageDetector(Graph):
         return found, labels, masks.reshape(-1, *masks.shape[-2:]).sigmoid()
 
     def _propose(self, maps: Sequence[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Boxes (N, 4) and which of them are meant."""
+        """Return proposals (N, 4) and a mask (N,) of the valid ones."""
         rpn, cfg = self.model.rpn_head, self.model.test_cfg.rpn
         scores, deltas, priors, levels = [], [], [], []
         score_maps, delta_maps = rpn(maps)
@@ -176,19 +139,19 @@ class TwoStageDetector(Graph):
             levels.append(torch.full_like(best, level))
         boxes = rpn.bbox_coder.decode(torch.cat(priors), torch.cat(deltas), max_shape=shape)
         scores, least = torch.cat(scores), cfg.get('min_bbox_size', -1)
-        if least >= 0:  # what is too small comes last, and is not meant
+        if least >= 0:  # too small boxes come last and are not valid
             scores = scores * ((boxes[:, 2:] - boxes[:, :2]) > least).all(1).to(scores.dtype)
-        kept, meant = _nms(boxes, scores, torch.cat(levels), cfg.nms.iou_threshold, cfg.max_per_img)
-        return boxes[kept], meant & (scores[kept] > 0)
+        kept, valid = _nms(boxes, scores, torch.cat(levels), cfg.nms.iou_threshold, cfg.max_per_img)
+        return boxes[kept], valid & (scores[kept] > 0)
 
     @staticmethod
     def _pool(extractor: nn.Module, maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """Features of boxes (N, 4), each read from its level: (N, C, h, w)."""
+        """Return features (N, C, h, w) of boxes (N, 4), each read from its level."""
         from torchvision.ops import roi_align
         rois = torch.cat([boxes.new_zeros(len(boxes), 1), boxes], dim=1)
         levels = extractor.map_roi_levels(rois, extractor.num_inputs)
-        # Instead of boxes of other levels a small one is read, which is cheap, and dropped. Instead of empty ones, too:
-        # OpenVINO gives NaN for these.
+        # Boxes of other levels are replaced by a small one, which is cheap, and its result is dropped. So are empty
+        # boxes, for which OpenVINO gives NaN.
         small = rois.new_tensor([0, 0, 0, 1, 1])
         whole = (boxes[:, 2:] > boxes[:, :2]).all(1)
         pooled = 0
@@ -201,24 +164,25 @@ class TwoStageDetector(Graph):
 
 
 def graph_of(model: nn.Module, shape: tuple[int, int], features: bool = False) -> Graph:
-    """The graph that stands for a model.
+    """Return the graph of a model.
 
     Args:
-        model: a classifier, segmentor or detector of the packages.
+        model: a classifier or backbone of this package, or a classifier, segmentor or detector of OpenMMLab's.
         shape: (H, W) of the images.
-        features: backbone and neck alone.
+        features: export backbone and neck alone.
 
     Raises:
-        NotImplementedError: a detector whose parts after the neck cannot be exported.
-        ValueError: an image smaller than a patch.
+        NotImplementedError: the parts of a detector after its neck cannot be exported.
+        ValueError: the image is smaller than a patch.
     """
-    backbone = getattr(model, 'backbone', None)
+    backbone = model if isinstance(model, LocalMambaBackbone) else getattr(model, 'backbone', None)
     patch = getattr(backbone, 'patch_size', 1)
     if min(shape) < patch:
         raise ValueError(f'--shape {shape[0]} {shape[1]} is smaller than a patch of {patch}x{patch} pixels')
-    if features:
+    if features or isinstance(model, LocalMambaBackbone):
+        owner = model if isinstance(model, LocalMambaBackbone) or hasattr(model, 'extract_feat') else backbone
         with torch.no_grad():
-            return Features(model, len(model.extract_feat(torch.zeros(1, 3, *shape)))).eval()
+            return Features(owner, len(getattr(owner, 'extract_feat', owner)(torch.zeros(1, 3, *shape)))).eval()
     if hasattr(model, 'decode_head'):
         return Segmentor(model).eval()
     if hasattr(model, 'rpn_head') and hasattr(getattr(model, 'roi_head', None), 'bbox_roi_extractor') \
@@ -230,12 +194,17 @@ def graph_of(model: nn.Module, shape: tuple[int, int], features: bool = False) -
                               'among the detectors: --features exports its backbone and neck')
 
 
-def metadata(cfg: Config, graph: Graph, shape: tuple[int, int], classes: Sequence[str] | None) -> dict[str, Any]:
-    """What a program must know to use the file: task, input, preprocessing, classes."""
-    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    return dict(task=graph.task, outputs=list(graph.outputs), input='images', layout='NCHW',
-                height=shape[0], width=shape[1],
-                # Of the channels in the order that the model takes them.
-                channels='RGB' if preprocessor.get('bgr_to_rgb') or preprocessor.get('to_rgb') else 'BGR',
-                mean=list(preprocessor.get('mean') or (0., 0., 0.)), std=list(preprocessor.get('std') or (1., 1., 1.)),
+def metadata(graph: Graph, shape: tuple[int, int], classes: Sequence[str] | None, mean: Sequence[float] = (0., 0., 0.),
+             std: Sequence[float] = (1., 1., 1.), channels: str = 'RGB') -> dict[str, Any]:
+    """Return what a program must know to use an exported file.
+
+    Args:
+        graph: see :func:`graph_of`.
+        shape: (H, W) of the images.
+        classes: their names, or None.
+        mean, std: of the pixels (0 to 255), for the channels in the order of ``channels``.
+        channels: 'RGB' or 'BGR'.
+    """
+    return dict(task=graph.task, outputs=list(graph.outputs), input='images', layout='NCHW', height=shape[0],
+                width=shape[1], channels=channels, mean=list(mean), std=list(std),
                 classes=None if classes is None else list(classes))

@@ -1,5 +1,5 @@
-"""Files of :mod:`mmlocalmamba.deployment.exporting` as functions, one for each program that runs them. PyTorch is
-imported for its own files alone."""
+"""Open the files of :mod:`mmlocalmamba.deployment.exporting` as functions. PyTorch is imported only for its own
+files."""
 import json
 import zipfile
 from collections.abc import Callable
@@ -9,27 +9,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Key of what a file says about itself, as JSON.
+# Key of the metadata in a file, which are JSON.
 METADATA = 'mmlocalmamba'
 Function = Callable[[np.ndarray], list[np.ndarray]]
 
 
 class Opened(NamedTuple):
-    """A file that can be run.
+    """An exported file that can be run.
 
     Attributes:
-        run: images (B, 3, H, W), float32 -> outputs.
-        metadata: as they were given at the export.
+        run: function of normalised images (B, 3, H, W), float32, that returns a list of arrays.
+        metadata: metadata that were given at the export.
     """
     run: Function
     metadata: dict[str, Any]
 
 
 def kind_of(path: str) -> str:
-    """'onnx', 'torch' (a program of torch.export) or 'aoti' (compiled).
+    """Return the kind of a file: 'onnx', 'torch' (a program of torch.export) or 'aoti' (compiled by AOTInductor).
 
     Raises:
-        ValueError: another file.
+        ValueError: if the file is of another kind.
     """
     if path.endswith('.onnx'):
         return 'onnx'
@@ -40,14 +40,14 @@ def kind_of(path: str) -> str:
 
 
 def normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
-    """A picture as a file takes it.
+    """Normalise an image for an exported file.
 
     Args:
-        pixels: RGB (H, W, 3), of the file's size.
-        metadata: with ``channels``, ``mean`` and ``std``.
+        pixels: RGB image (H, W, 3) of the file's size, uint8 or float, 0 to 255.
+        metadata: metadata of the file, with ``channels`` ('RGB' or 'BGR'), ``mean`` and ``std``.
 
     Returns:
-        float32 (1, 3, H, W).
+        Contiguous float32 array (1, 3, H, W).
     """
     pixels = pixels.astype(np.float32)
     if metadata['channels'] == 'BGR':
@@ -56,11 +56,11 @@ def normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
 
-def needed(module: str) -> ModuleType:
-    """An optional package.
+def import_optional(module: str) -> ModuleType:
+    """Import an optional package.
 
     Raises:
-        RuntimeError: it is not installed; it says how.
+        RuntimeError: if it is not installed.
     """
     try:
         return import_module(module)
@@ -69,7 +69,7 @@ def needed(module: str) -> ModuleType:
 
 
 def _onnxruntime(path: str, threads: int | None, precision: str) -> Opened:
-    onnxruntime = needed('onnxruntime')
+    onnxruntime = import_optional('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or 0, 1
     options.log_severity_level = 3
@@ -80,7 +80,7 @@ def _onnxruntime(path: str, threads: int | None, precision: str) -> Opened:
 
 
 def _openvino(path: str, threads: int | None, precision: str) -> Opened:
-    core = needed('openvino').Core()
+    core = import_optional('openvino').Core()
     config: dict[str, str | int] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = threads
@@ -89,17 +89,17 @@ def _openvino(path: str, threads: int | None, precision: str) -> Opened:
     def run(images: np.ndarray) -> list[np.ndarray]:
         return [np.array(value) for value in request.infer([images]).values()]
 
-    properties = needed('onnx').load(path, load_external_data=False).metadata_props
+    properties = import_optional('onnx').load(path, load_external_data=False).metadata_props
     return Opened(run, json.loads(next((entry.value for entry in properties if entry.key == METADATA), '{}')))
 
 
 def _torch(path: str, threads: int | None, precision: str) -> Opened:
     import torch
 
-    import mmlocalmamba.ops  # noqa: F401  declares the operators
+    import mmlocalmamba.ops  # noqa: F401  registers the operators
     extra = {'metadata.json': ''}
     module = torch.export.load(path, extra_files=extra).module()
-    return Opened(_of_module(module, threads), json.loads(extra['metadata.json'] or '{}'))
+    return Opened(_module_function(module, threads), json.loads(extra['metadata.json'] or '{}'))
 
 
 def _aoti(path: str, threads: int | None, precision: str) -> Opened:
@@ -107,13 +107,13 @@ def _aoti(path: str, threads: int | None, precision: str) -> Opened:
 
     import mmlocalmamba.ops  # noqa: F401
     package = torch._inductor.aoti_load_package(path)
-    return Opened(_of_module(package, threads), json.loads(package.get_metadata().get(METADATA, '{}')))
+    return Opened(_module_function(package, threads), json.loads(package.get_metadata().get(METADATA, '{}')))
 
 
-def _of_module(module: Callable, threads: int | None) -> Function:
+def _module_function(module: Callable, threads: int | None) -> Function:
     import torch
 
-    # A limit of the process: PyTorch knows none of a module.
+    # PyTorch limits threads for the process, not for a module.
     if threads:
         torch.set_num_threads(threads)
 
@@ -129,22 +129,24 @@ _OPEN = {'onnxruntime': _onnxruntime, 'openvino': _openvino, 'torch': _torch, 'a
 
 
 def open_file(path: str, runtime: str | None = None, threads: int | None = None, precision: str = 'f32') -> Opened:
-    """Prepare a file to run.
+    """Open an exported file.
 
     Args:
-        path: .onnx or .pt2.
-        runtime: 'onnxruntime', 'openvino' for .onnx; of a .pt2, its content says; None chooses.
-        threads: None leaves it to the runtime.
-        precision: 'bf16' lets OpenVINO compute in bfloat16 where the processor can; others take the file's.
+        path: path of a .onnx or .pt2 file.
+        runtime: 'onnxruntime' or 'openvino' for .onnx, 'torch' or 'aoti' for .pt2. None: ONNX Runtime for .onnx; for
+            .pt2 the content decides.
+        threads: number of threads. None: the runtime's default.
+        precision: 'bf16' lets OpenVINO compute in bfloat16 if the processor supports it. Other runtimes use the
+            precision of the file.
 
     Raises:
-        ValueError: not such a file, or a runtime that does not read it.
-        RuntimeError: the runtime is not installed.
+        ValueError: if the file is of another kind, or the runtime does not read it.
+        RuntimeError: if the runtime is not installed.
     """
     kind = kind_of(path)
     able = ('onnxruntime', 'openvino') if kind == 'onnx' else (kind, )
     if runtime is None:
         runtime = able[0]
     if runtime not in able:
-        raise ValueError(f'{path} is not read by {runtime}: {" or ".join(able)}')
+        raise ValueError(f'{path} is not read by {runtime}: use {" or ".join(able)}')
     return _OPEN[runtime](path, threads, precision)

@@ -5,8 +5,8 @@ from mmlocalmamba.ops import linear
 
 
 class TokenLinear(nn.Linear):
-    """nn.Linear without bias on tokens (..., in_features), by :func:`mmlocalmamba.ops.linear`; initialised as the
-    authors do."""
+    """nn.Linear without bias for tokens (..., in_features), computed by :func:`mmlocalmamba.ops.linear` and initialised
+    as the authors do."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

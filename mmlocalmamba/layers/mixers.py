@@ -1,7 +1,7 @@
 """The two SSM mixers: LocalVMamba's (a 2-D convolution, then K scans) and LocalVim's (K scans, a 1-D convolution each).
 
-Tokens are channels-last (B, L, D) throughout; directions are tables, which the backbone makes once a forward (see
-:mod:`mmlocalmamba.scans`).
+Tokens are channels-last (B, L, D) throughout. Directions are tables, which the backbone makes once a forward pass (see
+:mod:`mmlocalmamba.directions`).
 """
 import math
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmlocalmamba.directions import ScanTables, check_scan
 from mmlocalmamba.layers.linear import TokenLinear
 from mmlocalmamba.layers.scattn import SCAttn
 from mmlocalmamba.layers.ssm import DirectionalSSM
 from mmlocalmamba.ops import directional_conv
-from mmlocalmamba.scans import ScanTables, check_scan
 
 
 class _Mixer(nn.Module):
-    """What both mixers share: input and output projection, scans, SCAttn, sum over the directions."""
+    """Base class of both mixers: input and output projection, scans, SCAttn, sum over the directions."""
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float, d_state: int,
                  dt_rank: int | Literal['auto'], scattn: bool | dict) -> None:
@@ -35,11 +35,11 @@ class _Mixer(nn.Module):
         self.out_proj = TokenLinear(inner, channels)
 
     def scan(self, x: Tensor, tables: ScanTables) -> Tensor:
-        """x (B, L, D) -> (B, K, L, D)."""
+        """Scan x (B, L, D) along K directions: (B, K, L, D)."""
         raise NotImplementedError
 
     def scan_and_sum(self, x: Tensor, tables: ScanTables, z: Tensor | None = None) -> Tensor:
-        """x (B, L, D) -> scans of all directions, gated by silu(z (B, L, D)) and SCAttn, and summed (B, L, D)."""
+        """Scan x (B, L, D) along all directions, gate by silu(z (B, L, D)) and SCAttn, and sum: (B, L, D)."""
         y = self.scan(x, tables)
         if self.scattn is not None:
             return self.scattn.sum_directions(y, z)
@@ -99,7 +99,7 @@ class LocalVimMixer(_Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of the convolutions, as nn.Conv1d with one input channel a group."""
+        """Initialise the convolutions as nn.Conv1d does for one input channel a group."""
         bound = self.conv_weight.shape[-1] ** -0.5
         for parameter in (self.conv_weight, self.conv_bias):
             nn.init.uniform_(parameter, -bound, bound)

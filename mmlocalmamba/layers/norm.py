@@ -5,9 +5,12 @@ from mmlocalmamba.ops import add_rms_norm
 
 
 class ResidualRMSNorm(nn.RMSNorm):
-    """Adds a block's output to the residual stream, rotates the sum and normalises it; see
-    :func:`mmlocalmamba.ops.add_rms_norm`. `eps` is a number on every backend and of every dtype: not None, which
-    `nn.RMSNorm` has as its default."""
+    """Add a block's output to the residual stream, rotate the sum and normalise it; see
+    :func:`mmlocalmamba.ops.add_rms_norm`.
+
+    ``eps`` is a number, not None as by default in ``nn.RMSNorm``, so that it is the same on every backend and for every
+    dtype.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(channels, eps=eps)

@@ -1,16 +1,16 @@
-"""Positions of LocalVim: rotary embedding of 2-D tokens, resizing of the learned embedding."""
+"""Positions of LocalVim: the rotary embedding of 2-D tokens, and resizing of the learned embedding."""
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.sizes import of_size
+from mmlocalmamba.table_cache import of_size
 
 _THETA = 10000.
 
 
 def _make(H: int, W: int, channels: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     half = channels // 2
-    # In float32 whatever the default dtype.
+    # float32, whatever the default dtype is.
     frequencies = _THETA ** (torch.arange(0, half, 2, dtype=torch.float32) / -half)
 
     def angles(n: int) -> Tensor:
@@ -23,17 +23,17 @@ def _make(H: int, W: int, channels: int, size: int, device: torch.device) -> tup
 
 
 def rotary_tables(H: int, W: int, channels: int, size: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for a token grid, as EVA-02's rotary embedding, which Vim and LocalVim use.
+    """Return cosines and sines for a token grid: EVA-02's rotary embedding, which Vim and LocalVim use.
 
     Angles are recomputed for the actual grid, with positions scaled to the ``size`` x ``size`` grid of pre-training.
-    (The authors resize the cosines and sines of the training grid bicubically, which is no rotation any more; at the
-    training size both are equal.)
+    The authors resize the cosines and sines of the training grid bicubically instead, which is not a rotation; at the
+    training size both are equal.
 
     Args:
         H, W: token grid.
         channels: rotated channels, divisible by 4: the first half turns with the row, the second with the column.
         size: side of the grid at pre-training.
-        device: where the tables live.
+        device: device of the tables.
 
     Returns:
         cos, sin: float32 (H*W, channels). Shared and cached: do not write to them.
@@ -43,13 +43,14 @@ def rotary_tables(H: int, W: int, channels: int, size: int, device: str | torch.
 
 def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[int, int],
                           device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines as the code of LocalMamba's authors has them away from the grid of pre-training: those of that
-    grid, resized bicubically to the model's own grid when a model is loaded, and from there to the grid of an image.
-    They are no rotation any more, but what a detector was trained with there.
+    """Return cosines and sines as the code of LocalMamba's authors has them away from the grid of pre-training.
+
+    The tables of that grid are resized bicubically to the model's grid, as when a model is loaded, and from there to
+    the grid of an image. They are not a rotation, but the authors' detectors were trained with them.
 
     Args:
         H, W, channels, size, device: as for :func:`rotary_tables`.
-        grid: of the model, i.e. of its ``img_size``.
+        grid: (rows, columns) of the model's ``img_size``.
     """
     def make(device: torch.device, traced: bool) -> tuple[Tensor, Tensor]:
         tables = _make(size, size, channels, size, device)
@@ -61,7 +62,13 @@ def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int = 0) -> Tensor:
-    """Learned positions (1, h*w + tokens, C) for another grid, bicubic; ``tokens`` extra ones stay in the middle."""
+    """Resize learned positions (1, h*w + tokens, C) bicubically to another grid.
+
+    Args:
+        pos_embed: (1, h*w + tokens, C), any floating dtype.
+        old, new: (rows, columns) of the grids.
+        tokens: extra tokens, which stay in the middle.
+    """
     # A comparison would tie an exported graph of any size to its outcome; resizing to the same grid changes nothing.
     if all(isinstance(side, int) for side in new) and old == new:
         return pos_embed

@@ -4,17 +4,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlocalmamba.ops import scattn_sum
-from mmlocalmamba.registry import MODELS
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a fused kernel may take the module's parameters and leave the module itself out: nobody has hooked,
-    parametrised, pruned, quantised or replaced it."""
+    """Return True if a fused kernel may read the module's parameters instead of calling it: nobody has hooked,
+    parametrised, pruned, quantised or replaced the module."""
     return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                                          or module._backward_pre_hooks)
 
 
-@MODELS.register_module()
 class SCAttn(nn.Module):
     """Weights tokens and channels of one direction's features before the directions are summed.
 
@@ -46,7 +44,7 @@ class SCAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of the linear layers, as the authors do."""
+        """Initialise the linear layers as the authors do."""
         for module in self.children():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -5,15 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmlocalmamba.directions import ScanTables
 from mmlocalmamba.ops import directional_scan, linear
-from mmlocalmamba.scans import ScanTables
 
 
 class SSMWeights(NamedTuple):
-    """Of K directions over D channels with N states; R is the rank of the step sizes.
+    """Weights of K directions over D channels with N states; R is the rank of the step sizes.
 
     Attributes:
-        x_proj: (K, R + 2 N, D), tokens to step sizes (their factor), B and C.
+        x_proj: (K, R + 2 N, D), projects tokens to the factor of the step sizes, to B and to C.
         dt_proj: (K, D, R).
         dt_bias: (K, D).
         A_log: (K, D, N); A is -exp(A_log).
@@ -27,14 +27,16 @@ class SSMWeights(NamedTuple):
 
 
 def project_and_scan(x: Tensor, weights: SSMWeights, tables: ScanTables, in_scan_order: bool = False) -> Tensor:
-    """K selective scans with the inputs that they need, from tokens.
+    """Project tokens to the inputs of K selective scans, and scan.
 
     The projections act on each token alone, so they commute with any permutation: one product over unpermuted tokens
     serves all directions.
 
     Args:
-        x: (B, L, D), or with ``in_scan_order`` (B, K, T, D), each direction's own steps.
-        tables: of the K directions.
+        x: (B, L, D); with ``in_scan_order`` (B, K, T, D), the steps of each direction.
+        weights: of the K directions.
+        tables: of the K directions, on the device of x.
+        in_scan_order: x is given step by step.
 
     Returns:
         (B, K, L, D) at original positions.

@@ -1,11 +1,11 @@
-"""Selective scans, and what stands around them in a mixer: several backends, one dispatcher. Needs torch alone.
+"""Selective scans and the ops that surround them in a mixer: several backends, one dispatcher. Needs torch only.
 
-``backend=None`` takes the fastest backend that can run the tensors at hand; the environment variable
-``MMLOCALMAMBA_BACKEND`` or the argument names one instead, and naming one that cannot run is an error. Scans are
-computed in float32 (float64 for float64 inputs) whatever the dtype of the inputs or of autocast.
+``backend=None`` chooses the fastest backend that can run the given tensors. The argument or the environment variable
+``MMLOCALMAMBA_BACKEND`` names one instead; if that one cannot run, it is an error. Scans are computed in float32
+(float64 for float64 inputs), whatever the dtype of the inputs or of autocast.
 
-All backends have first derivatives, also those of ``torch.func.grad`` and ``torch.func.vmap``. Second ones and
-forward-mode ones (``jvp``, ``jacfwd``) have 'reference' alone, for all of these ops; the fused operators refuse them.
+All backends have first derivatives, also under ``torch.func.grad`` and ``torch.func.vmap``. Only 'reference' has second
+and forward-mode derivatives (``jvp``, ``jacfwd``) of all ops; the fused operators raise NotImplementedError.
 """
 import math
 from collections.abc import Callable
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import chunked, cpu, cuda, onnx, plain, reference, triton
+from mmlocalmamba.directions import ScanTables
+from mmlocalmamba.ops import unfused
+from mmlocalmamba.ops.backends import chunked, cpu, mamba_ssm, onnx, reference, triton
 from mmlocalmamba.ops.dispatch import (
     BACKEND_VARIABLE,
     BACKENDS,
@@ -29,14 +31,13 @@ from mmlocalmamba.ops.dispatch import (
     fused_op,
     run_scan,
 )
-from mmlocalmamba.ops.plain import rotate
-from mmlocalmamba.scans import ScanTables
+from mmlocalmamba.ops.unfused import rotate
 
 __all__ = ['BACKENDS', 'BACKEND_VARIABLE', 'Backend', 'ScanInputs', 'add_rms_norm', 'available_backends',
            'directional_conv', 'directional_scan', 'linear', 'rotate', 'scattn_sum', 'selective_scan']
 
-# The order of preference.
-BACKENDS.update((module.BACKEND.name, module.BACKEND) for module in (cpu, triton, cuda, chunked, reference, onnx))
+# In the order of preference.
+BACKENDS.update((module.BACKEND.name, module.BACKEND) for module in (cpu, triton, mamba_ssm, chunked, reference, onnx))
 
 
 def directional_scan(u: Tensor,
@@ -52,40 +53,42 @@ def directional_scan(u: Tensor,
                      dt_weight: Tensor | None = None,
                      return_last_state: bool = False,
                      backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Selective scans of the same L tokens along K directions, without permuted copies at the interface.
+    """Run selective scans of the same L tokens along K directions, without permuted copies at the interface.
 
-    Step t of direction k reads token ``tables.src[k, t]``; a pad (-1) has u = B = C = 0 and delta = 0, so that its step
-    size is softplus(delta_bias) and the state decays, as in the authors' code. Outputs stand at their tokens' original
-    positions. Recurrence: paper eq. 3 with Mamba's discretisation (:mod:`mmlocalmamba.ops.reference`).
+    Step t of direction k reads token ``tables.src[k, t]``. A pad (-1) has u = B = C = 0 and delta = 0, so its step size
+    is softplus(delta_bias) and the state decays, as in the authors' code. Outputs are at their tokens' original
+    positions. Recurrence: paper eq. 3 with Mamba's discretisation (:mod:`mmlocalmamba.ops.backends.reference`).
 
     Args:
         u: (B, L, D) tokens shared by all directions, or (B, K, L, D).
-        delta: (B, K, L, D) step sizes before bias and softplus; with ``dt_weight`` (B, K, L, R), their low-rank factor.
-        A: (K, D, N) state matrices, diagonal, of negative real part for a stable scan.
-        B, C: (B, K, L, N). If A is complex they may be; outputs are 2 Re(C h) then.
+        delta: (B, K, L, D) step sizes before bias and softplus; with ``dt_weight``, their low-rank factor (B, K, L, R).
+        A: (K, D, N) diagonal state matrices, with negative real parts for a stable scan.
+        B, C: (B, K, L, N). They may be complex if A is; outputs are 2 Re(C h) then.
         D: (K, D) skip weights, or None.
-        tables: :func:`mmlocalmamba.scans.scan_tables` for these tokens, on the device of u: each direction reads every
-            token once. CPU kernels check that; others would leave rows of y unwritten.
+        tables: :func:`mmlocalmamba.directions.scan_tables` for these tokens, on the device of u. Each direction must
+            read every token once: CPU kernels check it; on other devices, rows of y would stay unwritten.
         delta_bias: (K, D) or None.
         delta_softplus: dt = softplus(delta + delta_bias) instead of delta + delta_bias.
-        in_scan_order: u (B, K, T, D), delta, B and C are given step by step, pads included, with the values that
-            these steps shall have (LocalVim's come out of a convolution along the scan). Outputs stand at original
-            positions all the same. ``tables`` may be None: then T = L and outputs stay in scan order.
-        dt_weight: (K, D, R) or None: the step sizes are delta times its transpose, which no backend has to write down.
-        return_last_state: also return the state after the last step.
-        backend: a name of :data:`BACKENDS`; None chooses.
+        in_scan_order: If True, u (B, K, T, D), delta, B and C hold the values of each step, pads included (LocalVim's
+            are the outputs of a convolution along the scan). Outputs are at original positions. ``tables`` may be
+            None: then T = L and outputs are in scan order.
+        dt_weight: (K, D, R) or None. The step sizes are delta times its transpose; fused backends never store them.
+        return_last_state: If True, also return the state after the last step.
+        backend: A name of :data:`BACKENDS`; None chooses automatically.
 
     Returns:
-        y (B, K, L, D) in u's dtype, and with ``return_last_state`` the states (B, K, D, N) in float32 (float64 for
-        float64 inputs), or the complex dtype of that precision.
+        y (B, K, L, D) in u's dtype. With ``return_last_state`` also the states (B, K, D, N) in float32 (float64 for
+        float64 inputs), or in the complex dtype of that precision.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend.
-        TypeError, NotImplementedError: integer tensors; complex ones other than A, B and C; B or C alone complex.
-        RuntimeError: the backend that was named cannot run here, or takes no complex A.
+        ValueError: Shapes do not match, or the backend is unknown.
+        TypeError: A tensor holds integers, or B or C is complex and A is not.
+        NotImplementedError: A tensor other than A, B and C is complex.
+        RuntimeError: The named backend cannot run here, or takes no complex A.
     """
     src, inv = tables if tables is not None else (None, None)
-    inputs = ScanInputs(u, delta, A, B, C, D, src, inv, delta_bias, dt_weight, delta_softplus, in_scan_order).check()
+    inputs = ScanInputs(u=u, delta=delta, A=A, B=B, C=C, D=D, src=src, inv=inv, delta_bias=delta_bias,
+                        dt_weight=dt_weight, delta_softplus=delta_softplus, in_scan_order=in_scan_order).check()
     y, last = run_scan(inputs, backend)
     y = y.to(u.dtype)
     return (y, last) if return_last_state else y
@@ -102,27 +105,27 @@ def selective_scan(u: Tensor,
                    delta_softplus: bool = False,
                    return_last_state: bool = False,
                    backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba's selective scan, with the layouts of ``mamba_ssm``'s ``selective_scan_fn``.
+    """Run Mamba's selective scan, with the layouts of ``mamba_ssm``'s ``selective_scan_fn``.
 
     Args:
         u, delta: (B, D, L).
-        A: (D, N), real or complex; outputs are 2 Re(C h) if it is complex.
-        B, C: (B, N, L), or (B, G, N, L) for G groups of D / G consecutive channels, or (D, N) where they are constant
-            (each channel is a group of its own then, which is slower). With a complex A they are complex; those that
-            vary may also be real and of length 2 L, real and imaginary parts in turns, as ``mamba_ssm`` has them.
+        A: (D, N), real or complex. If it is complex, outputs are 2 Re(C h).
+        B, C: (B, N, L), or (B, G, N, L) for G groups of D / G consecutive channels, or (D, N) if they are constant
+            (each channel is then its own group, which is slower). With a complex A they are complex; if they are not
+            constant, they may also be real with length 2 L, real and imaginary parts interleaved, as in ``mamba_ssm``.
         D: (D,) or None.
         z: (B, D, L) or None; the output is multiplied by silu(z).
         delta_bias: (D,) or None.
-        delta_softplus: dt = softplus(delta + delta_bias).
-        return_last_state: also return the state after the last step.
-        backend: a name of :data:`BACKENDS`; None chooses.
+        delta_softplus: dt = softplus(delta + delta_bias) instead of delta + delta_bias.
+        return_last_state: If True, also return the state after the last step.
+        backend: A name of :data:`BACKENDS`; None chooses automatically.
 
     Returns:
-        out (B, D, L) in u's dtype, and with ``return_last_state`` the state (B, D, N) in float32 (float64 for float64
-        inputs), or the complex dtype of that precision.
+        out (B, D, L) in u's dtype. With ``return_last_state`` also the state (B, D, N) in float32 (float64 for float64
+        inputs), or in the complex dtype of that precision.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`directional_scan`.
+        ValueError, TypeError, NotImplementedError, RuntimeError: As :func:`directional_scan`.
     """
     check_dtypes(u=u, delta=delta, D=D, z=z, delta_bias=delta_bias)
     check_states(A, B, C)
@@ -135,7 +138,7 @@ def selective_scan(u: Tensor,
     expect_shape('D', D, (width, ), '(D,)')
     expect_shape('z', z, (batch, width, L), '(B, D, L)')
     expect_shape('delta_bias', delta_bias, (width, ), '(D,)')
-    B, C = _of_groups('B', B, A, batch, L), _of_groups('C', C, A, batch, L)
+    B, C = _grouped('B', B, A, batch, L), _grouped('C', C, A, batch, L)
     G = math.lcm(B.shape[1], C.shape[1])
     B, C = (x[:, :, None].expand(-1, -1, G // x.shape[1], -1, -1).flatten(1, 2) for x in (B, C))
 
@@ -145,8 +148,9 @@ def selective_scan(u: Tensor,
     def channels(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(G, width // G, *x.shape[1:])
 
-    inputs = ScanInputs(tokens(u), tokens(delta), channels(A), B.transpose(2, 3), C.transpose(2, 3), channels(D),
-                        delta_bias=channels(delta_bias), delta_softplus=delta_softplus, in_scan_order=True)
+    inputs = ScanInputs(u=tokens(u), delta=tokens(delta), A=channels(A), B=B.transpose(2, 3), C=C.transpose(2, 3),
+                        D=channels(D), delta_bias=channels(delta_bias), delta_softplus=delta_softplus,
+                        in_scan_order=True)
     y, last = run_scan(inputs, backend)
     y = y.transpose(2, 3).reshape(batch, width, L)
     if z is not None:
@@ -155,8 +159,8 @@ def selective_scan(u: Tensor,
     return (y, last.reshape(batch, width, N)) if return_last_state else y
 
 
-def _of_groups(name: str, x: Tensor, A: Tensor, batch: int, L: int) -> Tensor:
-    """B or C of :func:`selective_scan` as (B, G, N, L) for some G that divides D."""
+def _grouped(name: str, x: Tensor, A: Tensor, batch: int, L: int) -> Tensor:
+    """Return B or C of :func:`selective_scan` as (B, G, N, L) for some G that divides D."""
     width, N = A.shape
     if x.dim() == 2:
         expect_shape(name, x, (width, N), '(D, N)')
@@ -168,7 +172,7 @@ def _of_groups(name: str, x: Tensor, A: Tensor, batch: int, L: int) -> Tensor:
     x = x[:, None] if x.dim() == 3 else x
     if A.is_complex() and not x.is_complex():
         if x.shape[-1] != 2 * L:
-            raise ValueError(f'{name} of a complex A must be complex or of length 2 L = {2 * L}, '
+            raise ValueError(f'{name} of a complex A must be complex or have length 2 L = {2 * L}, '
                              f'got length {x.shape[-1]}')
         x = torch.view_as_complex(x.to(compute_dtype(x)).unflatten(-1, (L, 2)).contiguous())
     G = x.shape[1]
@@ -179,86 +183,87 @@ def _of_groups(name: str, x: Tensor, A: Tensor, batch: int, L: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """torch's ``F.linear``, by its faster way on a CPU.
+    """Compute torch's ``F.linear``, on a CPU by the faster of its algorithms.
 
     Args:
         x: (..., I), or (B, K, T, I) for K weights.
         weight: (O, I), or (K, O, I).
         bias: (O,) or None; None for K weights.
-        backend: a name of :data:`BACKENDS`; None chooses. Whatever a backend has no version of, or not for these
-            dtypes, plain PyTorch does.
+        backend: A name of :data:`BACKENDS`; None chooses automatically. If the backend has no version of this op for
+            these dtypes, plain PyTorch computes it.
 
     Returns:
         (..., O), or (B, K, T, O).
     """
     if x.dim() < 2 or autocasts(x):
-        return plain.linear(x, weight, bias)
+        return unfused.linear(x, weight, bias)
     fused, _ = fused_op('linear', backend, [x, weight, bias], [])
-    return (fused or plain.linear)(x, weight, bias)
+    return (fused or unfused.linear)(x, weight, bias)
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables,
                      backend: str | None = None) -> Tensor:
-    """Causal depthwise convolution along K scans, and SiLU: silu(bias + sum_j weight[j] x[t - W + 1 + j]).
+    """Convolve causally along K scans, for each channel alone: silu(bias + sum_j weight[j] x[t - W + 1 + j]).
 
     Args:
-        x: (B, L, D) tokens shared by all directions. Pads, and what lies before the first step, are zeros.
+        x: (B, L, D) tokens shared by all directions. Pads and the steps before the first one are zeros.
         weight: (K, D, W).
         bias: (K, D) or None.
-        tables: :func:`mmlocalmamba.scans.scan_tables` for these tokens, on the device of x.
-        backend: as in :func:`linear`.
+        tables: :func:`mmlocalmamba.directions.scan_tables` for these tokens, on the device of x.
+        backend: As in :func:`linear`.
 
     Returns:
-        (B, K, T, D), in scan order: what ``directional_scan(in_scan_order=True)`` takes.
+        (B, K, T, D) in scan order, as ``directional_scan(in_scan_order=True)`` takes it.
     """
     fused, (weight, bias) = fused_op('directional_conv', backend, [x], [weight, bias])
-    return (fused or plain.directional_conv)(x, weight, bias, tables)
+    return (fused or unfused.directional_conv)(x, weight, bias, tables)
 
 
 def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, reduce_weight: Tensor,
                reduce_bias: Tensor, select_weight: Tensor, select_bias: Tensor, backend: str | None = None) -> Tensor:
-    """The sum of K directions' features, each gated by SCAttn's channel branch (paper Fig. 3b).
+    """Sum the features of K directions, each gated by SCAttn's channel branch (paper Fig. 3b).
 
-    With f = y * silu(z), gate = sigmoid(select(gelu(reduce(mean over tokens of layer_norm(f))))), it is the sum over
-    directions of f * gate.
+    With f = y * silu(z) and gate = sigmoid(select(gelu(reduce(mean over tokens of layer_norm(f))))), the result is the
+    sum over directions of f * gate.
 
     Args:
         y: (B, K, L, C).
         z: (B, L, C), or None: f = y.
-        norm_weight, norm_bias: (C,); eps: of the LayerNorm.
+        norm_weight, norm_bias: (C,) parameters of the LayerNorm.
+        eps: The LayerNorm's epsilon.
         reduce_weight, reduce_bias: (R, C), (R,).
         select_weight, select_bias: (C, R), (C,).
-        backend: as in :func:`linear`.
+        backend: As in :func:`linear`.
 
     Returns:
         (B, L, C).
     """
     fused, weights = fused_op('scattn_sum', backend, [y, z], [norm_weight, norm_bias, reduce_weight, reduce_bias,
                                                               select_weight, select_bias])
-    run: Callable[..., Tensor] = fused or plain.scattn_sum
+    run: Callable[..., Tensor] = fused or unfused.scattn_sum
     return run(y, z, *weights[:2], eps, *weights[2:])
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cos: Tensor | None = None,
                  sin: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """The step between two blocks of a residual stream: rotate(x + residual), and its RMSNorm.
+    """Compute the step between two blocks of a residual stream: rotate(x + residual), and its RMSNorm.
 
-    A rotation is linear: turning the sum is turning both, as the authors do.
+    The authors rotate x and the residual. A rotation is linear, so rotating their sum is the same.
 
     Args:
         x: (B, L, C).
         residual: (B, L, C), or None before the first block.
-        weight: (C,) of the norm.
-        eps: added to the mean square.
-        cos, sin: (L, C) of the angles that neighbouring channel pairs are turned by, or None.
-        backend: as in :func:`linear`.
+        weight: (C,) weight of the norm.
+        eps: Added to the mean square.
+        cos, sin: (L, C) of the angles by which neighbouring channel pairs are rotated, or None.
+        backend: As in :func:`linear`.
 
     Returns:
-        The normalised sum in x's dtype, and the sum in the residual's, if there is one; both (B, L, C).
+        The normalised sum in x's dtype, and the sum in the dtype of the residual (of x if it is None); both (B, L, C).
     """
     tokens = [x]
-    # Under autocast the residual stream keeps its 32 bits between blocks of 16.
+    # Under autocast the residual stream has 32 bits, and the blocks have 16.
     if residual is not None and residual.dtype != compute_dtype(x):
         tokens.append(residual)
     fused, (weight, cos, sin) = fused_op('add_rms_norm', backend, tokens, [weight, cos, sin])
-    return (fused or plain.add_rms_norm)(x, residual, weight, eps, cos, sin)
+    return (fused or unfused.add_rms_norm)(x, residual, weight, eps, cos, sin)

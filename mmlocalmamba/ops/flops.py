@@ -1,12 +1,13 @@
-"""FLOPs of our ops for MMEngine's analyzer: a multiply-add counts once, element-wise work outside of a scan not at all.
+"""FLOPs of our ops for MMEngine's analyzer.
 
-A scan costs 9*B*L*D*N for the recurrence and its output, and B*L*D for the skip, per direction, L being the steps that
-run, pads included (state-spaces/mamba issue 110; what VMamba and LocalVMamba report)::
+A multiply-add counts once. Element-wise operations count inside a scan only. A scan of L steps, pads included, costs
+9*B*L*D*N for the recurrence and its output and B*L*D for the skip, for each direction (state-spaces/mamba issue 110, as
+VMamba and LocalVMamba report it)::
 
     from mmengine.analysis import FlopAnalyzer
     analyzer = FlopAnalyzer(model, images).set_op_handle(**HANDLES)
 
-Handles get the values of a traced graph, of which only shapes matter.
+A handle gets the values of a traced graph and uses their shapes only.
 """
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,17 +21,17 @@ SCAN = 'directional_scan'
 
 
 def scan_flops(sequences: int, steps: int, channels: int, d_state: int) -> int:
-    """Of ``sequences`` selective scans (images times directions) with skip connection."""
+    """Return the FLOPs of ``sequences`` selective scans (images times directions) with skip connection."""
     return sequences * steps * channels * (9 * d_state + 1)
 
 
 def _shape(value: Any) -> Any:
-    """List of ints, or None for what has no shape."""
+    """Return the shape as a list of ints, or None if the value has none."""
     return value.type().sizes() if value.isCompleteTensor() else None
 
 
 def _arguments(op: str, inputs: Sequence[Any]) -> dict[str, Any]:
-    """{argument: shape or None} by the names in the op's schema, which outlive their order."""
+    """Return {argument: shape or None}, with the names of the op's schema."""
     schema = getattr(torch.ops.mmlocalmamba, op).default._schema
     return {argument.name: _shape(value) for argument, value in zip(schema.arguments, inputs)}
 
@@ -72,8 +73,8 @@ def _chunked_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
     return Counter({SCAN: scan_flops(batch * K, steps, width, N)})
 
 
-# Ops of a traced graph. One of ours that is not here is an error, see check_all_known; the gathers of the chunked
-# backend (_Read, _Write) only move data.
+# Handles of the ops of a traced graph. check_all_known refuses an op of ours that is missing. The gathers of the
+# chunked backend (_Read, _Write) only move data.
 HANDLES: dict[str, Callable] = {
     f'{NAMESPACE}directional_scan': _native_scan,
     f'{NAMESPACE}linear': _native_linear,
@@ -88,10 +89,10 @@ def check_all_known(unsupported: Sequence[str]) -> None:
     """Refuse a count that leaves out an op of ours.
 
     Args:
-        unsupported: names of ops without handle, ``analyzer.unsupported_ops()``.
+        unsupported: Names of the ops without handle: ``analyzer.unsupported_ops()``.
 
     Raises:
-        NotImplementedError: one of them is ours.
+        NotImplementedError: One of them is ours.
     """
     ours = [name for name in unsupported if name.startswith(NAMESPACE)]
     if ours:
@@ -101,20 +102,20 @@ def check_all_known(unsupported: Sequence[str]) -> None:
 
 def authors_mixer_flops(tokens: int, steps: Sequence[int], channels: int, inner: int, directions: int, d_state: int,
                         dt_rank: int, d_conv: int, reduced: int, per_direction: bool) -> int:
-    """A LocalVim or Vim block as the authors' counters take it, for one image.
+    """Return the FLOPs of a LocalVim or Vim block by the authors' counters, for one image.
 
-    They count the convolution, the projections and SCAttn of one direction, and all K scans at 5*L*D*N + 2*L*D. In
-    classification they do that once a block; in detection and segmentation once for every direction, which counts
-    every scan K times, and SCAttn twice (hunto/LocalMamba: ``flops`` in local_vim.py, ``mamba_get_flops.py``).
+    These count the convolution, the projections and SCAttn of one direction, and all K scans at 5*L*D*N + 2*L*D. In
+    classification they do it once for a block. In detection and segmentation they do it once for every direction, so
+    every scan counts K times, and SCAttn twice (hunto/LocalMamba: ``flops`` in local_vim.py, ``mamba_get_flops.py``).
 
     Args:
         tokens: L.
-        steps: what each direction scans, pads included; only with ``per_direction``.
+        steps: Steps of each direction, pads included. Used with ``per_direction`` only.
         channels, inner: C and D.
         directions: K.
         d_state, dt_rank, d_conv: N, R and taps.
-        reduced: channels inside SCAttn, 0 without it.
-        per_direction: the dense tasks' way.
+        reduced: Channels inside SCAttn, 0 without it.
+        per_direction: If True, count as in detection and segmentation.
     """
     gate = 2 * inner * reduced
 
@@ -127,7 +128,7 @@ def authors_mixer_flops(tokens: int, steps: Sequence[int], channels: int, inner:
     linear = tokens * channels * 2 * inner + tokens * inner * channels
     if not per_direction:
         return linear + tokens * channels + call(tokens)
-    # Traced besides: the block's LayerNorm, and SCAttn's LayerNorm and products.
+    # Their tracer also counts the block's LayerNorm, and SCAttn's LayerNorm and products.
     norm = 5 * tokens * channels
     attention = directions * (gate + 5 * tokens * inner) if reduced else 0
     return linear + norm + attention + sum(call(length) for length in steps)

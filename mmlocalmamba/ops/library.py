@@ -1,18 +1,22 @@
-"""The operators of the library ``mmlocalmamba``: schemas, shapes, derivatives. Backends implement them.
+"""The operators of the library ``mmlocalmamba``: schemas, shapes and derivatives. Backends implement them.
 
-They are declared whatever can run here, so that an exported graph that holds them can be read everywhere:
+All operators are declared on every machine, so that a graph that was exported elsewhere can be loaded:
 
-- ``directional_scan``: outputs, last states, and (``save``) the states at the start of every chunk of :data:`CHUNK`
-  steps but the first, from which the backward pass recomputes all others; ``directional_scan_backward``;
-- ``directional_conv``, ``linear`` and ``scattn_sum``, what stands around the scan in a mixer, and ``add_rms_norm``,
-  what stands between two mixers; their backwards.
+- ``directional_scan`` returns outputs, last states, and with ``save`` the states at the start of every chunk of
+  :data:`CHUNK` steps but the first. From these, ``directional_scan_backward`` recomputes all others.
+- ``directional_conv``, ``linear`` and ``scattn_sum`` surround the scan in a mixer; ``add_rms_norm`` is between two
+  mixers. Their backward operators are declared here, too.
 
-Last states are (B, K, N, D) here. Tokens, and their gradients, may be 16 bits wide; states, parameters, their gradients
-and statistics are float32, or float64 if the tokens are. A backward operator is told which gradients
-are wanted (``wanted``, in the order of its outputs); the others come out empty.
+Last states are (B, K, N, D) here. Tokens and their gradients may be 16 bits wide. States, parameters, their gradients
+and statistics are float32, or float64 if the tokens are. ``wanted`` tells a backward operator which gradients to
+compute, in the order of its outputs; the others are returned empty.
 
-Operators are called by :func:`call`, which also works under ``torch.func.grad`` and ``torch.func.vmap``. Derivatives
-that they do not have, second and forward-mode ones, are refused.
+:func:`call` calls an operator and also works under ``torch.func.grad`` and ``torch.func.vmap``. Second and forward-mode
+derivatives, which the operators do not have, are refused.
+
+The schema is the only place that knows the order of an operator's arguments: all other code in this module uses their
+names. A new argument of the scan is a new field of :class:`~mmlocalmamba.ops.dispatch.ScanInputs`, a new argument of
+the schemas, and code in the backends.
 """
 from collections.abc import Callable
 from functools import partial
@@ -23,27 +27,34 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmlocalmamba.ops.dispatch import BACKEND_VARIABLE, ScanInputs, compute_dtype, without_autocast
-from mmlocalmamba.ops.plain import linear, rotate_back
+from mmlocalmamba.ops.unfused import linear, rotate_back
 
-# Also in csrc/interface.h.
+# csrc/interface.h has the same number.
 CHUNK = 32
 
 _LIBRARY = torch.library.Library('mmlocalmamba', 'FRAGMENT')
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+# Names of the arguments and of the outputs of each operator, in the order of its schema.
+_ARGUMENTS: dict[str, tuple[str, ...]] = {}
+_OUTPUTS: dict[str, tuple[str, ...]] = {}
 _REMEDY = f"use backend='reference', or {BACKEND_VARIABLE}=reference in the environment for a whole model"
 
 
 def refuse_second_derivative(ctx, *grads):
+    """The backward of a backward operator: raise NotImplementedError."""
     raise NotImplementedError(f'the fused operators have no second derivatives: {_REMEDY}')
 
 
 def refuse_tangent(ctx, *tangents):
+    """The forward-mode derivative of an operator: raise NotImplementedError."""
     raise NotImplementedError(f'the fused operators have no forward-mode derivatives (jvp, jacfwd): {_REMEDY}')
 
 
 def one_by_one(function: Callable) -> Callable:
-    """The ``vmap`` of an autograd function: one call after the other. What is shared by the samples, weights say, has a
-    gradient for each of them."""
+    """Return the ``vmap`` of an autograd function that calls it once for each sample.
+
+    A tensor that all samples share, such as a weight, gets one gradient for each of them.
+    """
 
     def vmap(info, in_dims, *args):
 
@@ -58,27 +69,62 @@ def one_by_one(function: Callable) -> Callable:
     return vmap
 
 
-def _save_nothing(ctx, inputs, output):
-    pass
+def by_name(name: str, function: Callable[..., Any]) -> Callable:
+    """Return ``function``, which takes an operator's arguments by name, as a function that takes them in order."""
+
+    def positional(*args, **kwargs):
+        return function(**dict(zip(_ARGUMENTS[name], args)), **kwargs)
+
+    return positional
 
 
-def declare(name: str, schema: str, fake: Callable, backward: Callable = refuse_second_derivative,
-            setup_context: Callable = _save_nothing) -> None:
+def _save(ctx, **values) -> None:
+    """Keep arguments and outputs of an operator for its backward."""
+    names = tuple(name for name, x in values.items() if isinstance(x, Tensor))
+    ctx.save_for_backward(*(values[name] for name in names))
+    ctx.names = names
+    ctx.others = {name: x for name, x in values.items() if not isinstance(x, Tensor)}
+
+
+def _saved(ctx) -> dict[str, Any]:
+    """Return what :func:`_save` has kept, by name."""
+    return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=True))}
+
+
+def declare(name: str, schema: str, fake: Callable, backward: Callable | None = None,
+            setup_context: Callable | None = None) -> None:
     """Declare an operator.
 
     Args:
-        fake: outputs of the right shape, dtype and strides.
-        backward, setup_context: as those of ``torch.autograd.Function``. Without them it cannot be differentiated.
+        name: Name of the operator.
+        schema: Its arguments and outputs, all of which have names.
+        fake: Takes the arguments by name and returns outputs of the right shape, dtype and strides.
+        backward: Maps (ctx, needs, *gradients of the outputs) to {argument: gradient}. ``needs`` tells by name which
+            arguments need a gradient; an argument that is left out gets None. Without it, the operator raises
+            NotImplementedError if it is differentiated.
+        setup_context: Maps (ctx, {argument: value}, outputs) to None. It keeps what ``backward`` reads.
     """
     _LIBRARY.define(name + schema)
-    torch.library.register_fake(f'mmlocalmamba::{name}', fake, lib=_LIBRARY)
     operator = getattr(torch.ops.mmlocalmamba, name).default
+    arguments = _ARGUMENTS[name] = tuple(argument.name for argument in operator._schema.arguments)
+    _OUTPUTS[name] = tuple(output.name for output in operator._schema.returns)
+    torch.library.register_fake(f'mmlocalmamba::{name}', by_name(name, fake), lib=_LIBRARY)
 
     def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    methods = dict(forward=forward, setup_context=setup_context, backward=backward, jvp=refuse_tangent,
+    def setup(ctx, inputs, output):
+        if setup_context is not None:
+            setup_context(ctx, dict(zip(arguments, inputs, strict=True)), output)
+
+    def gradients(ctx, *grads):
+        if backward is None:
+            return refuse_second_derivative(ctx)
+        found = backward(ctx, dict(zip(arguments, ctx.needs_input_grad, strict=True)), *grads)
+        return tuple(found.get(argument) for argument in arguments)
+
+    methods = dict(forward=forward, setup_context=setup, backward=gradients, jvp=refuse_tangent,
                    vmap=one_by_one(partial(call, name)))
     function: Any = type(name, (torch.autograd.Function, ),
                          {key: staticmethod(value) for key, value in methods.items()})
@@ -88,7 +134,7 @@ def declare(name: str, schema: str, fake: Callable, backward: Callable = refuse_
             raise NotImplementedError(f'torch.ops.mmlocalmamba.{name} cannot be transformed by torch.func: call it by '
                                       f'mmlocalmamba.ops, or {_REMEDY}')
         tracked = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-        # With forward-mode derivatives about, there may be some here.
+        # Inside a forward-mode level, any argument may carry a tangent.
         return function.apply(*args) if tracked or forward_ad._current_level >= 0 else forward(*args)
 
     _LIBRARY.impl(name, differentiable, 'Autograd')
@@ -96,10 +142,22 @@ def declare(name: str, schema: str, fake: Callable, backward: Callable = refuse_
 
 
 def call(name: str, *args):
-    """An operator's result. ``torch.func`` must see the function behind it, which it looks for above the dispatcher."""
+    """Call an operator. Under ``torch.func``, call its autograd function: torch needs it above the dispatcher."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*args)
     return getattr(torch.ops.mmlocalmamba, name)(*args)
+
+
+def _call_by_name(name: str, values: dict[str, Any]):
+    """:func:`call` with arguments by name. ``values`` holds all arguments and may hold more."""
+    return call(name, *[values[argument] for argument in _ARGUMENTS[name]])
+
+
+def _call_backward(name: str, needs: dict[str, bool], values: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Call a backward operator, and return its outputs by name: None for those that are not needed."""
+    wanted = [needs[output] for output in _OUTPUTS[name]]
+    grads = _call_by_name(name, {**values, 'wanted': wanted})
+    return {output: x if needed else None for output, x, needed in zip(_OUTPUTS[name], grads, wanted, strict=True)}
 
 
 def _product(x, weight):
@@ -124,7 +182,10 @@ _SCAN_BACKWARD = (
 
 
 def _like(x, src, shape):
-    """Of the shape (B, K, L, D). The CPU kernel lays it out as x where x's steps lie side by side; see csrc/host.h."""
+    """Return an empty tensor of shape (B, K, L, D).
+
+    The CPU kernel gives it the layout of x where the steps of x are contiguous; see csrc/host.h.
+    """
     in_columns = x.shape[-1] > 1 and x.stride(-1) != 1 and x.stride(-2) == 1
     if in_columns and src is None and x.device.type == 'cpu':
         return x.new_empty(*shape[:2], shape[3], shape[2]).transpose(2, 3)
@@ -132,11 +193,11 @@ def _like(x, src, shape):
 
 
 def _only(wanted, outputs):
-    """An output that nobody wants is empty."""
+    """Return the outputs, those that are not wanted as empty tensors."""
     return tuple(x if needed else x.new_empty(0) for x, needed in zip(outputs, wanted, strict=True))
 
 
-def _fake_scan(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order, save):
+def _fake_scan(u, delta, A, src, tokens, save, **_):
     batch, K, rows = delta.shape[:3]
     steps = rows if src is None else src.shape[1]
     width, N = A.shape[1:]
@@ -145,12 +206,12 @@ def _fake_scan(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_s
             state.new_empty(batch, K, max(0, (steps - 1) // CHUNK) if save else 0, N, width))
 
 
-def _fake_scan_backward(suffix, grad_y, grad_last, u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight,
-                        checkpoints, delta_softplus, in_scan_order, wanted):
+def _fake_scan_backward(suffix, u, delta, A, B, C, src, dt_weight, wanted, **_):
     channels = A.shape[:2]
     batch, K, rows = delta.shape[:3]
     shape = (batch, K, rows, channels[1])
-    # With a factor of delta, all rows of a direction lie together, for the products that follow; on a CPU in 32 bits.
+    # The gradient of a low-rank delta is a factor of matrix products, one for each direction: its rows are contiguous
+    # for each direction, and on a CPU they have 32 bits.
     product = compute_dtype(delta) if delta.device.type == 'cpu' and not suffix else delta.dtype
     grad_delta = (_like(delta, src, shape) if dt_weight is None
                   else delta.new_empty(K, batch, *shape[2:], dtype=product).transpose(0, 1))
@@ -158,38 +219,35 @@ def _fake_scan_backward(suffix, grad_y, grad_last, u, delta, A, B, C, D, src, to
                           C.new_empty(C.shape), A.new_empty(channels), A.new_empty(channels)))
 
 
-def _setup_scan(ctx, inputs, output):
-    *tensors, ctx.tokens, delta_bias, dt_weight, ctx.softplus, ctx.in_scan_order, ctx.saved = inputs
-    # An output that nobody uses has no gradient; a tensor of zeros for it would cost as much as the output.
+def _setup_scan(ctx, arguments, outputs):
+    # The gradient of an unused output stays None: a tensor of zeros would cost as much as the output.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, delta_bias, dt_weight, output[2])
+    _, _, checkpoints = outputs
+    ctx.mark_non_differentiable(checkpoints)
+    _save(ctx, **arguments, checkpoints=checkpoints)
 
 
 def _scan_backward(suffix):
 
-    def backward(ctx, grad_y, grad_last, _):
-        *tensors, delta_bias, dt_weight, checkpoints = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+    def backward(ctx, needs, grad_y, grad_last, _):
         if grad_y is None and grad_last is None:
-            return (None, ) * len(needs)
-        if not ctx.saved:
-            checkpoints = call(f'directional_scan{suffix}', *tensors, ctx.tokens, delta_bias, dt_weight, ctx.softplus,
-                               ctx.in_scan_order, True)[2]
-        # u, delta (or one of its factors), A, B, C, D, delta_bias
-        wanted = [needs[0], needs[1] or needs[9], *needs[2:6], needs[8]]
-        grads = call(f'directional_scan_backward{suffix}', grad_y, grad_last, *tensors, ctx.tokens, delta_bias,
-                     dt_weight, checkpoints, ctx.softplus, ctx.in_scan_order, wanted)
-        # Not `*grads, grad_bias = ...`, which torch.compile makes a tuple of where it traces this function.
-        grads = [x if needed else None for x, needed in zip(grads, wanted, strict=True)]
-        grad_bias = grads.pop()
-        grad_weight = None
-        if dt_weight is not None:  # delta = factor (B, K, L, R) times weight (K, D, R)
-            grad: Any = grads[1]
-            factor = tensors[1]
-            grads[1] = _product(grad, dt_weight.mT).to(factor.dtype) if needs[1] else None
-            grad_weight = _grad_weight(grad, factor.to(grad.dtype), 3).to(dt_weight.dtype) if needs[9] else None
-        return *grads, None, None, grad_bias, grad_weight, None, None, None
+            return {}
+        values = _saved(ctx)
+        if not values['save']:
+            _, _, values['checkpoints'] = _call_by_name(f'directional_scan{suffix}', {**values, 'save': True})
+        dt_weight = values['dt_weight']
+        # delta = factor (B, K, L, R) times weight (K, D, R): the kernel computes the gradient of the product.
+        grads = _call_backward(f'directional_scan_backward{suffix}',
+                               {**needs, 'delta': needs['delta'] or needs['dt_weight']},
+                               {**values, 'grad_y': grad_y, 'grad_last': grad_last})
+        if dt_weight is not None:
+            grad: Any = grads.pop('delta')
+            factor = values['delta']
+            if needs['delta']:
+                grads['delta'] = _product(grad, dt_weight.mT).to(factor.dtype)
+            if needs['dt_weight']:
+                grads['dt_weight'] = _grad_weight(grad, factor.to(grad.dtype), 3).to(dt_weight.dtype)
+        return grads
 
     return backward
 
@@ -201,31 +259,32 @@ _CONV_BACKWARD = ('(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? 
                   '-> (Tensor x, Tensor weight, Tensor bias)')
 
 
-def _fake_conv(x, weight, bias, src, inv):
+def _fake_conv(x, weight, src, **_):
     steps = x.shape[1] if src is None else src.shape[1]
     return x.new_empty(weight.shape[0], x.shape[0], steps, x.shape[2]).transpose(0, 1)
 
 
-def _fake_conv_backward(grad, x, weight, bias, src, inv, wanted):
+def _fake_conv_backward(x, weight, wanted, **_):
     return _only(wanted, (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])))
+
+
+def _setup_conv(ctx, arguments, output):
+    _save(ctx, **arguments)
 
 
 def _conv_backward(suffix):
 
-    def backward(ctx, grad):
-        wanted = list(ctx.needs_input_grad[:3])
-        grads = call(f'directional_conv_backward{suffix}', grad, *ctx.saved_tensors, wanted)
-        return *(x if needed else None for x, needed in zip(grads, wanted, strict=True)), None, None
+    def backward(ctx, needs, grad):
+        return _call_backward(f'directional_conv_backward{suffix}', needs, {**_saved(ctx), 'grad': grad})
 
     return backward
 
 
 def declare_scan_and_conv(suffix: str = '') -> None:
-    """Declare both operators, with ``suffix`` behind their names: one device can then have two implementations."""
+    """Declare both operators with ``suffix`` after their names, so that one device can have two implementations."""
     declare(f'directional_scan{suffix}', _SCAN, _fake_scan, _scan_backward(suffix), _setup_scan)
     declare(f'directional_scan_backward{suffix}', _SCAN_BACKWARD, partial(_fake_scan_backward, suffix))
-    declare(f'directional_conv{suffix}', _CONV, _fake_conv, _conv_backward(suffix),
-            lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    declare(f'directional_conv{suffix}', _CONV, _fake_conv, _conv_backward(suffix), _setup_conv)
     declare(f'directional_conv_backward{suffix}', _CONV_BACKWARD, _fake_conv_backward)
 
 
@@ -233,71 +292,77 @@ declare_scan_and_conv()
 
 
 def run_scan(inputs: ScanInputs, suffix: str = '') -> tuple[Tensor, Tensor]:
-    """The scan as it is declared here."""
-    u, delta, A, B, C, D, src, inv, delta_bias, dt_weight, delta_softplus, in_scan_order = inputs
-    tokens = delta.shape[2] if inv is None else inv.shape[1]
+    """Run a scan by the operator ``directional_scan``: y (B, K, L, D) and the last states (B, K, D, N)."""
+    tokens = inputs.delta.shape[2] if inputs.inv is None else inputs.inv.shape[1]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
-    y, last, _ = call(f'directional_scan{suffix}', u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight,
-                      delta_softplus, in_scan_order, save)
+    more = {'tokens': tokens, 'save': save}
+    name = f'directional_scan{suffix}'
+    y, last, _ = call(name, *[more[argument] if argument in more else getattr(inputs, argument)
+                              for argument in _ARGUMENTS[name]])
     return y, last.transpose(2, 3)
 
 
 # Linear
 
 
-def _fake_linear(x, weight, bias):
+def _fake_linear(x, weight, **_):
     if weight.dim() == 3:
         return x.new_empty(weight.shape[0], x.shape[0], *x.shape[2:-1], weight.shape[1]).transpose(0, 1)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _grad_weight(grad, x, weight_dim=2):
-    """Of a product x (..., I) times weight (O, I)^T, from its gradient (..., O); or of K products."""
+    """Return the weight's gradient of a product x (..., I) times weight (O, I)^T, from the product's gradient (..., O).
+
+    ``weight_dim`` 3: K products, x (B, K, T, I) and weight (K, O, I).
+    """
     if grad.dim() == 4 and weight_dim == 3:
         return torch.stack([_grad_weight(grad[:, k], x[:, k]) for k in range(grad.shape[1])])
-    # In this order oneDNN is fast at every shape; the result is a transposed view.
+    # oneDNN is fast at every shape in this order. The result is a transposed view.
     return _product(x.flatten(0, -2).t(), grad.flatten(0, -2).t()).t()
 
 
-def _linear_backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    return (_product(grad, weight.mT) if needs[0] else None,
-            _grad_weight(grad, x, weight.dim()) if needs[1] else None,
-            grad.flatten(0, -2).sum(0) if needs[2] else None)
+def _setup_linear(ctx, arguments, output):
+    _save(ctx, x=arguments['x'], weight=arguments['weight'])
 
 
-declare('linear', '(Tensor x, Tensor weight, Tensor? bias) -> Tensor', _fake_linear, _linear_backward,
-        lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+def _linear_backward(ctx, needs, grad):
+    saved = _saved(ctx)
+    x, weight = saved['x'], saved['weight']
+    return dict(x=_product(grad, weight.mT) if needs['x'] else None,
+                weight=_grad_weight(grad, x, weight.dim()) if needs['weight'] else None,
+                bias=grad.flatten(0, -2).sum(0) if needs['bias'] else None)
+
+
+declare('linear', '(Tensor x, Tensor weight, Tensor? bias) -> Tensor', _fake_linear, _linear_backward, _setup_linear)
 
 # Sum over directions, gated by SCAttn
 
 
-def _fake_sum(y, z, norm_weight, norm_bias, eps, reduce_weight, reduce_bias, select_weight, select_bias):
+_STATISTICS = ('average', 'mean', 'inverse', 'reduced', 'gate')
+
+
+def _fake_sum(y, norm_weight, reduce_weight, **_):
     batch, K, tokens, width = y.shape
-    kept = [(width, ), (tokens, ), (tokens, ), (reduce_weight.shape[0], ), (width, )]
-    return y.new_empty(batch, tokens, width), *(norm_weight.new_empty(batch, K, *shape) for shape in kept)
+    statistics = [(width, ), (tokens, ), (tokens, ), (reduce_weight.shape[0], ), (width, )]
+    return y.new_empty(batch, tokens, width), *(norm_weight.new_empty(batch, K, *shape) for shape in statistics)
 
 
-def _fake_sum_backward(grad, y, z, norm_weight, norm_bias, reduce_weight, select_weight, average, mean, inverse,
-                       reduced, gate, wanted):
+def _fake_sum_backward(grad, y, norm_weight, reduce_weight, select_weight, wanted, **_):
     new, width = norm_weight.new_empty, y.shape[-1]
     return _only(wanted, (y.new_empty(y.shape), grad.new_empty(grad.shape), new(width), new(width),
                           new(reduce_weight.shape), new(reduce_weight.shape[0]), new(select_weight.shape), new(width)))
 
 
-def _setup_sum(ctx, inputs, output):
-    y, z, norm_weight, norm_bias, _, reduce_weight, _, select_weight, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(y, z, norm_weight, norm_bias, reduce_weight, select_weight, *output[1:])
+def _setup_sum(ctx, arguments, outputs):
+    _, *statistics = outputs
+    ctx.mark_non_differentiable(*statistics)
+    read = {name: x for name, x in arguments.items() if name in _ARGUMENTS['scattn_sum_backward']}
+    _save(ctx, **read, **dict(zip(_STATISTICS, statistics, strict=True)))
 
 
-def _sum_backward(ctx, grad, *_):
-    needs = ctx.needs_input_grad
-    wanted = [*needs[:4], *needs[5:]]
-    grads = call('scattn_sum_backward', grad, *ctx.saved_tensors, wanted)
-    grads = [x if needed else None for x, needed in zip(grads, wanted, strict=True)]
-    return *grads[:4], None, *grads[4:]
+def _sum_backward(ctx, needs, grad, *_):
+    return _call_backward('scattn_sum_backward', needs, {**_saved(ctx), 'grad': grad})
 
 
 declare('scattn_sum',
@@ -316,37 +381,38 @@ declare('scattn_sum_backward',
 # Sum, rotation and norm between two mixers
 
 
-def _fake_norm(x, residual, weight, eps, cos, sin):
+def _fake_norm(x, residual, **_):
     return x.new_empty(x.shape), (x if residual is None else residual).new_empty(x.shape)
 
 
-def _setup_norm(ctx, inputs, output):
-    x, _, weight, ctx.eps, cos, sin = inputs
-    ctx.dtype = x.dtype
+def _setup_norm(ctx, arguments, outputs):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, cos, sin, output[1])
+    _save(ctx, total=outputs[1], dtype=arguments['x'].dtype,
+          **{name: arguments[name] for name in ('weight', 'eps', 'cos', 'sin')})
 
 
-def _norm_backward(ctx, grad, grad_sum):
-    weight, cos, sin, total = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grad_weight = None
+def _norm_backward(ctx, needs, grad, grad_sum):
+    saved = _saved(ctx)
+    weight, cos, sin, total = saved['weight'], saved['cos'], saved['sin'], saved['total']
+    grads = {}
     stream = total.dtype
     if grad is not None:
         total, grad = total.to(weight.dtype), grad.to(weight.dtype)
-        inverse = (total.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        inverse = (total.square().mean(-1, keepdim=True) + saved['eps']).rsqrt()
         normal = total * inverse
-        if needs[2]:
-            grad_weight = (grad * normal).sum((0, 1))
-        if needs[0] or needs[1]:
+        if needs['weight']:
+            grads['weight'] = (grad * normal).sum((0, 1))
+        if needs['x'] or needs['residual']:
             grad = grad * weight
             grad = (grad - normal * (grad * normal).mean(-1, keepdim=True)) * inverse
             grad_sum = grad if grad_sum is None else grad_sum + grad
     if grad_sum is not None and cos is not None:
         grad_sum = rotate_back(grad_sum, cos, sin)
-    grad_x = grad_sum.to(ctx.dtype) if grad_sum is not None and needs[0] else None
-    grad_residual = grad_sum.to(stream) if grad_sum is not None and needs[1] else None
-    return grad_x, grad_residual, grad_weight, None, None, None
+    if grad_sum is not None and needs['x']:
+        grads['x'] = grad_sum.to(saved['dtype'])
+    if grad_sum is not None and needs['residual']:
+        grads['residual'] = grad_sum.to(stream)
+    return grads
 
 
 declare('add_rms_norm',

@@ -1,4 +1,4 @@
-"""What the PyTorch backends share: moving tokens through a table, the step size."""
+"""The parts that PyTorch backends share: moving tokens through a table, and step sizes."""
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -6,24 +6,28 @@ from torch.nn import functional as F
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, L, F) or (B, K, L, F), index (K, T) -> (B, K, T, F); one index_select a direction is the fastest gather."""
+    """Gather x (B, L, F) or (B, K, L, F) by index (K, T): (B, K, T, F)."""
+    # One index_select for each direction is the fastest gather.
     shared = x.dim() == 3
     return torch.stack([(x if shared else x[:, k]).index_select(1, row) for k, row in enumerate(index)], dim=1)
 
 
 def read(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
-    """Tokens (B, L, F) or (B, K, L, F) in the order of ``src`` (K, T), pads as zeros: (B, K, T, F)."""
+    """Return tokens (B, L, F) or (B, K, L, F) in the order of ``src`` (K, T), pads as zeros: (B, K, T, F)."""
     y = _take(x, src.clamp(min=0))
     return y.masked_fill((src < 0)[..., None], 0) if src.shape[1] > inv.shape[1] else y
 
 
 def write(x: Tensor, inv: Tensor) -> Tensor:
-    """Sequences (B, K, T, F) back at their tokens' positions (B, K, L, F); what pads put out is dropped."""
+    """Return sequences (B, K, T, F) at their tokens' positions, (B, K, L, F). Outputs of pads are dropped."""
     return _take(x, inv)
 
 
 class _Read(torch.autograd.Function):
-    """Every direction reads each token once, so the gradient is a gather as well; autograd's own is a scatter-add."""
+    """:func:`read` with a gather as its gradient, since every direction reads each token once.
+
+    The gradient by autograd would be a slower scatter-add.
+    """
 
     @staticmethod
     def forward(ctx, x, src, inv):
@@ -38,6 +42,7 @@ class _Read(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
+    """:func:`write` with a gather as its gradient."""
 
     @staticmethod
     def forward(ctx, x, src, inv):
@@ -50,7 +55,7 @@ class _Write(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether forward-mode derivatives or ``torch.func`` are at work, which look into what happens."""
+    """Return True inside forward-mode derivatives and ``torch.func``, which need differentiable operations."""
     return not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
 
@@ -66,12 +71,12 @@ def from_scan_order(x: Tensor, src: Tensor, inv: Tensor) -> Tensor:
 
 
 def real_output(y: Tensor) -> Tensor:
-    """A complex state stands for itself and its conjugate, which a real system has both."""
+    """Return 2 Re(y) if y is complex: a real system has each complex state and its conjugate."""
     return 2 * y.real if y.is_complex() else y
 
 
 def step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """dt (B, K, T, D) from delta and its bias (K, D)."""
+    """Return dt (B, K, T, D) from delta and its bias (K, D)."""
     if bias is not None:
         delta = delta + bias[:, None]
     return F.softplus(delta) if softplus else delta

@@ -1,5 +1,7 @@
-"""The supernet of the direction search: mixers that scan along all candidates and weigh them (paper eq. 5), and the two
-ways to pay for less than all of it."""
+"""The supernet of the direction search: mixers that scan along all candidates and weigh them (paper eq. 5).
+
+Two samplings scan only a part in each step.
+"""
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,18 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmlocalmamba.directions import CANDIDATES, ScanTables
 from mmlocalmamba.layers import LocalVimMixer, LocalVMambaMixer, SCAttn
 from mmlocalmamba.layers.ssm import SSMWeights, project_and_scan
 from mmlocalmamba.ops import directional_conv
-from mmlocalmamba.registry import MODELS
-from mmlocalmamba.scans import CANDIDATES, ScanTables
 
 SAMPLINGS = ('full', 'single_path', 'partial_channel')
 
 
 def inclusion_probabilities(probabilities: Tensor, samples: int) -> Tensor:
-    """How often each direction is among ``samples`` different ones, drawn as proportionally to ``probabilities`` as
-    possible: min(1, c * p), with the c that makes them sum to ``samples``."""
+    """Return the probability that each direction is among ``samples`` different ones.
+
+    Directions are drawn as proportionally to ``probabilities`` (K,) as possible: min(1, c * p), with the c that makes
+    the result (K,) float64 sum to ``samples``.
+    """
     p, order = probabilities.double().sort(descending=True)
     certain = torch.arange(samples, device=p.device)  # how many of the likeliest are always drawn
     scale = (samples - certain) / p.flip(0).cumsum(0).flip(0)[:samples]
@@ -29,14 +33,15 @@ def inclusion_probabilities(probabilities: Tensor, samples: int) -> Tensor:
 
 
 def systematic_sample(included: Tensor, samples: int, order: Tensor, start: Tensor) -> Tensor:
-    """``samples`` different directions, direction k with probability ``included[k]``.
+    """Draw ``samples`` different directions, direction k with probability ``included[k]``.
 
-    Directions lie side by side on a line, in ``order``, each as long as its probability; the points start, start + 1,
-    ... fall on those that are drawn.
+    Directions lie side by side on a line, in ``order``, each as long as its probability. The points start, start + 1,
+    ... fall on the directions that are drawn.
 
     Args:
         included: (K,), sums to ``samples``, none above 1.
-        order: a permutation of the directions; a random one lets all sets of directions occur.
+        samples: number of directions.
+        order: a permutation of the directions. With a random one all sets of directions can occur.
         start: uniform in [0, 1).
     """
     points = start + torch.arange(samples, device=included.device)
@@ -57,7 +62,7 @@ class Selection(NamedTuple):
     channels: Tensor | None = None
 
     def pick(self, x: Tensor) -> Tensor:
-        """x (K, D, ...) -> (k, c, ...)."""
+        """Select the scanned part of x (K, D, ...): (k, c, ...)."""
         return _pick(_pick(x, 0, self.directions), 1, self.channels)
 
 
@@ -70,15 +75,15 @@ class MixedScan(nn.Module):
 
     Each branch passes a LayerNorm without affine first, as in the authors' code, so that no branch wins by its scale.
 
-    In training, ``sampling`` says what a step scans; evaluation always scans everything.
+    In training, ``sampling`` decides which part a step scans. Evaluation always scans everything.
 
     - 'full': all K directions (the authors').
     - 'single_path': ``samples`` of them, drawn without replacement with probabilities pi_k that are proportional to
       the softmax p_k (capped at 1). Features are weighted by p_k / pi_k with pi_k held constant, the Horvitz-Thompson
       estimator: output and its gradient are those of 'full' in expectation over the draws, for each block given its
       input. Memory and time of the scans fall to samples / K.
-    - 'partial_channel': all K directions on a random 1 / ``reduction`` of the channels, as PC-DARTS does; the others
-      pass the scans by. Memory and time of the scans fall to 1 / reduction. Not the same function as 'full'.
+    - 'partial_channel': all K directions on a random 1 / ``reduction`` of the channels, as PC-DARTS does. The other
+      channels are not scanned. Memory and time of the scans fall to 1 / reduction. It is another function than 'full'.
 
     All randomness comes from torch's generator of the device.
 
@@ -108,11 +113,18 @@ class MixedScan(nn.Module):
         nn.init.normal_(self.alphas, std=1e-3)
 
     def probabilities(self) -> Tensor:
-        """Softmax of the logits, in float32 at least."""
+        """Return the softmax (K,) of the logits, in float32 at least."""
         return self.alphas.to(torch.promote_types(self.alphas.dtype, torch.float32)).softmax(0)
 
     def select(self, channels: int) -> Selection:
-        """What this step scans, out of all directions and ``channels`` channels."""
+        """Choose the directions and channels that this step scans.
+
+        Args:
+            channels: inner channels of the mixer.
+
+        Raises:
+            ValueError: 'partial_channel' leaves no channel.
+        """
         p = self.probabilities()
         if not self.training or self.sampling == 'full':
             return Selection(p)
@@ -127,7 +139,7 @@ class MixedScan(nn.Module):
         return Selection(p[drawn] / included[drawn].to(p.dtype), directions=drawn)
 
     def forward(self, y: Tensor, weights: Tensor) -> Tensor:
-        """y (B, k, L, D) of the scanned directions and their weights (k,) -> (B, L, D)."""
+        """Sum features y (B, k, L, D) of the scanned directions, weighted by ``weights`` (k,): (B, L, D)."""
         return torch.einsum('bkld,k->bld', F.layer_norm(y, y.shape[-1:]), weights.to(y.dtype))
 
     def extra_repr(self) -> str:
@@ -136,7 +148,10 @@ class MixedScan(nn.Module):
 
 
 def _gate(scattn: SCAttn, x: Tensor, channels: Tensor) -> Tensor:
-    """:meth:`SCAttn.gate` for x (..., L, c) of some ``channels`` (c,) alone; sums over channels are scaled by C / c."""
+    """Compute :meth:`SCAttn.gate` for x (..., L, c), which holds ``channels`` (c,) alone.
+
+    Sums over channels are scaled by C / c.
+    """
     norm_weight, norm_bias, bias = (x.index_select(0, channels) for x in (
         scattn.norm.weight, scattn.norm.bias, scattn.channel_select.bias))
 
@@ -154,7 +169,7 @@ def _gate(scattn: SCAttn, x: Tensor, channels: Tensor) -> Tensor:
 
 
 class _RelaxedMixer(nn.Module):
-    """What both mixers of a supernet share; in front of LocalVMambaMixer or LocalVimMixer among the base classes.
+    """Base class of both mixers of a supernet; it comes before LocalVMambaMixer or LocalVimMixer.
 
     Args:
         mixed_scan: arguments of MixedScan, without ``candidates``.
@@ -166,13 +181,13 @@ class _RelaxedMixer(nn.Module):
 
     def _scan_selected(self, x: Tensor, weights: SSMWeights, tables: ScanTables,
                        selection: Selection) -> tuple[Tensor, Tensor]:
-        """Features (B, k, L, c), and those of x (B, L, D) that stand for channels which are not scanned."""
+        """Return features (B, k, L, c), and (B, L, D) whose channels stand for those that are not scanned."""
         raise NotImplementedError
 
     def scan_and_sum(self, x: Tensor, tables: ScanTables, z: Tensor | None = None) -> Tensor:
         selection = self.mixed_scan.select(self.out_proj.in_features)
         weights, channels = self.ssm.weights(), selection.channels
-        # The input of x_proj comes last. A part of the sum over channels stands for all of it.
+        # x_proj's input channels come last. The sum over a part of them is scaled up to stand for all.
         x_proj = _pick(_pick(weights.x_proj, 0, selection.directions), 2, channels)
         if channels is not None:
             x_proj = x_proj * (weights.x_proj.shape[2] / len(channels))
@@ -213,29 +228,25 @@ class RelaxedLocalVimMixer(_RelaxedMixer, LocalVimMixer):
 _RELAXED = {LocalVMambaMixer: RelaxedLocalVMambaMixer, LocalVimMixer: RelaxedLocalVimMixer}
 
 
-@MODELS.register_module()
-class Supernet:
-    """What a backbone with ``directions='search'`` builds its blocks of.
+def relax(mixer: type[nn.Module], candidates: Sequence[str] = CANDIDATES,
+          **options: Any) -> tuple[list[str], type[nn.Module], dict[str, Any]]:
+    """Return what a backbone with ``directions='search'`` builds its blocks of.
 
     Args:
-        mixer: the class of the mixers that a backbone has otherwise.
+        mixer: class of the mixers that the backbone has otherwise.
         candidates: scan names to choose from.
-        sampling, samples, reduction: of MixedScan.
+        options: ``sampling``, ``samples`` and ``reduction`` of :class:`MixedScan`.
 
-    Attributes:
-        candidates: scan names of every block.
-        mixer: class of the mixers.
-        options: further arguments of the mixers.
+    Returns:
+        Scan names of every block, class of the mixers, further arguments of the mixers.
 
     Raises:
-        ValueError: candidates that are no list of different names, options out of range.
+        ValueError: an option is unknown, or ``candidates`` is not a list of different names.
     """
-
-    def __init__(self, mixer: type[nn.Module], candidates: Sequence[str] = CANDIDATES, **options: Any) -> None:
-        unknown = sorted(set(options) - {'sampling', 'samples', 'reduction'})
-        if unknown:
-            raise ValueError(f'a direction search has no options {", ".join(unknown)}: it takes candidates, sampling, '
-                             'samples and reduction')
-        if not isinstance(candidates, (list, tuple)) or not candidates or len(set(candidates)) != len(candidates):
-            raise ValueError(f'candidates of a search must be a list of different scan names, got {candidates!r}')
-        self.candidates, self.mixer, self.options = list(candidates), _RELAXED[mixer], dict(mixed_scan=options)
+    unknown = sorted(set(options) - {'sampling', 'samples', 'reduction'})
+    if unknown:
+        raise ValueError(f'a direction search has no options {", ".join(unknown)}: it takes candidates, sampling, '
+                         'samples and reduction')
+    if not isinstance(candidates, (list, tuple)) or not candidates or len(set(candidates)) != len(candidates):
+        raise ValueError(f'candidates of a search must be a list of different scan names, got {candidates!r}')
+    return list(candidates), _RELAXED[mixer], dict(mixed_scan=options)

@@ -1,26 +1,197 @@
-"""Loading of pre-trained weights into a backbone, with a report of what fitted."""
+"""Load weights into models: find them in a checkpoint, convert them, compare them with the model, report, load.
+
+init_cfg, ``load_from``, the inferencers and export all use these functions.
+"""
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from mmengine.logging import print_log
-from torch import nn
+from torch import Tensor, nn
 
-from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.registry import WEIGHT_INITIALIZERS
-from mmlocalmamba.weights.contents import Contents, architecture, read
-from mmlocalmamba.weights.families import VMAMBA_DIRECTIONS
-from mmlocalmamba.weights.names import StateDict
+from mmlocalmamba.files import load_checkpoint
+from mmlocalmamba.weights.official import (
+    BACKBONE,
+    VMAMBA_DIRECTIONS,
+    StateDict,
+    family_of,
+    from_official,
+    implied_requirements,
+    remarks,
+)
 
-_LOCALVMAMBA_S = ('LocalVMamba', (2, 2, 27, 2), (96, 192, 384, 768))
+_LOGGER = logging.getLogger(__name__)
+# Where checkpoints keep their weights, in the order of search. Averages come last.
+STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict', 'state_dict_ema', 'model_ema', 'ema_model',
+                   'ema_state_dict')
+# Requirements that weights can have without showing them in their shapes.
+REQUIREMENTS = ('directions', 'stride', 'rope', 'cls_token')
 PARTIALS = (None, 'vmamba')
+# Attributes in which DistributedDataParallel, averages, torch.compile, checkpointing and FSDP keep a model.
+_WRAPPERS = ('module', '_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module')
+_WRAPPERS_IN_NAMES = re.compile(rf'(?:^|(?<=\.))(?:{"|".join(_WRAPPERS)})\.')
+_LIGHTNING = 'model.'
+_LOCALVMAMBA_S = ('LocalVMamba', (2, 2, 27, 2), (96, 192, 384, 768))
+
+
+# ---- wrappers ----
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the model inside of DistributedDataParallel, FSDP, an average, torch.compile or a test-time augmentation.
+
+    A model that has a ``backbone`` is not a wrapper, whatever else it holds.
+    """
+    while True:
+        children = dict(model.named_children())
+        inner = None if 'backbone' in children else next(filter(None, map(children.get, _WRAPPERS)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _without_wrappers(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the wrappers' parts from names, and Lightning's ``model.`` if all names begin with it."""
+    named = {_WRAPPERS_IN_NAMES.sub('', name): value for name, value in named.items()}
+    if named and all(name.startswith(_LIGHTNING) for name in named):
+        named = {name.removeprefix(_LIGHTNING): value for name, value in named.items()}
+    return named
+
+
+# ---- reading ----
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _entry(checkpoint: Any, key: str | None) -> tuple[str | None, Mapping[str, Tensor]]:
+    """Return the entry that holds the weights (None for the top) and the weights as they are."""
+    found = checkpoint if isinstance(checkpoint, Mapping) else {}
+    if key is not None and not isinstance(found.get(key), Mapping):
+        entries = [name for name in found if _is_state_dict(found[name])]
+        raise ValueError(f'the checkpoint has no entry {key!r}; state dicts are under {", ".join(entries) or "none"}')
+    for name in STATE_DICT_KEYS if key is None else (key, ):
+        if isinstance(found.get(name), Mapping):
+            key, found = name, found[name]
+            break
+    if not _is_state_dict(found):
+        raise ValueError(f'no state dict at the top of the checkpoint nor under {", ".join(STATE_DICT_KEYS)}')
+    return key, found
+
+
+def find_state_dict(checkpoint: Any, key: str | None = None) -> StateDict:
+    """Return the state dict inside a loaded checkpoint, under names without those of wrappers.
+
+    Args:
+        checkpoint: content of a checkpoint file.
+        key: entry that holds the weights; None for the first of STATE_DICT_KEYS, or else the top.
+
+    Raises:
+        ValueError: there is no state dict.
+    """
+    return _without_wrappers(_entry(checkpoint, key)[1])
+
+
+class Contents(NamedTuple):
+    """A checkpoint's weights under our names.
+
+    Attributes:
+        weights: of the whole model; names that were not understood are unchanged.
+        metadata: of the state dict, by module.
+        requirements: what the backbone's weights need, as far as the file says; see LocalMambaBackbone.requirements.
+        family: LocalVim, LocalVMamba, Vim or VMamba for the authors' files; None for ours.
+        remarks: lines for the report.
+        prefix: of the backbone: '' or a name with its dot.
+    """
+    weights: StateDict
+    metadata: dict[str, dict]
+    requirements: dict[str, Any]
+    family: str | None
+    remarks: list[str]
+    prefix: str
+
+    def backbone(self) -> StateDict:
+        """Return the weights of the backbone alone."""
+        if not self.prefix:
+            return self.weights
+        return {name[len(self.prefix):]: value for name, value in self.weights.items() if name.startswith(self.prefix)}
+
+
+def read(checkpoint: Any, key: str | None = None, prefix: str | None = None) -> Contents:
+    """Find and convert the weights of a loaded checkpoint of ours or of the authors.
+
+    Args:
+        checkpoint: content of a checkpoint file.
+        key: entry that holds the weights; see :func:`find_state_dict`.
+        prefix: of the backbone; None finds it at the top or under ``backbone.``.
+
+    Raises:
+        ValueError: there is no state dict, or it is of a model that has no counterpart here.
+    """
+    taken, raw = _entry(checkpoint, key)
+    weights, metadata = _without_wrappers(raw), _without_wrappers(getattr(raw, '_metadata', {}))
+    lines = []
+    others = [name for name, value in checkpoint.items() if name != taken and _is_state_dict(value)]
+    if taken is not None and others:
+        lines.append(f'taken from the entry {taken!r}; another is taken with key={" or key=".join(map(repr, others))}')
+    if prefix is not None:
+        prefix = f'{prefix}.' if prefix and not prefix.endswith('.') else prefix
+    family, needed = family_of(weights)[0], {}
+    if family is not None:
+        needed, metadata = implied_requirements(weights), {}
+        lines += remarks(weights)
+        converted, unmatched = from_official(weights)
+        lines.append(f"{len(converted)} weights were converted from {family}'s names")
+        converted.update((name if name.startswith(BACKBONE) else BACKBONE + name, weights[name]) for name in unmatched)
+        prefix = BACKBONE if prefix is None else prefix
+        weights = {prefix + name[len(BACKBONE):] if name.startswith(BACKBONE) else name: value
+                   for name, value in converted.items()}
+    if prefix is None:
+        prefix = BACKBONE if any(name.startswith(BACKBONE) for name in weights) else ''
+    if family is None:
+        own = metadata.get(prefix[:-1], {})
+        needed = {name: own[name] for name in REQUIREMENTS if name in own}
+    return Contents(weights, metadata, needed, family, lines, prefix)
+
+
+def backbone_state_dict(checkpoint: Any, prefix: str | None = None) -> StateDict:
+    """Return the weights of the backbone alone, under our names, from a loaded checkpoint of ours or of the authors.
+
+    Args:
+        checkpoint: content of a checkpoint file.
+        prefix: of the backbone; None finds it at the top or under ``backbone.``.
+    """
+    return read(checkpoint, prefix=prefix).backbone()
+
+
+def architecture(weights: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+    """Return (class, blocks, channels) of a backbone's weights, one entry a stage; None for other weights.
+
+    Args:
+        weights: under the names of the backbone's own state dict.
+    """
+    for arch, pattern in (('LocalVim', r'(layers)\.(\d+)\.mixer\.out_proj\.weight'),
+                          ('LocalVMamba', r'stages\.(\d+)\.blocks\.(\d+)\.mixer\.out_proj\.weight')):
+        found = [(match, weights[name]) for name in weights if (match := re.fullmatch(pattern, name))]
+        if found:
+            blocks: dict[str, int] = {}
+            channels = {}
+            for match, weight in found:
+                stage = match.group(1)
+                blocks[stage] = max(blocks.get(stage, 0), int(match.group(2)) + 1)
+                channels[stage] = len(weight)
+            return arch, tuple(blocks.values()), tuple(channels.values())
+    return None
+
+
+# ---- comparing ----
 
 
 def grouped(names: Sequence[str]) -> list[str]:
-    """Names that differ in their numbers alone as one, with their count."""
+    """Join names that differ in their numbers alone, with their count."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r'(?<=\.)\d+(?=\.)', '*', name), []).append(name)
@@ -29,11 +200,11 @@ def grouped(names: Sequence[str]) -> list[str]:
 
 @dataclass
 class Fit:
-    """How weights fit a backbone: names, each in one list.
+    """A comparison of weights with a model. Each name is in one of the lists.
 
     Attributes:
-        fitting: loaded.
-        new: not in the file, and meant to be so.
+        fitting: in both, with the same shape.
+        new: not in the file, as intended.
         missing: not in the file.
         unfit: {name: both shapes}.
         unexpected: in the file only.
@@ -49,6 +220,7 @@ class Fit:
         return not (self.missing or self.unfit or self.unexpected)
 
     def report(self, kind: str, source: str) -> str:
+        """Describe the comparison, a line for each list that is not empty."""
         own = sum(map(len, (self.fitting, self.new, self.missing, self.unfit)))
         lines = [f'{len(self.fitting)} of {own} weights of {kind} come from {source}']
         for title, names in (('new, left as initialised', self.new), ('missing in the file', self.missing),
@@ -61,29 +233,61 @@ class Fit:
         return '\n  '.join(lines)
 
 
-def fit(backbone: nn.Module, weights: StateDict, new: str | None = None) -> Fit:
-    """Compare weights under the backbone's own names with it.
+def fit(model: nn.Module, weights: StateDict, new: str | None = None) -> Fit:
+    """Compare weights under the model's own names with it.
 
     Args:
-        new: part of the names of weights that may be missing beside those that a task adds.
+        model: one of our backbones, or a whole model.
+        weights: {name: tensor}.
+        new: part of the names of weights that may be missing beside those that a task adds to a backbone.
     """
-    own = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+    is_new = getattr(model, 'is_new_for_task', lambda name: False)
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     unfit = {name: f'({tuple(weights[name].shape)} in the file, {shape} here)' for name, shape in own.items()
              if name in weights and tuple(weights[name].shape) != shape}
     absent = [name for name in own if name not in weights]
-    fresh = {name for name in absent if backbone.is_new_for_task(name) or (new is not None and new in name)}
+    fresh = {name for name in absent if is_new(name) or (new is not None and new in name)}
     return Fit([name for name in own if name in weights and name not in unfit],
                [name for name in absent if name in fresh], [name for name in absent if name not in fresh], unfit,
-               [name for name in weights if name not in own and not backbone.is_new_for_task(name)])
+               [name for name in weights if name not in own and not is_new(name)])
 
 
-def check_facts(backbone: nn.Module, facts: dict[str, Any], allow: Sequence[str], source: str) -> None:
-    """As LocalMambaBackbone.check_facts, but for those that may differ."""
-    backbone.check_facts({name: value for name, value in facts.items() if name not in allow}, source)
+def check_requirements(backbone: Any, needed: Mapping[str, Any], source: str, allow: Sequence[str] = ()) -> None:
+    """Compare what weights need with what a backbone is.
+
+    Args:
+        backbone: one of our backbones.
+        needed: requirements that came with the weights; others that a state dict's metadata hold are ignored.
+        source: name of the file, for the message.
+        allow: names of requirements that may differ.
+
+    Raises:
+        RuntimeError: a requirement differs. The message names both sides.
+    """
+    own = backbone.requirements()
+    differing = [key for key in REQUIREMENTS if key in needed and key not in allow and needed[key] != own.get(key)]
+    if not differing:
+        return
+    lines = [f'{source} belongs to another {type(backbone).__name__}:']
+    for key in differing:
+        theirs: Any = needed[key]
+        ours: Any = own.get(key)
+        if key == 'directions' and len(theirs) == len(ours):
+            block = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
+            count = sum(a != b for a, b in zip(theirs, ours))
+            theirs, ours = (f'{", ".join(blocks[block])} in block {block}' for blocks in (theirs, ours))
+            ours += f' ({count} of {len(backbone.directions)} blocks differ)'
+        elif key == 'directions':
+            theirs, ours = (f'{len(blocks)} blocks' for blocks in (theirs, ours))
+        lines.append(f'{key}: its weights were trained with {theirs}, here: {ours}')
+    report = '\n  '.join(lines)
+    raise RuntimeError(f'{report}\nIts features would be meaningless here: set the backbone accordingly. If you want '
+                       f'the difference, write allow={differing} in init_cfg or on the LoadCheckpointHook, or load '
+                       'dict(state_dict), which carries no metadata.')
 
 
 def check_architecture(weights: StateDict, backbone: nn.Module, source: str) -> None:
-    """Refuse weights of the other backbone, of which nothing fits.
+    """Refuse weights of the other backbone class.
 
     Args:
         weights: of a backbone, under our names.
@@ -106,31 +310,45 @@ def check_architecture(weights: StateDict, backbone: nn.Module, source: str) -> 
     raise RuntimeError(message)
 
 
-def adapted(contents: Contents, backbone: nn.Module, source: str,
-            allow: Sequence[str] = ()) -> tuple[StateDict, StateDict]:
-    """Weights of the backbone, fitted to it, and those of the whole model with these.
+def weights_for(contents: Contents, backbone: Any, source: str,
+                allow: Sequence[str] = ()) -> tuple[StateDict, StateDict]:
+    """Fit a checkpoint's weights to a backbone.
+
+    Args:
+        contents: see :func:`read`.
+        backbone: one of our backbones.
+        source: name of the file, for messages.
+        allow: requirements that may differ.
+
+    Returns:
+        Weights of the backbone, and weights of the whole model that contain them.
 
     Raises:
-        RuntimeError: they are of another class than ``backbone``, or need what it is not and ``allow`` does not name.
+        RuntimeError: the weights are of another class than ``backbone``, or a requirement differs.
     """
     check_architecture(contents.backbone(), backbone, source)
-    check_facts(backbone, contents.facts, allow, source)
+    check_requirements(backbone, contents.requirements, source, allow)
     own = backbone.adapt_state_dict(contents.backbone())
     return own, {**contents.weights, **{contents.prefix + name: value for name, value in own.items()}}
 
 
-def from_vmamba(contents: Contents, backbone: nn.Module, source: str) -> StateDict:
-    """VMamba's weights for a LocalVMamba that scans other directions: each starts from the one that it resembles, v
-    from v, everything else, windows too, from h, flipped ones from flipped ones.
+# ---- loading ----
+
+
+def _from_vmamba(contents: Contents, backbone: nn.Module, source: str) -> StateDict:
+    """Return VMamba's weights for a LocalVMamba that scans other directions.
+
+    Each direction starts from the one that it resembles: v from v, everything else (windows, too) from h, flipped ones
+    from flipped ones.
 
     Raises:
         RuntimeError: the weights are not those of a VMamba.
     """
     weights = contents.backbone()
-    directions = contents.facts.get('directions', [[]])
+    directions = contents.requirements.get('directions', [[]])
     if directions[0] != list(VMAMBA_DIRECTIONS) or any('.scattn.' in name for name in weights):
         raise RuntimeError(f"{source}: partial='vmamba' starts a LocalVMamba from a VMamba, the authors' or ours with "
-                           f'directions {", ".join(VMAMBA_DIRECTIONS)} and without SCAttn; this is none')
+                           f'directions {", ".join(VMAMBA_DIRECTIONS)} and without SCAttn; this is not one')
     blocks = [name for name in backbone.state_dict() if name.endswith('.mixer.ssm.A_log')]
     for name, directions in zip(blocks, backbone.directions, strict=True):
         order = torch.tensor([VMAMBA_DIRECTIONS.index(('v' if scan.startswith('v') else 'h')
@@ -142,66 +360,73 @@ def from_vmamba(contents: Contents, backbone: nn.Module, source: str) -> StateDi
     return weights
 
 
-@WEIGHT_INITIALIZERS.register_module()
-class Pretrained:
-    """What ``init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)`` means for our backbones.
+def load_pretrained(backbone: Any, checkpoint: str | None, strict: bool = True, prefix: str | None = None,
+                    map_location: Any = 'cpu', key: str | None = None, allow: Sequence[str] = (),
+                    partial: str | None = None) -> None:
+    """Load pre-trained weights into a backbone: ``init_cfg=dict(type='Pretrained', checkpoint=FILE_OR_URL)``.
 
-    It takes checkpoints of this package (of a backbone, or of a classifier, detector or segmentor that holds one) and
-    those of the authors, which are converted on the fly. What does not match is reported, and a backbone that is not
-    completely filled is an error unless ``strict=False``; output norms of more stages than the checkpoint's model had
-    may stay at their initial values. So is a file that says or implies other scan directions.
+    Checkpoints can be of this package (of a backbone, or of a classifier, detector or segmentor that holds one) or of
+    the authors, which are converted on the fly. The log reports what did not match. Output norms of stages that the
+    checkpoint's model did not have keep their initial values.
 
     Args:
-        checkpoint: file or URL; None trains from scratch and says so.
+        backbone: one of our backbones.
+        checkpoint: file, URL or ``mmlocalmamba://NAME``; None keeps the initial weights and says so.
         strict: False reports what does not match and goes on.
-        prefix: where the backbone is in the checkpoint; None finds it at the top or under ``backbone.``.
+        prefix: of the backbone in the checkpoint; None finds it at the top or under ``backbone.``.
         map_location: as for torch.load.
-        key: entry of the checkpoint that holds the weights, e.g. 'model_ema'; None for the first of STATE_DICT_KEYS.
-        allow: what may differ from what the weights need: 'directions', 'stride', 'rope'.
-        partial: 'vmamba' starts a LocalVMamba from a VMamba: SCAttn is new, each direction starts from VMamba's that it
-            resembles (see :func:`from_vmamba`), and everything else must match.
+        key: entry of the checkpoint that holds the weights, such as 'model_ema'; None for the first of STATE_DICT_KEYS.
+        allow: requirements that may differ: 'directions', 'stride', 'rope', 'cls_token'.
+        partial: 'vmamba' starts a LocalVMamba from a VMamba: SCAttn is new, each direction starts from the VMamba
+            direction that it resembles, and everything else must match.
 
     Raises:
-        ValueError: an unknown ``partial``.
+        RuntimeError: the weights are of the other backbone or for other scan directions; with ``strict``, some are
+            missing or do not fit.
+        ValueError: ``partial`` is unknown, or the file has no weights, or those of a model without a counterpart here.
     """
+    if partial not in PARTIALS:
+        raise ValueError(f'partial must be one of {PARTIALS}, got {partial!r}')
+    kind = type(backbone).__name__
+    if checkpoint is None:
+        _LOGGER.warning('%s: no pre-trained weights were given (init_cfg.checkpoint=None), the backbone starts from '
+                        'scratch', kind)
+        return
+    try:
+        contents = read(load_checkpoint(checkpoint, map_location), key, prefix)
+    except ValueError as error:
+        raise ValueError(f'{checkpoint}: {error}') from None
+    if partial == 'vmamba':
+        check_architecture(contents.backbone(), backbone, checkpoint)
+        weights, new = backbone.adapt_state_dict(_from_vmamba(contents, backbone, checkpoint)), '.scattn.'
+    else:
+        weights, new = weights_for(contents, backbone, checkpoint, allow)[0], None
+    found = fit(backbone, weights, new)
+    report = '\n  '.join([found.report(kind, checkpoint), *contents.remarks])
+    if not found.complete and strict:
+        raise RuntimeError(f'{report}\nThis checkpoint is not of this backbone. If you want a partial match, add '
+                           'strict=False to init_cfg.')
+    if found.fitting:
+        backbone.load_state_dict({name: weights[name] for name in found.fitting}, strict=False)
+    _LOGGER.log(logging.INFO if found.complete else logging.WARNING, report)
 
-    def __init__(self, checkpoint: str | None, strict: bool = True, prefix: str | None = None,
-                 map_location: str = 'cpu', key: str | None = None, allow: Sequence[str] = (),
-                 partial: str | None = None) -> None:
-        if partial not in PARTIALS:
-            raise ValueError(f'partial must be one of {PARTIALS}, got {partial!r}')
-        self.checkpoint, self.strict, self.prefix, self.map_location = checkpoint, strict, prefix, map_location
-        self.key, self.allow, self.partial = key, allow, partial
 
-    def __call__(self, backbone: nn.Module) -> None:
-        """Load into ``backbone``.
+def load_whole_model(model: nn.Module, backbone: Any, contents: Contents, source: str) -> None:
+    """Load a checkpoint into all parts of a model.
 
-        Raises:
-            RuntimeError: weights of the other backbone, or for other scan directions; with ``strict``, weights that are
-                missing or do not fit.
-            ValueError: there are no weights in the file, or of a model that has no counterpart here.
-        """
-        kind, source = type(backbone).__name__, self.checkpoint
-        if source is None:
-            print_log(f'{kind}: no pre-trained weights were given (init_cfg.checkpoint=None), '
-                      'the backbone starts from scratch', logger='current', level=logging.WARNING)
-            return
-        try:
-            contents = read(load_checkpoint(source, self.map_location), self.key, self.prefix)
-        except ValueError as error:
-            raise ValueError(f'{source}: {error}') from None
-        check_architecture(contents.backbone(), backbone, source)
-        if self.partial == 'vmamba':
-            weights, facts, new = from_vmamba(contents, backbone, source), {}, '.scattn.'
-        else:
-            weights, facts, new = contents.backbone(), contents.facts, None
-        check_facts(backbone, facts, self.allow, source)
-        weights = backbone.adapt_state_dict(weights)
-        found = fit(backbone, weights, new)
-        report = '\n  '.join([found.report(kind, source), *contents.remarks])
-        if not found.complete and self.strict:
-            raise RuntimeError(f'{report}\nThis checkpoint is not of this backbone. If a partial match is what you '
-                               'want, add strict=False to init_cfg.')
-        if found.fitting:
-            backbone.load_state_dict({name: weights[name] for name in found.fitting}, strict=False)
-        print_log(report, logger='current', level=logging.INFO if found.complete else logging.WARNING)
+    Args:
+        model: it holds ``backbone`` under ``contents.prefix``.
+        backbone: one of our backbones, or None.
+        contents: see :func:`read`.
+        source: name of the file, for messages.
+
+    Raises:
+        RuntimeError: a weight is missing, unexpected or of another shape, or a requirement differs.
+    """
+    weights = contents.weights if backbone is None else weights_for(contents, backbone, source)[1]
+    found = fit(model, weights)
+    if not found.complete:
+        raise RuntimeError(f'{source} is not a checkpoint of this {type(model).__name__}. '
+                           f'{found.report(type(model).__name__, source)}\nName the configuration that it was trained '
+                           'with.')
+    model.load_state_dict(weights)

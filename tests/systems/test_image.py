@@ -1,11 +1,11 @@
-"""docker/Dockerfile as it is, built and run by a real engine: `make image-test`.
+"""Build docker/Dockerfile with a real engine and run the image: `make image-test`.
 
-Needs root, 25 GB and Debian's debootstrap, tinyproxy and docker.io (for ENGINE=podman: podman and runc instead, for
-buildah that, too). The base image is made of Debian's packages, from where this machine's apt has them; no registry of
-images is asked. pip's index is this machine's.
+This needs root, 25 GB and Debian's debootstrap, tinyproxy and docker.io (for ENGINE=podman, podman and runc instead;
+for ENGINE=buildah, buildah too). The base image is made of Debian's packages from this machine's apt sources, so no
+image registry is needed. pip's index is this machine's.
 
 ENGINE       docker (default), podman, or buildah, whose image podman runs
-IMAGE_CACHE  a folder that keeps the base image and the engine's layers for the next time (default: none is kept)
+IMAGE_CACHE  a folder that keeps the base image and the engine's layers for the next time (default: nothing is kept)
 """
 import os
 import re
@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 ENGINE = os.environ.get('ENGINE', 'docker')
 PROGRAMS = dict(docker=['dockerd', '/usr/bin/docker'], podman=['podman', 'runc'], buildah=['buildah', 'podman', 'runc'])
 BASE, IMAGE = 'mmlocalmamba-base:bookworm', 'mmlocalmamba:test'
-UID = 1000  # of the image
+UID = 1000  # the image's user
 PREEMPTED = 75
-WHEEL_PORT = 29489  # always the same: layers that were made with another argument are made again
+WHEEL_PORT = 29489  # always the same, because another build argument would invalidate the layers
 EPOCHS = 6
 TRAIN = ('python', 'tools/train.py', 'configs/localvmamba-nano_digits.py', '--resume', '--cfg-options',
          'train_dataloader.batch_size=4', f'train_cfg.max_epochs={EPOCHS}')
@@ -46,29 +46,29 @@ def until(condition, seconds=120):
     return result
 
 
-# ---- what this machine has ----
+# ---- this machine's sources ----
 
 def debian_sources():
-    """Where apt has Debian's packages from: the address before /debian, and lines of a sources.list."""
+    """Return the address before /debian of apt's Debian mirror, and the lines of a sources.list."""
     rows = call('apt-get', 'indextargets', '--format', '$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)',
                 'Created-By: Packages').splitlines()
     rows = [row.split('|')[1:] for row in rows if row.startswith('Debian|')]
     address = rows[0][0].rstrip('/')
-    assert address.endswith('/debian'), f'apt has Debian from {address}: not a mirror as Debian lays it out'
+    assert address.endswith('/debian'), f'apt has Debian from {address}, which is not laid out as a mirror'
     mirror = address.removesuffix('/debian')
     return mirror, sorted({' '.join(('deb', *row)) for row in rows
                            if row[0].startswith(f'{mirror}/') and row[1].startswith('bookworm')})
 
 
 def pip_index():
-    """None if it is pip's default."""
+    """Return this machine's index, or None if it is pip's default."""
     done = subprocess.run([sys.executable, '-m', 'pip', 'config', 'get', 'global.index-url'], capture_output=True,
                           text=True)
     return os.environ.get('PIP_INDEX_URL') or done.stdout.strip() or None
 
 
 def mmcv_wheels(folder):
-    """Ready ones, if pip has some: compiling takes 7 to 10 minutes."""
+    """Copy ready wheels of mmcv if pip has any, because compiling takes 7 to 10 minutes."""
     folder.mkdir()
     for place in os.environ.get('PIP_FIND_LINKS', '').split():
         for wheel in Path(place).glob('*mmcv-*.whl'):
@@ -77,7 +77,7 @@ def mmcv_wheels(folder):
 
 
 def base_root(folder):
-    """Debian with Python. Its sources name a mirror that nobody has: the build must be told another."""
+    """Make a Debian with Python. Its sources name a mirror that does not exist, so the build must get another one."""
     if folder.exists():
         return folder
     mirror, sources = debian_sources()
@@ -93,7 +93,7 @@ def base_root(folder):
 
 
 class Service:
-    """A program that runs until the tests are through."""
+    """A program that runs until the end of the tests."""
 
     def __init__(self, log, *command, ready, **options):
         with open(log, 'w') as file:
@@ -136,12 +136,12 @@ class Engine:
         if ENGINE == 'docker':
             socket = folder / 'docker.socket'
             self.command = self.builder = ['/usr/bin/docker', '-H', f'unix://{socket}']
-            # In a folder of its own, beside an engine that may be there.
+            # Its folder is separate from that of an installed engine.
             self.service(folder / 'dockerd.log', 'dockerd', '--data-root', store, '--exec-root', folder / 'exec', '-H',
                          f'unix://{socket}', '--pidfile', folder / 'docker.pid', ready=lambda: subprocess.run(
                              [*self.command, 'info'], capture_output=True).returncode == 0)
         else:
-            # Limits that a root without CAP_SYS_RESOURCE may set. crun knows no mixed cgroups, runc does.
+            # A root without CAP_SYS_RESOURCE may set these limits. runc supports mixed cgroups, crun does not.
             limits = ', '.join(f'"{name}=1024:1024"' for name in ('nofile', 'nproc'))
             (folder / 'containers.conf').write_text(
                 f'[containers]\ndefault_ulimits = [{limits}]\n'
@@ -163,7 +163,7 @@ class Engine:
                  'sh', root, env=self.env)
 
     def build(self, context, *options):
-        """Its output, of all steps."""
+        """Build the image and return the output of all steps."""
         options = ['--network=host', '--file', context / 'docker/Dockerfile', *options]
         if ENGINE == 'docker':
             options.append('--progress=plain')
@@ -199,7 +199,7 @@ def engine(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def context(tmp_path_factory):
-    """What git has, as in a fresh clone."""
+    """Copy the files of a fresh clone."""
     folder = tmp_path_factory.mktemp('context')
     files = call('git', '-C', ROOT, 'ls-files', '-z', '--cached', '--others', '--exclude-standard').split('\0')
     for name in filter(None, files):
@@ -211,7 +211,7 @@ def context(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def options(engine, tmp_path_factory):
-    """Arguments of a build: mirrors, an index, ready wheels, a proxy whose log is `proxy.log`."""
+    """Return the arguments of a build: mirrors, an index, ready wheels, a proxy whose log is `proxy.log`."""
     folder, port = engine.folder, free_port()
     (folder / 'tinyproxy.conf').write_text(
         f'Port {port}\nListen 127.0.0.1\nTimeout 600\nLogFile "{folder}/proxy.log"\nLogLevel Connect\n')
@@ -223,7 +223,7 @@ def options(engine, tmp_path_factory):
     if pip_index():
         arguments.update(PIP_INDEX_URL=pip_index())
     result = []
-    if ENGINE == 'docker':  # Debian's has no --build-context
+    if ENGINE == 'docker':  # Debian's docker has no --build-context
         engine.service(folder / 'wheels.log', sys.executable, '-m', 'http.server', '--bind', '127.0.0.1', WHEEL_PORT,
                        cwd=wheels, ready=lambda: answers(WHEEL_PORT))
         arguments.update(PIP_FIND_LINKS=f'http://127.0.0.1:{WHEEL_PORT}/')
@@ -234,7 +234,7 @@ def options(engine, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def image(engine, context, options):
-    """The engine, with the image."""
+    """Build the image and return the engine."""
     start = time.monotonic()
     output = engine.build(context, *options, '--tag', IMAGE)
     steps = re.findall(r'\[\w+\] done in \d+ s', output)
@@ -243,14 +243,14 @@ def image(engine, context, options):
 
 
 def sizes(engine):
-    """Of the layers, the last one first."""
+    """Return the sizes of the layers, the last one first."""
     return engine('history', '--format', '{{.Size}}\t{{.CreatedBy}}', IMAGE)
 
 
 # ---- the image ----
 
 def test_build_goes_through_the_proxy(image):
-    """If layers were not there before: Debian's packages and pip's."""
+    """Without cached layers, Debian's packages and pip's go through the proxy."""
     log = (image.folder / 'proxy.log').read_text()
     hosts = set(re.findall(r'Established connection to host "([^"]+)"', log))
     if not os.environ.get('IMAGE_CACHE'):
@@ -258,7 +258,7 @@ def test_build_goes_through_the_proxy(image):
 
 
 def test_doctor(image):
-    """What the image runs by itself, without a network."""
+    """The image's default command runs without a network."""
     output = image.run()
     print(output)
     assert re.search(r'^  cpu +yes', output, flags=re.M), output
@@ -270,14 +270,14 @@ def test_user_and_process_1(image):
 
 
 class Volumes:
-    """Folders for /data and /work_dirs, whose owner is a user of the container."""
+    """Folders for /data and /work_dirs that belong to a user of the container."""
 
     def __init__(self, engine, folder, data, user=UID):
         self.engine, self.work = engine, folder / 'work_dirs'
         self.work.mkdir()
         os.chown(self.work, user, user)
         self.options = ['-v', f'{data}:/data', '-v', f'{self.work}:/work_dirs']
-        # As compose.yml has it.
+        # compose.yml sets these, too.
         self.environment = ['--env=OMP_NUM_THREADS=1', '--env=OMP_WAIT_POLICY=PASSIVE']
 
     def train(self, *options, code=0):
@@ -294,9 +294,9 @@ class Volumes:
 
 @pytest.fixture(scope='module')
 def data(image, tmp_path_factory):
-    """Digits that the image's user has written, by a program of the image."""
+    """Write the digits with a script of the image, as the image's user."""
     folder = tmp_path_factory.mktemp('data')
-    # Other users come by here.
+    # Other users need access to these folders.
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
     os.chown(folder, UID, UID)
@@ -308,7 +308,7 @@ def data(image, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def whole(image, data, tmp_path_factory):
-    """What a training ends with that nothing disturbs."""
+    """Return the result of an uninterrupted training."""
     volumes = Volumes(image, tmp_path_factory.mktemp('whole'), data)
     volumes.train()
     return volumes.result()
@@ -335,14 +335,14 @@ def test_stop_and_resume_in_another_container(image, data, whole, tmp_path):
 
 
 def test_read_only_root(image, data, tmp_path):
-    """Only /tmp, in memory, and the volumes can be written to."""
+    """Only the volumes and /tmp, which is in memory, are writable."""
     volumes = Volumes(image, tmp_path, data)
     volumes.train('--read-only', '--tmpfs', '/tmp')
     assert volumes.result()
 
 
 def test_another_user(image, data, tmp_path):
-    """Who has no name in the image, with no capability, and reads the data only."""
+    """A user without a name in the image and without capabilities trains on read-only data."""
     user = 12345
     volumes = Volumes(image, tmp_path, data, user=user)
     volumes.options[1] += ':ro'
@@ -351,7 +351,7 @@ def test_another_user(image, data, tmp_path):
 
 
 def test_a_changed_source_is_a_small_layer(image, context, options):
-    """A new version of the package: nothing is downloaded, and only what changed is pushed."""
+    """A new version of the package downloads nothing and adds small layers."""
     def layers():
         return [float(number) * dict(B=1, kB=1e3, KB=1e3, MB=1e6, GB=1e9)[unit] for number, unit in
                 re.findall(r'^([\d.]+) ?(\w+)\t', sizes(image), flags=re.M)]
@@ -377,10 +377,10 @@ def test_a_changed_source_is_a_small_layer(image, context, options):
     assert layers()[[size > 1e4 for size in layers()].index(True)] < 100e6
 
 
-# ---- GPUs: what does not need CUDA's own image ----
+# ---- GPUs, without CUDA's own image ----
 
 def test_gpu_stages(image, context, options, tmp_path):
-    """Against a stub of CUDA's image: a folder with an nvcc that is none. The rest takes nvcc."""
+    """Build the stages without nvcc on a stub of CUDA's image, a folder with an empty nvcc."""
     nvcc = tmp_path / 'root/usr/local/cuda-13.0/bin/nvcc'
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text('#!/bin/sh\n')

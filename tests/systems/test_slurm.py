@@ -1,6 +1,6 @@
-"""docker/slurm.sh on a real Slurm: two nodes of this machine, each with a network, names and processes of its own.
+"""Run docker/slurm.sh on a real Slurm of two nodes, which have their own networks, names and processes on this machine.
 
-Needs root and Debian's slurmctld, slurmd and munge: `make slurm-test`.
+This needs root and Debian's slurmctld, slurmd and munge: `make slurm-test`.
 """
 import os
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = ('slurmctld', 'slurmd', 'sbatch', 'munged', 'mungekey', 'ip', 'unshare')
 NODES = ('node1', 'node2')
 ADDRESSES = dict(head='10.98.77.254', node1='10.98.77.1', node2='10.98.77.2')
-# Nodes say that they have what docker/slurm.sh asks for: 8 GPUs and 64 cores. A node that is silent for 10 s is down.
+# Nodes claim the 8 GPUs and 64 cores that docker/slurm.sh requests. A node that is silent for 10 s is down.
 CONFIGURATION = '''
 ClusterName=test
 SlurmctldHost=head({head})
@@ -55,7 +55,7 @@ def call(*command, **options):
 
 
 def until(condition, seconds=30):
-    """What the condition gives, once that is something."""
+    """Wait until a condition is true and return its value."""
     end = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < end, f'not after {seconds} s'
@@ -64,7 +64,7 @@ def until(condition, seconds=30):
 
 
 class Cluster:
-    """A controller (head) and two nodes in namespaces; they share the file system, as clusters do."""
+    """A controller (head) and two nodes in namespaces. They share the file system, as in a cluster."""
 
     def __init__(self, folder):
         self.folder, self.processes = folder, {}
@@ -94,7 +94,7 @@ class Cluster:
                 call('ip', '-n', self.namespace('head'), 'link', 'set', host, 'up', 'master', 'eth0')
             call('ip', '-n', space, 'addr', 'add', f'{address}/24', 'dev', 'eth0')
             call('ip', '-n', space, 'link', 'set', 'eth0', 'up')
-            # As Debian has it: a host's own name leads to 127.0.1.1.
+            # On Debian, a host's own name resolves to 127.0.1.1.
             names = ''.join(f'{"127.0.1.1" if name == host else other} {name}\n' for name, other in ADDRESSES.items())
             (folder / f'hosts-{host}').write_text(f'127.0.0.1 localhost\n{names}')
         self.run('head', 'munge', 'munged', '--foreground', '--force', f'--key-file={folder}/munge.key',
@@ -107,7 +107,7 @@ class Cluster:
         until(lambda: self('sinfo', '-h', '-o', '%t %D') == 'idle 2\n')
 
     def inside(self, host, *command):
-        """A command on a host: its network, name, /etc/hosts and processes, which end with the first of them."""
+        """Return a command that runs on a host, with its network, name, /etc/hosts and process namespace."""
         return ['nsenter', f'--net=/run/netns/{self.namespace(host)}', 'unshare', '--uts', '--mount', '--pid', '--fork',
                 '--kill-child', '--mount-proc', 'sh', '-c',
                 f'hostname {host} && mount --bind {self.folder}/hosts-{host} /etc/hosts && exec "$@"', 'sh', *command]
@@ -121,7 +121,7 @@ class Cluster:
         self.run(node, node, 'slurmd', '-D')
 
     def power_off(self, node):
-        """SIGKILL to all of its processes at once: slurmd, steps, trainings."""
+        """Kill all processes of a node at once: slurmd, steps, trainings."""
         process = self.processes.pop(node)
         process.kill()
         process.wait()
@@ -133,7 +133,7 @@ class Cluster:
             subprocess.run(['ip', 'netns', 'del', self.namespace(host)], capture_output=True)
 
     def __call__(self, *command):
-        """The output of one of Slurm's commands."""
+        """Run one of Slurm's commands and return its output."""
         return call(*self.inside('head', *map(str, command)), env=self.env, cwd=ROOT)
 
     def show(self, job):
@@ -149,7 +149,7 @@ def cluster(tmp_path_factory):
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing or os.geteuid():
         pytest.fail(f'needs root, slurmctld, slurmd, slurm-client, munge and iproute2; missing: {missing}')
-    # munged wants a folder that nobody else may write to.
+    # munged needs a folder that nobody else may write to; pytest's is.
     cluster = Cluster(tmp_path_factory.mktemp('cluster'))
     try:
         cluster.start()
@@ -162,12 +162,12 @@ def cluster(tmp_path_factory):
 
 
 EPOCHS = 8
-# Slurm looks at time limits every 30 s.
+# Slurm checks time limits every 30 s, so this training takes longer.
 MORE_EPOCHS = 60
 
 
 class Job:
-    """docker/slurm.sh as a user submits it, with nothing overridden but where the log goes."""
+    """docker/slurm.sh as a user submits it. Only the path of the log is overridden."""
 
     def __init__(self, cluster, folder, data, epochs=EPOCHS):
         self.cluster, self.folder, self.epochs = cluster, folder, epochs
@@ -182,7 +182,7 @@ class Job:
         return self.log.read_text() if self.log.exists() else ''
 
     def wait_for(self, *states):
-        """Until the job is in one of the states; its description then."""
+        """Wait until the job is in one of the states and return its description."""
         def there():
             job = self.cluster.show(self.id)
             assert job['JobState'] in states or job['JobState'] not in ('FAILED', 'CANCELLED', 'TIMEOUT'), self.text()
@@ -190,14 +190,14 @@ class Job:
         return until(there, 600)
 
     def is_training(self):
-        """After a checkpoint, within an epoch."""
+        """Wait until the training is in the second epoch, after a checkpoint."""
         until(lambda: re.search(r'Epoch\(train\)\s+\[2\]', self.text()), 300)
 
     def restart(self):
-        """What Slurm does by itself after 2 minutes (BeginTime), or at once if a node was lost.
+        """Restart the job now. Slurm itself does so after 2 minutes (BeginTime), or at once if a node was lost.
 
-        Not in the same second: nodes refuse a credential that is as old as the end of the run before ("Job credential
-        revoked"), which fails the job.
+        The restart is not in the same second, because nodes refuse a credential that is as old as the end of the
+        previous run ("Job credential revoked"), which fails the job.
         """
         job = self.wait_for('PENDING', 'RUNNING')
         assert job['Restarts'] == '1', job
@@ -224,7 +224,7 @@ def equal(one, other):
 
 @pytest.fixture(scope='module')
 def whole(cluster, tiny_digits, tmp_path_factory):
-    """What a training ends with that nothing disturbs."""
+    """Return a function that gives the result of an uninterrupted training."""
     results = {}
 
     def result(epochs):
@@ -237,7 +237,7 @@ def whole(cluster, tiny_digits, tmp_path_factory):
 
 @pytest.fixture
 def job(request, cluster, tiny_digits, tmp_path, whole):
-    """One that trains, and the result that it must have."""
+    """Start a job that trains, with the result that it must have."""
     epochs = getattr(request, 'param', EPOCHS)
     whole = whole(epochs)
     job = Job(cluster, tmp_path, tiny_digits, epochs)
@@ -250,7 +250,7 @@ def job(request, cluster, tiny_digits, tmp_path, whole):
 
 
 def preempted(job):
-    """It left with a checkpoint, comes back, and ends as if nothing had been."""
+    """Check that a job exits with a checkpoint, restarts, and ends with the result of an uninterrupted training."""
     until(lambda: 'preempted after iteration' in job.text(), 60)
     job.restart()
     assert equal(job.result(), job.whole)
@@ -258,7 +258,7 @@ def preempted(job):
 
 
 def test_signalled(job):
-    """SIGUSR1 as `--signal` sends it, to all processes of both nodes. Nobody brings the restart forward."""
+    """`--signal` sends SIGUSR1 to all processes of both nodes, and Slurm restarts the job by itself."""
     job.cluster('scancel', '--signal=USR1', job.id)
     until(lambda: job.cluster.show(job.id)['Restarts'] == '1', 120)
     assert equal(job.result(), job.whole)
@@ -267,7 +267,7 @@ def test_signalled(job):
 
 @pytest.mark.parametrize('job', [MORE_EPOCHS], indirect=True)
 def test_time_limit(job):
-    """Two minutes before its time is up."""
+    """Slurm sends the signal two minutes before the time limit."""
     job.cluster('scontrol', 'update', f'JobId={job.id}', 'TimeLimit=2')
     until(lambda: job.cluster.show(job.id)['Restarts'] == '1', 120)
     job.cluster('scontrol', 'update', f'JobId={job.id}', 'TimeLimit=60')
@@ -286,7 +286,7 @@ def test_preempted_by_an_urgent_job(job):
 
 @pytest.mark.parametrize('node', NODES)
 def test_a_node_is_lost(job, node):
-    """The one with the job's script and the store, or the other: from the last regular checkpoint."""
+    """Either node is lost, and the job continues from the last regular checkpoint."""
     job.cluster.power_off(node)
     until(lambda: job.cluster.show(job.id)['Restarts'] == '1', 180)
     job.cluster.power_on(node)

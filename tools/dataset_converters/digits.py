@@ -1,36 +1,32 @@
-"""Write small classification, detection and segmentation data sets from real
-images that ship inside scikit-learn and scikit-image. Nothing is downloaded.
+"""Write small classification, detection and segmentation data sets. Nothing is downloaded.
+
+The images are real ones that scikit-learn and scikit-image contain.
 
     python tools/dataset_converters/digits.py data/digits
     python tools/dataset_converters/digits.py /tmp/smoke --scale tiny
     python tools/dataset_converters/digits.py data/digits --rotated
 
-OUT then holds (train is called `training`, val `validation` in ADE20K style):
+The script writes into OUT (ADE20K style calls train `training` and val `validation`):
 
     imagenet/{train,val}/{0..9}/*.png         32x32, one folder per class
     coco/{train,val}/*.png                    128x128, several digits each
     coco/annotations/instances_{train,val}.json
     ade/images/{training,validation}/*.png    128x128
     ade/annotations/{training,validation}/*.png
-    dota/{train,val}/{images,annfiles}/       128x128, turned digits; with --rotated
+    dota/{train,val}/{images,annfiles}/       128x128, rotated digits; with --rotated
     SOURCES.md                                credits of the source images
 
-COCO categories are called '0' to '9' and have the ids 1 to 10; masks are
-compressed RLE, so `LoadAnnotations` needs its default `poly2mask=True`.
-Label images count as ADE20K does, for `reduce_zero_label=True`: 0 is ignored
-(the soft border of a stroke), 1 is background, 2 to 11 are the digits 0 to 9.
-Label files of `dota` have a line for each digit, as DOTA has them: four corners
-of the smallest rectangle around what is visible, the class, and difficulty 0.
-File names of `coco`, `ade` and `dota` end in the photograph's name, those of
-`imagenet` are the row in scikit-learn's `load_digits`.
+COCO categories are called '0' to '9' and have the ids 1 to 10. Masks are compressed RLE, so `LoadAnnotations` needs its
+default `poly2mask=True`. Label images follow ADE20K, for `reduce_zero_label=True`: 0 is ignored (the soft border of a
+stroke), 1 is background, 2 to 11 are the digits 0 to 9. Label files of `dota` follow DOTA and have a line for each
+digit: four corners of the smallest rectangle around its visible part, the class, and difficulty 0. File names of
+`coco`, `ade` and `dota` end in the photograph's name. Those of `imagenet` are the row in scikit-learn's `load_digits`.
 
-Train and validation share no digit and no photograph. They do share writers:
-the source does not say who wrote which digit. The same seed gives the same
-bytes as long as the installed versions of the libraries stay the same.
+Train and validation share no digit and no photograph. They share writers, because the source does not name the writer
+of a digit. The same seed gives the same bytes as long as the installed versions of the libraries stay the same.
 
-Licences. Digits: "Optical Recognition of Handwritten Digits" by E. Alpaydin
-and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0. Photographs: those
-in PHOTOS; scikit-image documents each as CC0, as public domain, or as without
+Licences. Digits: "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning
+Repository, CC BY 4.0. Photographs: see PHOTOS. scikit-image documents each as CC0, as public domain, or as without
 known copyright restrictions.
 """
 import argparse
@@ -49,8 +45,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from sklearn.datasets import load_digits
 
-# file in skimage/data: terms, as scikit-image's documentation gives them.
-# Left out: drawings, images of writing, and images whose terms are not given.
+# {file in skimage/data: terms, from scikit-image's documentation}. Drawings, images of writing and images without known
+# terms are left out.
 PHOTOS = {
     'astronaut.png': 'NASA, public domain',
     'brick.png': 'CC0',
@@ -76,27 +72,26 @@ SCALES = {
 SPLITS = ('train', 'val')
 
 IMAGE_SIZE = 128
-# digits per image and their height in pixels, both ends included; ink level
-# (0 to 1) at which the stroke's outline is drawn: lower is fatter
+# Digits per image and their height in pixels, both ends included. `outline` is the ink level (0 to 1) at which the
+# outline of a stroke is drawn; a lower level gives fatter strokes.
 COCO_STYLE = dict(count=(2, 6), height=(20, 56), outline=0.45)
 ADE_STYLE = dict(count=(3, 6), height=(28, 56), outline=0.4)
-# Digits are brighter than any background. With dark ones as well, a small
-# segmentation network trained from scratch for some minutes learns to tell
-# digits from background, but hardly one digit from another.
+# Digits are brighter than any background. If some digits are dark, a small segmentation network that is trained from
+# scratch for a few minutes learns to separate digits from background, but hardly one digit from another.
 PHOTO_GAIN = 0.55
 INK = (180, 255)  # range of each colour channel
 MAX_TILT = 15  # degrees
-# Turned so far that a box along the axes is a bad one, and not so far that a 6 is a 9.
+# This rotation is large enough that boxes along the axes fit badly, and small enough that a 6 is not a 9.
 DOTA_STYLE = dict(COCO_STYLE, tilt=75)
-MAX_OVERLAP = 0.05  # of the smaller of two boxes
+MAX_OVERLAP = 0.05  # share of the smaller of two boxes
 PLACE_TRIES = 50
 
 BORDER = 2  # empty cells around the 8x8 digit: room to rotate, and a margin
-MARKER = 'SOURCES.md'  # last file written; tells our folders from others
+MARKER = 'SOURCES.md'  # the last file written; it marks folders of this script
 
 
 def split_rows(labels, val_share, seed=0):
-    """Indices of the train and of the val objects, stratified by label."""
+    """Return the indices of the train and of the val objects, stratified by label."""
     rng = np.random.default_rng([seed, 0])
     parts = dict(train=[], val=[])
     for label in np.unique(labels):
@@ -108,7 +103,7 @@ def split_rows(labels, val_share, seed=0):
 
 
 def split_photos(seed=0):
-    """File names of the train and of the val photographs."""
+    """Return the file names of the train and of the val photographs."""
     names = np.random.default_rng([seed, 1]).permutation(sorted(PHOTOS))
     return dict(train=sorted(map(str, names[VAL_PHOTOS:])),
                 val=sorted(map(str, names[:VAL_PHOTOS])))
@@ -123,10 +118,10 @@ def load_photos(names):
     folder = Path(spec.origin).parent / 'data'
     photos = {}
     for name in names:
-        # skimage.data would try to download a file that is not there
+        # skimage.data would try to download a missing file.
         if not (folder / name).is_file():
             raise SystemExit(f'{name} is not in {folder}: this release of '
-                             'scikit-image does not ship it, install another')
+                             'scikit-image lacks it, install another one')
         photos[name] = Image.open(folder / name).convert('RGB')
     return photos
 
@@ -141,7 +136,7 @@ def draw_digit(digit, height, outline, angle=0.0):
     side = round(height * (1 + 2 * BORDER / 8))
     ink = ink.resize((side, side), Image.BICUBIC)
     ink = ink.rotate(angle, Image.BICUBIC)
-    # ink grows from 0 to 1 within about 1.5 cells; fade over about 2 pixels
+    # Ink grows from 0 to 1 within about 1.5 cells. It fades over about 2 pixels here.
     sharpness = 1.5 * height / 8 / 2
     return np.clip((np.asarray(ink) - outline) * sharpness + 0.5, 0, 1)
 
@@ -153,7 +148,7 @@ def crop_to_content(alpha):
 
 
 def crop_photo(photo, rng, gain=PHOTO_GAIN):
-    """A random square of a photograph, darkened, as a float array (H, W, 3)."""
+    """Return a random square of a photograph, darkened, as a float array (H, W, 3)."""
     side = int(rng.integers(IMAGE_SIZE, min(photo.size) + 1))
     x, y = (int(rng.integers(0, length - side + 1)) for length in photo.size)
     crop = photo.resize((IMAGE_SIZE, IMAGE_SIZE), Image.LANCZOS,
@@ -163,7 +158,7 @@ def crop_photo(photo, rng, gain=PHOTO_GAIN):
 
 
 def overlaps(box, others):
-    """Whether a box (x, y, w, h) covers too much of any other."""
+    """Return True if a box (x, y, w, h) covers too much of another box."""
     x, y, w, h = box
     for ox, oy, ow, oh in others:
         inter_w = min(x + w, ox + ow) - max(x, ox)
@@ -175,7 +170,7 @@ def overlaps(box, others):
 
 
 def find_place(shape, boxes, rng):
-    """A random box (x, y, w, h) for a digit, or None if no room was found."""
+    """Return a random box (x, y, w, h) for a digit, or None if there is no room."""
     h, w = shape
     if max(shape) > IMAGE_SIZE:
         return None
@@ -188,7 +183,7 @@ def find_place(shape, boxes, rng):
 
 
 def digit_drawer(digits):
-    """A function that draws a digit for `compose`."""
+    """Return a function that draws a digit for `compose`."""
 
     def draw(row, height, style, rng):
         alpha = draw_digit(digits[row], height, style['outline'],
@@ -202,11 +197,11 @@ def compose(photo, draw, rows, style, rng):
     """Paste digits, or other objects, on a photograph's crop.
 
     Args:
-        photo (Image): Where the background is cut from.
+        photo (Image): The background is cut from this photograph.
         draw (function): (row, height, style, rng) -> opacity (h, w), and the
-            object's pixels (h, w, 3), or None: of one random bright colour.
-        rows (iterator): Gives the next object to use.
-        style (dict): As COCO_STYLE or ADE_STYLE.
+            object's pixels (h, w, 3), or None for one random bright colour.
+        rows (iterator): Yields the next object.
+        style (dict): See COCO_STYLE and ADE_STYLE.
 
     Returns:
         The image (uint8), and one (row, opacity of the image's size) for each
@@ -216,7 +211,7 @@ def compose(photo, draw, rows, style, rng):
     count = rng.integers(*style['count'], endpoint=True)
     heights = np.exp(rng.uniform(*np.log(style['height']), count))
     boxes, pasted = [], []
-    for height in sorted(heights, reverse=True):  # large ones need the room
+    for height in sorted(heights, reverse=True):  # large objects first, because they need more room
         row = next(rows)
         alpha, pixels = draw(row, height, style, rng)
         box = find_place(alpha.shape, boxes, rng)
@@ -237,7 +232,7 @@ def compose(photo, draw, rows, style, rng):
 def scenes(draw, rows, photos, number, style, rng):
     """Yield `number` composed images as (file name, image, pasted objects).
 
-    Photographs take turns, and every object is used before one comes again.
+    Photographs take turns. Each object is used once before any is used again.
     """
     shuffled = itertools.chain.from_iterable(
         rng.permutation(rows) for _ in itertools.count())
@@ -254,7 +249,7 @@ def write_imagenet(out, split, digits, labels, rows, number):
         folder = out / 'imagenet' / split / str(label)
         folder.mkdir(parents=True)
         for row in rows[labels[rows] == label][:number]:
-            # 64/3 pixels of digit and the border make 32
+            # A digit of 64/3 pixels and its border make 32 pixels.
             alpha = draw_digit(digits[row], 64 / 3, outline=0.5)
             image = (alpha * 255).round().astype(np.uint8)
             Image.fromarray(image).convert('RGB').save(
@@ -264,7 +259,7 @@ def write_imagenet(out, split, digits, labels, rows, number):
 
 
 def visible_parts(pasted):
-    """Yield (row, what is seen of the object) of a composed image, the uppermost first."""
+    """Yield (row, mask of the object's visible part) of a composed image, the uppermost object first."""
     hidden = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
     for row, alpha in reversed(pasted):
         visible = (alpha >= 0.5) & ~hidden
@@ -277,8 +272,8 @@ def write_coco(out, split, labels, items, names, what, source_key):
 
     Args:
         labels (list): Class of each object, an index into `names`.
-        what (str): What is on the images, in the plural.
-        source_key (str): Field of annotations for the object's row.
+        what (str): Plural name of the objects.
+        source_key (str): Annotation field for the object's row.
     """
     folder = out / 'coco' / split
     folder.mkdir(parents=True)
@@ -335,17 +330,17 @@ def write_dota(out, split, labels, items):
         lines = []
         for row, visible in visible_parts(pasted):
             points = np.argwhere(visible)[:, ::-1].astype(np.float32)
-            # from the pixels' outer edges, as boxes of masks
+            # The rectangle encloses the outer edges of the pixels, as boxes of masks do.
             corners = (points[:, None] + np.float32([[0, 0], [0, 1], [1, 0], [1, 1]])).reshape(-1, 2)
             corners = cv2.boxPoints(cv2.minAreaRect(corners))
             lines.append(' '.join([*(f'{x:.2f}' for x in corners.ravel()), str(labels[row]), '0']))
         (folders[1] / name).with_suffix('.txt').write_text('\n'.join(lines) + '\n')
         images, boxes = images + 1, boxes + len(lines)
-    return f'dota/{split}: {images} images, {boxes} turned digits'
+    return f'dota/{split}: {images} images, {boxes} rotated digits'
 
 
 def write_sources(out, photos, seed):
-    """Write the credits that the licences ask for, and who is in which split."""
+    """Write the credits that the licences require, and the photographs of each split."""
     lines = [
         f'# Sources (seed {seed})', '',
         'Digits: Optical Recognition of Handwritten Digits, E. Alpaydin and '
@@ -360,7 +355,7 @@ def write_sources(out, photos, seed):
 
 
 def write_all(out, scale, seed, rotated=False):
-    """Write the data sets into the folder `out`; return a summary."""
+    """Write the data sets into the folder `out` and return a summary."""
     source = load_digits()
     digits, labels = source.images, source.target
     rows_of = split_rows(labels, VAL_DIGITS, seed)
@@ -386,7 +381,7 @@ def write_all(out, scale, seed, rotated=False):
 
 
 def check_target(out, overwrite):
-    """Refuse an `out` that exists, unless it is ours and may be replaced."""
+    """Raise SystemExit if `out` exists, unless this script wrote it and may replace it."""
     if not out.exists():
         return
     if not overwrite:
@@ -398,12 +393,11 @@ def check_target(out, overwrite):
 
 
 def write_whole_folder(out, overwrite, write):
-    """Call `write(folder)`, which must leave MARKER, for `out`: as a whole or
-    not at all."""
+    """Write the folder `out` by `write(folder)`, completely or not at all. `write` must leave MARKER in the folder."""
     out = Path(out).resolve()
     check_target(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # siblings, so that renaming stays on one file system
+    # These folders are siblings of `out`, so that renaming stays on one file system.
     partial = out.with_name(f'.{out.name}.partial-{os.getpid()}')
     replaced = out.with_name(f'.{out.name}.replaced-{os.getpid()}')
     partial.mkdir()
@@ -412,7 +406,7 @@ def write_whole_folder(out, overwrite, write):
         if out.exists():
             out.rename(replaced)
         partial.rename(out)
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # Ctrl-C, too
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
@@ -420,13 +414,13 @@ def write_whole_folder(out, overwrite, write):
 
 
 def generate(out, scale='default', seed=0, overwrite=False, rotated=False):
-    """Write all data sets to `out`, as a whole or not at all."""
+    """Write all data sets to `out`, completely or not at all."""
     return write_whole_folder(
         out, overwrite, lambda folder: write_all(folder, scale, seed, rotated))
 
 
 def stop_as_ctrl_c():
-    """Being stopped cleans up as Ctrl-C does."""
+    """Clean up after SIGTERM as after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))
 
 
@@ -437,9 +431,9 @@ def main(args=None):
     parser.add_argument('--scale', choices=SCALES, default='default')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--overwrite', action='store_true',
-                        help='replace a folder that this tool wrote before')
+                        help='replace a folder that this script wrote')
     parser.add_argument('--rotated', action='store_true',
-                        help='turned digits with oriented boxes, too, for mmrotate')
+                        help='also write rotated digits with oriented boxes, for mmrotate')
     args = parser.parse_args(args)
     stop_as_ctrl_c()
     summary = generate(args.out, args.scale, args.seed, args.overwrite, args.rotated)

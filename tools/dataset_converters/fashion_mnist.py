@@ -1,16 +1,16 @@
-"""Write Fashion-MNIST, 70,000 grey pictures of clothes of 28x28 pixels, as one folder per class.
+"""Write Fashion-MNIST, 70,000 grey images of clothes with 28x28 pixels, as one folder per class.
 
     python tools/dataset_converters/fashion_mnist.py /usr/share/datasets/fashion-mnist data/fashion_mnist
 
-SRC holds the four files of the data set, compressed (.gz) or not. Debian's package dataset-fashion-mnist puts them into
-/usr/share/datasets/fashion-mnist; files from anywhere else are as good, for their contents are compared with the known
-checksums. OUT then holds
+SRC holds the four files of the data set, compressed (.gz) or not. Debian's package dataset-fashion-mnist installs them
+in /usr/share/datasets/fashion-mnist. Files from other sources work too, because the script compares their contents with
+known checksums. It writes
 
     train/{tshirt-top,trouser,...}/*.png    60,000 images, or --per-class of each class
     val/{tshirt-top,trouser,...}/*.png      10,000 images
 
-A file's name is its row in the source. --per-class takes the first rows of each class, so that a smaller choice is part
-of a larger one. The classes' order is the alphabet's, as mmpretrain's CustomDataset finds it.
+into OUT. The name of a file is its row in the source. --per-class takes the first rows of each class, so a smaller
+selection is part of a larger one. Classes are in alphabetical order, as mmpretrain's CustomDataset sorts them.
 
 Licence: MIT, Zalando SE. H. Xiao, K. Rasul and R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking
 Machine Learning Algorithms", arXiv 1708.07747.
@@ -29,9 +29,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from digits import MARKER, SPLITS, stop_as_ctrl_c, write_whole_folder
 
-# In the order of the labels.
+# The classes in the order of the labels.
 CLASSES = ('tshirt-top', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle-boot')
-# Of the uncompressed contents: different compressors write different .gz files.
+# Checksums of the uncompressed contents, because compressors write different .gz files.
 SHA256 = {
     'train-images-idx3-ubyte': 'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888',
     'train-labels-idx1-ubyte': 'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9',
@@ -42,7 +42,7 @@ REMEDY = "Debian's package dataset-fashion-mnist has it (/usr/share/datasets/fas
 
 
 def read_idx(folder, name):
-    """An array of unsigned bytes from an idx file: two zeros, the type (8), number and sizes of dimensions, data."""
+    """Read an array of unsigned bytes from an idx file: two zeros, type (8), number and sizes of dimensions, data."""
     path = next((path for path in (folder / name, folder / f'{name}.gz') if path.is_file()), None)
     if path is None:
         raise SystemExit(f'{folder} has neither {name} nor {name}.gz. {REMEDY}')
@@ -53,15 +53,15 @@ def read_idx(folder, name):
     except (OSError, EOFError, zlib.error) as error:
         raise SystemExit(f'{path} cannot be read ({error}): it is damaged. {REMEDY}') from error
     if hashlib.sha256(data).hexdigest() != SHA256[name]:
-        raise SystemExit(f'{path} is not that file of Fashion-MNIST (its checksum differs): it is damaged, or of '
-                         f'another data set, as MNIST, whose files have the same names. {REMEDY}')
+        raise SystemExit(f'{path} is not that file of Fashion-MNIST (its checksum differs): it is damaged, or from '
+                         f'another data set, such as MNIST, whose files have the same names. {REMEDY}')
     dimensions = data[3]
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(
         struct.unpack_from(f'>{dimensions}I', data, 4))
 
 
 def write_split(out, split, images, labels, per_class):
-    """Write pictures (N, 28, 28) as PNG files; return a line that says how many."""
+    """Write images (N, 28, 28) as PNG files and return a line with their number."""
     total = 0
     for label, name in enumerate(CLASSES):
         folder = out / split / name
@@ -74,7 +74,7 @@ def write_split(out, split, images, labels, per_class):
 
 
 def write_all(folder, out, per_class):
-    # All files first: a damaged one is told before minutes of writing.
+    # Read all files first, so that a damaged one is reported before minutes of writing.
     arrays = {name: read_idx(folder, name) for name in SHA256}
     summary = []
     for split, source, number in zip(SPLITS, ('train', 't10k'), (per_class, None), strict=True):
@@ -88,11 +88,11 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path, help='folder of the four idx files')
     parser.add_argument('out', help='folder to write; must not exist')
-    parser.add_argument('--per-class', type=int, help='training images of each class (6000, which is all)')
-    parser.add_argument('--overwrite', action='store_true', help='replace a folder that this tool wrote before')
+    parser.add_argument('--per-class', type=int, help='training images of each class (default: all 6000)')
+    parser.add_argument('--overwrite', action='store_true', help='replace a folder that this script wrote')
     args = parser.parse_args(args)
     if args.per_class is not None and not 1 <= args.per_class <= 6000:
-        parser.error(f'--per-class {args.per_class}: there are 6000 training images of each class, and one is needed')
+        parser.error(f'--per-class {args.per_class}: there are 6000 training images of each class; take 1 to 6000')
     if not args.source.is_dir():
         raise SystemExit(f'{args.source} is not a folder. {REMEDY}')
     stop_as_ctrl_c()

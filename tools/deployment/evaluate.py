@@ -1,9 +1,9 @@
-"""The metrics of a configuration for an exported file: what did the other format, or the smaller numbers, cost?
+"""Evaluate an exported file by a configuration's test, to see what the other format or precision costs.
 
     python tools/deployment/evaluate.py CONFIG FILE.{onnx,pt2} [--runtime onnxruntime|openvino]
 
-The data, their preparation and the metrics are those of the configuration's test. Images must have the file's size when
-they come out of the pipeline. Of detectors, boxes are evaluated, not masks.
+The data, their preparation and the metrics are those of the configuration's test. The pipeline must give images of the
+file's size. For detectors, only boxes are evaluated, not masks.
 """
 import argparse
 import sys
@@ -24,7 +24,7 @@ def to_class(sample, logits):
 
 
 def to_pixels(sample, logits):
-    """At the size of the picture as it was, as MMSegmentation has it."""
+    """Resize logits to the original size of the image, as MMSegmentation does."""
     resized = torch.nn.functional.interpolate(torch.from_numpy(logits)[None], size=sample.ori_shape, mode='bilinear')
     sample.pred_sem_seg = PixelData(data=resized[0].argmax(0, keepdim=True))
 
@@ -43,9 +43,9 @@ TASKS = {'classification': to_class, 'segmentation': to_pixels, 'detection': to_
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='configuration file')
-    parser.add_argument('file', help='.onnx or .pt2 of tools/deployment/export.py')
-    parser.add_argument('--runtime', choices=['onnxruntime', 'openvino'], help='of an .onnx file')
-    parser.add_argument('--threads', type=int, help="of the runtime (the runtime's choice)")
+    parser.add_argument('file', help='.onnx or .pt2 file of tools/deployment/export.py')
+    parser.add_argument('--runtime', choices=['onnxruntime', 'openvino'], help='runtime of an .onnx file')
+    parser.add_argument('--threads', type=int, help="threads of the runtime (default: the runtime's)")
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
     args = parser.parse_args()
     cfg = Config.fromfile(args.config)
@@ -70,7 +70,7 @@ def main():
             data = preprocess(batch, False)
             images = data['inputs'].numpy()
             if images.shape[-2:] != expected:
-                sys.exit(f'{args.file} is for images of {expected[0]}x{expected[1]}, the test has one of '
+                sys.exit(f'{args.file} takes images of {expected[0]}x{expected[1]}, but the test has an image of '
                          f'{images.shape[-2]}x{images.shape[-1]}: export with --shape, or change the test')
             outputs = opened.run(images)
             sample, = data['data_samples']

@@ -1,12 +1,12 @@
-"""A trained model as a file that other programs run: ONNX, or PyTorch's .pt2.
+"""Export a trained model to a file that other programs run: ONNX, or PyTorch's .pt2.
 
     python tools/deployment/export.py CONFIG CHECKPOINT OUT.onnx [--shape H W] [--batch 1|dynamic]
     python tools/deployment/export.py CONFIG CHECKPOINT OUT.pt2 [--aoti] [--plain]
 
-Classifiers, segmentors, Faster R-CNN and Mask R-CNN are exported whole; of any model, --features exports backbone and
-neck. The file takes normalised images of one size; mean, std, order of channels and the names of the classes are in its
-metadata. It is run and compared with PyTorch before it gets its name; one that disagrees is not left behind.
-CHECKPOINT 'none' exports random weights, to measure speed.
+Classifiers, segmentors, Faster R-CNN and Mask R-CNN are exported as a whole. --features exports the backbone and the
+neck of any model. The file takes normalised images of one size. Its metadata hold mean, std, the order of channels and
+the class names. The script runs the file and compares it with PyTorch before it gives the file its name, and removes a
+file that disagrees. CHECKPOINT 'none' exports random weights, to measure speed.
 """
 import argparse
 import os
@@ -18,9 +18,11 @@ import torch
 from mmengine.config import Config, DictAction
 
 from mmlocalmamba.deployment import exporting, graphs, runtimes
+from mmlocalmamba.openmmlab.deployment import load_model
+from mmlocalmamba.openmmlab.deployment import metadata as make_metadata
 
 SHAPES = {'mmpretrain': (224, 224), 'mmdet': (800, 1344), 'mmseg': (512, 512)}
-# Largest error relative to the largest value that is left to a file.
+# The largest allowed error, relative to the largest value.
 TOLERANCES = {'float32': 1e-4, 'float16': 1e-2, 'int8': 0.3}
 
 
@@ -30,25 +32,25 @@ def parse_args():
     parser.add_argument('checkpoint', help="file or URL, ours or the authors'; 'none' for random weights")
     parser.add_argument('out', help='file to write: .onnx or .pt2')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'),
-                        help='size of the images (default: 224 224, detectors 800 1344, segmentors 512 512)')
+                        help='image size (default: 224 224, detectors 800 1344, segmentors 512 512)')
     parser.add_argument('--batch', choices=['1', 'dynamic'], default='1', help='number of images')
-    parser.add_argument('--features', action='store_true', help='backbone and neck alone')
-    parser.add_argument('--aoti', action='store_true', help='.pt2: compile for this kind of processor by AOTInductor')
+    parser.add_argument('--features', action='store_true', help='export only the backbone and the neck')
+    parser.add_argument('--aoti', action='store_true', help='.pt2: compile for this processor with AOTInductor')
     parser.add_argument('--plain', action='store_true',
-                        help=".pt2: of PyTorch's own operators alone, so that it runs without this package; slower")
+                        help=".pt2: use only PyTorch's operators, so that the file runs without this package; slower")
     parser.add_argument('--weights', choices=list(TOLERANCES), default='float32',
                         help='.onnx: float16 halves the file; int8 also computes linear layers in 8 bits')
-    parser.add_argument('--check', metavar='IMAGE', help='compare on this picture (default: on noise)')
+    parser.add_argument('--check', metavar='IMAGE', help='image for the comparison (default: noise)')
     parser.add_argument('--no-check', action='store_true', help='do not run the file')
     parser.add_argument('--runtimes', nargs='+', choices=['onnxruntime', 'openvino'], default=['onnxruntime'],
-                        help='.onnx: what to compare with PyTorch')
+                        help='.onnx: runtimes to compare with PyTorch')
     parser.add_argument('--tolerance', type=float,
                         help='largest relative error (default: 1e-4, float16 1e-2, int8 0.3)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
     args = parser.parse_args()
     kind = os.path.splitext(args.out)[1]
     if kind not in exporting.FORMATS:
-        parser.error(f'{args.out}: the ending says what is written; known are {" and ".join(exporting.FORMATS)}')
+        parser.error(f'{args.out}: the name must end in {" or ".join(exporting.FORMATS)}')
     if kind == '.onnx' and (args.aoti or args.plain):
         parser.error('--aoti and --plain are for .pt2 files')
     if kind == '.pt2' and args.weights != 'float32':
@@ -57,12 +59,12 @@ def parse_args():
 
 
 def read_picture(path, metadata):
-    """A picture as the file takes it."""
+    """Return an image as the file's input."""
     from PIL import Image
     try:
         picture = Image.open(path).convert('RGB')
     except OSError as error:
-        sys.exit(f'--check {path}: no picture that can be read ({error})')
+        sys.exit(f'--check {path}: the image cannot be read ({error})')
     pixels = np.asarray(picture.resize((metadata['width'], metadata['height']), Image.BILINEAR))
     return runtimes.normalised(pixels, metadata)
 
@@ -80,9 +82,9 @@ def main():
 
 def export(args, cfg):
     shape = tuple(args.shape or SHAPES.get(cfg.get('default_scope'), (224, 224)))
-    model, classes = graphs.load_model(cfg, None if args.checkpoint == 'none' else args.checkpoint)
+    model, classes = load_model(cfg, None if args.checkpoint == 'none' else args.checkpoint)
     graph = graphs.graph_of(model, shape, args.features)
-    metadata = graphs.metadata(cfg, graph, shape, classes)
+    metadata = make_metadata(cfg, graph, shape, classes)
     any_batch = args.batch == 'dynamic'
     onnx = args.out.endswith('.onnx')
     tolerance = TOLERANCES[args.weights] if args.tolerance is None else args.tolerance

@@ -1,14 +1,16 @@
-"""Convert checkpoints of the authors' implementation (hunto/LocalMamba), of Vim (hustvl/Vim, the released models with a
-class token in the middle) and of VMamba, version 0 (MzeroMiko/VMamba), to ours, or ours to LocalMamba's. Detectors and
-segmentors are converted to ours, too: what is beside the backbone keeps its names.
+"""Convert checkpoints of LocalMamba, Vim or VMamba to ours, or ours to LocalMamba's.
+
+The script reads checkpoints of the authors' implementation (hunto/LocalMamba), of Vim (hustvl/Vim, the released models
+with a class token in the middle) and of VMamba, version 0 (MzeroMiko/VMamba). It converts detectors and segmentors to
+ours, too. Weights outside the backbone keep their names.
 
     python tools/model_converters/official_to_mmlocalmamba.py SRC DST
     python tools/model_converters/official_to_mmlocalmamba.py --to-official SRC DST
 
-SRC holds a state dict at its top or under one of several names, of which the first is taken (--key names another, e.g.
-model_ema). DST loads with strict=True into the model of the configuration. Weights of the backbone that are not
-understood, missing or of a wrong shape are listed and nothing is written (exit code 1). Configs and mim test take the
-authors' files directly, too; converting once is for sharing and for inferencers.
+SRC holds a state dict at its top level or under one of several names. The script takes the first one; --key names
+another, e.g. model_ema. DST loads with strict=True into the configuration's model. If weights of the backbone are
+unknown, missing or have a wrong shape, the script lists them, writes nothing and exits with 1. Configurations and mim
+test also take the authors' files directly. A converted file is for sharing and for inferencers.
 """
 import argparse
 import math
@@ -19,14 +21,13 @@ from functools import partial
 import torch
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.compat import load_checkpoint
-from mmlocalmamba.files import write_whole
+from mmlocalmamba.files import load_checkpoint, write_whole
 from mmlocalmamba.weights import STATE_DICT_KEYS, architecture, find_state_dict, from_official, to_official
-from mmlocalmamba.weights.contents import read
+from mmlocalmamba.weights.loading import read
 
 
 def expected_shapes(weights):
-    """{name: shape} of a classifier of the size that the weights show, or None for features without a head."""
+    """Return {name: shape} of the model whose size the weights show."""
     names = list(weights)
     scattn = any('.scattn.' in name for name in names)
     spatial = any('.spatial_select.' in name for name in names)
@@ -41,7 +42,7 @@ def expected_shapes(weights):
 
     def directions(block):
         K = len(weights[f'{block}ssm.D'])
-        return [f'w{index + 1}' for index in range(K)]  # any names: they do not change the shapes
+        return [f'w{index + 1}' for index in range(K)]  # the names do not change the shapes
 
     inner = weights[f'{blocks[0]}out_proj.weight'].shape[1]
     dt_rank = weights[f'{blocks[0]}ssm.dt_proj_weight'].shape[-1]
@@ -73,13 +74,13 @@ def expected_shapes(weights):
 
 
 def problems(weights):
-    """Lines that say what is missing, unknown or of a wrong shape in weights under our names."""
+    """Return a line for each weight under our names that is missing, unknown or has a wrong shape."""
     try:
         shapes = expected_shapes(weights)
     except KeyError as error:
-        return [f'missing: {error.args[0]}, without which the size of the model cannot be told']
+        return [f'missing: {error.args[0]}, which determines the size of the model']
     except (ValueError, IndexError) as error:
-        return [f'the size of the model cannot be told: {error}']
+        return [f'the size of the model is unknown: {error}']
     lines = [f'missing: {name} {tuple(shape)}' for name, shape in shapes.items() if name not in weights]
     lines += [f'unknown: {name}' for name in weights if name.startswith('backbone.') and name not in shapes]
     lines += [f'shape: {name} is {tuple(weights[name].shape)}, expected {tuple(shape)}'
@@ -89,8 +90,8 @@ def problems(weights):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('src', metavar='SRC')
-    parser.add_argument('dst', metavar='DST')
+    parser.add_argument('src', metavar='SRC', help='checkpoint to read')
+    parser.add_argument('dst', metavar='DST', help='checkpoint to write')
     parser.add_argument('--to-official', action='store_true', help="write the format of LocalMamba's authors from ours")
     parser.add_argument('--key', help=f'entry of SRC that holds the state dict (default: first of '
                         f'{", ".join(STATE_DICT_KEYS)}, or the top)')
@@ -108,7 +109,7 @@ def main():
             contents = read(checkpoint, args.key)
             check, notes = converted, contents.remarks
             converted = OrderedDict(converted)
-            converted._metadata = OrderedDict(backbone=contents.facts)
+            converted._metadata = OrderedDict(backbone=contents.requirements)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f'{args.src}: {error}')
     lines = [f'not understood: {name}' for name in unmatched] + problems(check)

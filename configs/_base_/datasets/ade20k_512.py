@@ -14,12 +14,12 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    # after Resize: the prediction is compared at the image's own size
+    # Labels are loaded after Resize because the prediction is compared at the image's own size.
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]
-# Ratios of the single-scale test's size. mmseg's own pipeline takes ratios of the original image,
-# which is another test for ADE20K, whose images differ in size.
+# The ratios are relative to the size of the single-scale test. mmseg's own pipeline takes them relative to
+# the original image, which is a different test on ADE20K, whose images differ in size.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

@@ -1,12 +1,12 @@
 """Digits on photographs with label images, 128x128, in ADE20K's format.
 
-Written by tools/dataset_converters/digits.py.
+tools/dataset_converters/digits.py writes the data.
 """
 dataset_type = 'BaseSegDataset'
 data_root = 'data/digits/ade/'
 metainfo = dict(
     classes=('background', *'0123456789'),
-    # mmseg's visualizer and inferencer want a colour for each class
+    # mmseg's visualizer and inferencer need a colour for each class
     palette=[
         [128, 128, 128], [31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40], [148, 103, 189],
         [140, 86, 75], [227, 119, 194], [255, 255, 0], [188, 189, 34], [23, 190, 207],
@@ -16,7 +16,7 @@ train_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='RandomResize', scale=(128, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(128, 128)),
-    dict(type='PackSegInputs'),  # no flip: a mirrored digit is none
+    dict(type='PackSegInputs'),  # no flip: a mirrored digit is not a digit
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -24,7 +24,7 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]
-# multi-scale only, see train_pipeline
+# several scales, no flips: a mirrored digit is not a digit
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

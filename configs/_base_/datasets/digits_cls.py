@@ -1,6 +1,6 @@
-"""Handwritten digits, 32x32, one folder per class.
+"""Classification of handwritten digits, 32x32, one folder per class; a linear head with label smoothing.
 
-Written by tools/dataset_converters/digits.py.
+tools/dataset_converters/digits.py writes the data. The configuration adds the backbone and the head's width.
 """
 dataset_type = 'CustomDataset'
 data_root = 'data/digits/'
@@ -36,3 +36,12 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1, ))
 test_evaluator = val_evaluator
+
+model = dict(
+    type='ImageClassifier',
+    head=dict(
+        type='LinearClsHead',
+        num_classes=10,
+        topk=(1, ),
+        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
+        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)))

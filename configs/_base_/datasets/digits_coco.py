@@ -1,6 +1,6 @@
 """Digits on photographs with boxes and masks, 128x128, in COCO's format.
 
-Written by tools/dataset_converters/digits.py.
+tools/dataset_converters/digits.py writes the data.
 """
 dataset_type = 'CocoDataset'
 data_root = 'data/digits/coco/'
@@ -17,7 +17,7 @@ train_pipeline = [
         allow_negative_crop=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(4, 4)),
     dict(type='PhotoMetricDistortion'),
-    dict(type='PackDetInputs'),  # no flip: a mirrored digit is none
+    dict(type='PackDetInputs'),  # no flip: a mirrored digit is not a digit
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,6 +1,6 @@
-"""Turned digits on photographs with oriented boxes, 128x128, in DOTA's format.
+"""Rotated digits on photographs with oriented boxes, 128x128, in DOTA's format.
 
-Written by tools/dataset_converters/digits.py --rotated.
+tools/dataset_converters/digits.py --rotated writes the data.
 """
 _base_ = './digits_coco.py'
 
@@ -14,10 +14,10 @@ train_pipeline = [
         type='mmdet.RandomResize',
         scale=(128, 128),
         ratio_range=(0.8, 1.25),
-        resize_type='mmdet.Resize',  # MMCV's knows no oriented boxes
+        resize_type='mmdet.Resize',  # MMCV's Resize does not support oriented boxes
         keep_ratio=True),
     dict(type='mmdet.PhotoMetricDistortion'),
-    dict(type='mmdet.PackDetInputs'),  # no flip: a mirrored digit is none
+    dict(type='mmdet.PackDetInputs'),  # no flip: a mirrored digit is not a digit
 ]
 test_pipeline = [
     dict(type='mmdet.LoadImageFromFile'),

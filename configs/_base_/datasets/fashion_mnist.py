@@ -1,6 +1,6 @@
-"""Fashion-MNIST, 28x28, one folder per class.
+"""Fashion-MNIST, 28x28, one folder per class; otherwise as digits_cls.py.
 
-Written by tools/dataset_converters/fashion_mnist.py.
+tools/dataset_converters/fashion_mnist.py writes the data.
 """
 _base_ = './digits_cls.py'
 

@@ -1,4 +1,7 @@
-"""ImageNet-1K, 128 images per GPU, with the authors' augmentation."""
+"""Classification of ImageNet-1K: 128 images per GPU, the authors' augmentation, a linear head with label smoothing.
+
+The configuration adds the backbone and the head's width.
+"""
 dataset_type = 'ImageNet'
 data_root = 'data/imagenet'
 data_preprocessor = dict(
@@ -9,15 +12,15 @@ data_preprocessor = dict(
     batch_augments=dict(
         augments=[dict(type='Mixup', alpha=0.2), dict(type='CutMix', alpha=1.0)]))
 
-# rand-m9-mstd0.5, and not the "increasing" operations of DeiT: colour factors run from 0.1 to 1.9,
-# Posterize and Solarize weaken with the level.
+# rand-m9-mstd0.5 without DeiT's "increasing" operations: colour factors run from 0.1 to 1.9, and
+# Posterize and Solarize weaken as the level rises.
 enhance = dict(magnitude_range=(-0.9, 0.9), random_negative_prob=0.0)
 policies = [
     dict(type='AutoContrast'),
     dict(type='Equalize'),
     dict(type='Invert'),
     dict(type='Rotate', magnitude_range=(0, 30)),
-    dict(type='Posterize', magnitude_range=(-1, 3)),  # 0 to 4 bits: rounded up here, down in timm
+    dict(type='Posterize', magnitude_range=(-1, 3)),  # 0 to 4 bits; mmpretrain rounds up, timm rounds down
     dict(type='Solarize', magnitude_range=(0, 256)),
     dict(type='SolarizeAdd', magnitude_range=(0, 110)),
     dict(type='ColorTransform', **enhance),
@@ -77,3 +80,12 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1, 5))
 test_evaluator = val_evaluator
+
+model = dict(
+    type='ImageClassifier',
+    head=dict(
+        type='LinearClsHead',
+        num_classes=1000,
+        topk=(1, 5),
+        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
+        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)))

@@ -17,7 +17,7 @@ model = dict(
             scales=None,
             octave_base_scale=4,
             scales_per_octave=2,
-            strides=[4, 8, 16, 32])),  # 16, 23 pixels, 32, 45, ...
+            strides=[4, 8, 16, 32])),  # anchors of 16, 23, 32, 45, ... pixels
     roi_head=dict(
         # objects up to 32 pixels are read from stride 4, up to 64 from stride 8
         bbox_roi_extractor=dict(out_channels=64, finest_scale=16),

@@ -37,7 +37,7 @@ model = dict(
     train_cfg=dict(
         assigner=dict(
             type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
-        sampler=dict(type='PseudoSampler'),  # focal loss takes all anchors
+        sampler=dict(type='PseudoSampler'),  # the focal loss takes all anchors
         allowed_border=-1,
         pos_weight=-1,
         debug=False),

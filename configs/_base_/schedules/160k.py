@@ -1,5 +1,10 @@
 """160k iterations for a total batch of 16: warm-up of 1500, then linear decay to 0."""
-_base_ = '../default_runtime_seg.py'
+_base_ = '../runtime.py'
+
+default_scope = 'mmseg'
+visualizer = dict(type='SegLocalVisualizer', vis_backends=_base_.vis_backends, name='visualizer')
+log_processor = dict(by_epoch=False)
+tta_model = dict(type='SegTTAModel')
 
 max_iters, warmup_iters = 160000, 1500
 optim_wrapper = dict(
@@ -18,6 +23,9 @@ param_scheduler = [
 train_cfg = dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=max_iters, val_interval=16000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-default_hooks = dict(checkpoint=dict(interval=16000, save_best='mIoU'))
+default_hooks = dict(
+    logger=dict(log_metric_by_epoch=False),
+    checkpoint=dict(by_epoch=False, interval=16000, save_best='mIoU'),
+    visualization=dict(type='SegVisualizationHook'))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 del max_iters, warmup_iters

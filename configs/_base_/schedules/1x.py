@@ -1,5 +1,9 @@
 """12 epochs for a total batch of 16, in mixed precision on a GPU."""
-_base_ = '../default_runtime_det.py'
+_base_ = '../runtime.py'
+
+default_scope = 'mmdet'
+visualizer = dict(type='DetLocalVisualizer', vis_backends=_base_.vis_backends, name='visualizer')
+log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 
 optim_wrapper = dict(
     type=_base_.amp_optim_wrapper,
@@ -11,5 +15,7 @@ param_scheduler = [
 train_cfg = dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=12, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'))
+default_hooks = dict(
+    checkpoint=dict(save_best='coco/bbox_mAP'),
+    visualization=dict(type='DetVisualizationHook'))
 auto_scale_lr = dict(enable=False, base_batch_size=16)

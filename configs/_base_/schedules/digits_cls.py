@@ -1,5 +1,8 @@
 """A few minutes on two CPU cores."""
-_base_ = '../default_runtime_cls.py'
+_base_ = '../runtime.py'
+
+default_scope = 'mmpretrain'
+visualizer = dict(type='UniversalVisualizer', vis_backends=_base_.vis_backends)
 
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -13,5 +16,7 @@ train_cfg = dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=40, val_int
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'))
+    logger=dict(interval=10),
+    checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'),
+    visualization=dict(type='VisualizationHook', enable=False))
 randomness = dict(seed=0)

@@ -1,5 +1,9 @@
 """A few minutes on two CPU cores."""
-_base_ = '../default_runtime_det.py'
+_base_ = '../runtime.py'
+
+default_scope = 'mmdet'
+visualizer = dict(type='DetLocalVisualizer', vis_backends=_base_.vis_backends, name='visualizer')
+log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -13,5 +17,7 @@ train_cfg = dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=12, val_int
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP'))
+    logger=dict(interval=10),
+    checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP'),
+    visualization=dict(type='DetVisualizationHook'))
 randomness = dict(seed=0)

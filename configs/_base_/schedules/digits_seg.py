@@ -1,5 +1,10 @@
 """A few minutes on two CPU cores."""
-_base_ = '../default_runtime_seg.py'
+_base_ = '../runtime.py'
+
+default_scope = 'mmseg'
+visualizer = dict(type='SegLocalVisualizer', vis_backends=_base_.vis_backends, name='visualizer')
+log_processor = dict(by_epoch=False)
+tta_model = dict(type='SegTTAModel')
 
 max_iters, interval = 1200, 400
 optim_wrapper = dict(
@@ -14,7 +19,8 @@ train_cfg = dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=max_iters, va
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(interval=interval, max_keep_ckpts=1, save_best='mIoU'))
+    logger=dict(interval=10, log_metric_by_epoch=False),
+    checkpoint=dict(by_epoch=False, interval=interval, max_keep_ckpts=1, save_best='mIoU'),
+    visualization=dict(type='SegVisualizationHook'))
 randomness = dict(seed=0)
 del max_iters, interval

@@ -1,8 +1,11 @@
 """20 epochs for a total batch of 64, from pre-trained weights: a tenth of the rate from scratch, no EMA.
 
-Where to begin, not what was found to be best.
+This is a starting point. It was not tuned.
 """
-_base_ = '../default_runtime_cls.py'
+_base_ = '../runtime.py'
+
+default_scope = 'mmpretrain'
+visualizer = dict(type='UniversalVisualizer', vis_backends=_base_.vis_backends)
 
 optim_wrapper = dict(
     type=_base_.amp_optim_wrapper,
@@ -15,5 +18,7 @@ param_scheduler = [
 train_cfg = dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=20, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'))
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'),
+    visualization=dict(type='VisualizationHook', enable=False))
 auto_scale_lr = dict(base_batch_size=64)

@@ -1,5 +1,8 @@
 """300 epochs for a total batch of 1024: warm-up from 1e-7, cosine to 1e-6, EMA of the weights."""
-_base_ = '../default_runtime_cls.py'
+_base_ = '../runtime.py'
+
+default_scope = 'mmpretrain'
+visualizer = dict(type='UniversalVisualizer', vis_backends=_base_.vis_backends)
 
 max_epochs, warmup_epochs, lr = 300, 20, 1e-3
 optim_wrapper = dict(
@@ -25,10 +28,12 @@ val_cfg = dict()
 test_cfg = dict()
 del max_epochs, warmup_epochs, lr
 
-# a decay of 0.9999
+# a momentum of 1e-4 is a decay of 0.9999
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL'),
 ]
-default_hooks = dict(checkpoint=dict(save_best='accuracy/top1'))
+default_hooks = dict(
+    checkpoint=dict(save_best='accuracy/top1'),
+    visualization=dict(type='VisualizationHook', enable=False))
 auto_scale_lr = dict(base_batch_size=1024)

@@ -1,0 +1,4 @@
+"""The door to OpenMMLab: everything that imports mmengine or mmcv, beside :mod:`mmlocalmamba.registry`.
+
+Configurations name what is registered here as ``mmlocalmamba.NAME``.
+"""

@@ -1,0 +1,97 @@
+"""Checkpoints given as ``load_from``, to resume or to test."""
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import BaseLoop
+
+from mmlocalmamba.backbones.base import find_backbone
+from mmlocalmamba.openmmlab.compat import weights_only
+from mmlocalmamba.registry import HOOKS
+from mmlocalmamba.weights.loading import REQUIREMENTS, fit, grouped, read, unwrap_model, weights_for
+
+
+@HOOKS.register_module()
+class LoadCheckpointHook(Hook):
+    """Convert the authors' checkpoints on the fly, and refuse checkpoints that do not fill the model.
+
+    It serves checkpoints given as ``load_from``, for resuming or testing. A training needs all weights of the backbone,
+    a test all weights of the model; MMEngine alone would go on with random weights. No code in a file is executed.
+
+    The hook runs before all others, because EMAHook loads what it finds in the checkpoint.
+
+    Args:
+        strict: False reports what is missing and goes on.
+        key: entry of the checkpoint that holds the weights; None for the first of STATE_DICT_KEYS.
+        allow: requirements of the weights that may differ: 'directions', 'stride', 'rope', 'cls_token'.
+    """
+    priority = 'HIGHEST'
+
+    def __init__(self, strict: bool = True, key: str | None = None, allow: Sequence[str] = ()) -> None:
+        self.strict, self.key, self.allow = strict, key, allow
+
+    def before_run(self, runner: Any) -> None:
+        if runner._load_from is not None:
+            runner._load_from = weights_only(runner._load_from)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Convert ``checkpoint`` in place; one of ours stays as it is.
+
+        Raises:
+            RuntimeError: the checkpoint is of the other backbone or for other scan directions; a training resumes from
+                it and it is the authors', or holds weights alone; with ``strict``, weights of the backbone (in a test,
+                of the model) are missing or have another shape.
+            ValueError: it holds no weights, or those of a model without a counterpart here.
+        """
+        model = unwrap_model(runner.model)
+        prefix, backbone = find_backbone(model)
+        if backbone is None:
+            return
+        contents = read(checkpoint, self.key, prefix)
+        # MMEngine would complain about one missing entry after the other.
+        if runner._resume and (contents.family is not None or 'message_hub' not in checkpoint):
+            held = 'has weights alone, no state of a training' if contents.family is None else \
+                f"is of {contents.family}'s authors"
+            raise RuntimeError(f'the checkpoint {held}: a training cannot resume from it, but start, with load_from '
+                               'and without resume')
+        own, weights = weights_for(contents, backbone, 'the checkpoint', self.allow)
+        found = fit(backbone, own)
+        lines = []
+        if found.missing or found.unfit:
+            lines.append(found.report(type(backbone).__name__, 'the checkpoint'))
+        if not isinstance(runner._train_loop, BaseLoop):  # a test: what is missing stays random
+            told = {contents.prefix + name for name in (*found.missing, *found.unfit)}
+            random = [name for name, value in model.named_parameters()
+                      if name not in told and (name not in weights or weights[name].shape != value.shape)]
+            if random:
+                lines.append(f'{len(random)} more parameters of {type(model).__name__} are not in the checkpoint or '
+                             f'have another shape, and this is a test, not a training: {", ".join(grouped(random))}')
+        if lines and self.strict:
+            report = '\n'.join(lines)
+            raise RuntimeError(f'{report}\nThe checkpoint is of another model. If you want a partial match, set '
+                               'strict=False on the LoadCheckpointHook in custom_hooks.')
+        if contents.family is not None:
+            lines = [*contents.remarks, *lines]
+        if lines:
+            print_log('\n  '.join(lines), logger='current', level=logging.WARNING)
+        raw = checkpoint.get('state_dict', {})
+        if not self.allow and raw.keys() == weights.keys() and all(raw[name] is weights[name] for name in raw):
+            return
+        checkpoint['state_dict'] = OrderedDict(weights)
+        checkpoint['state_dict']._metadata = OrderedDict(
+            (name, {key: value for key, value in entry.items() if key not in REQUIREMENTS or key not in self.allow})
+            for name, entry in contents.metadata.items())
+
+
+@HOOKS.register_module()
+class OfficialCheckpointHook(LoadCheckpointHook):
+    """The former name of :class:`LoadCheckpointHook`, for one version."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        warnings.warn('OfficialCheckpointHook is called LoadCheckpointHook now: change its name in custom_hooks',
+                      FutureWarning, stacklevel=2)
+        super().__init__(*args, **kwargs)

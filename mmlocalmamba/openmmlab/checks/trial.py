@@ -1,0 +1,214 @@
+"""Try a training without keeping anything: build it, check its data, make two steps (``check CONFIG``)."""
+import io
+import random
+import resource
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+
+from mmlocalmamba.backbones.base import find_backbone
+from mmlocalmamba.openmmlab import checks
+
+# Number of samples whose labels are counted, and number of samples that are loaded.
+_COUNTED, _LOADED = 20000, 3
+
+
+class _Report:
+    """Print lines at once, and count the problems."""
+
+    def __init__(self) -> None:
+        self.problems = 0
+
+    def line(self, word: str, text: str) -> None:
+        self.problems += word == 'problem'
+        print(f'{word:8}{text}', flush=True)
+
+    def attempt(self, what: str, function: Callable[[], Any], silent: bool = False) -> Any:
+        """Return the function's result; report a problem and return None if it fails. ``silent`` drops its output."""
+        try:
+            with redirect_stdout(io.StringIO()) if silent else nullcontext():
+                return function()
+        except Exception as error:  # configuration and data may raise any exception
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.line('problem', f'{what}: {type(error).__name__}: {error or "(no message)"} '
+                                 f'[{place.name}, {place.filename}:{place.lineno}]')
+            return None
+
+
+def isolated(cfg: Config, folder: str) -> Config:
+    """Return a copy of a configuration that runs in this process only, without logging, and writes into ``folder``."""
+    cfg = Config(cfg.to_dict())
+    cfg.merge_from_dict(dict(work_dir=folder, launcher='none', log_level='ERROR', resume=False,
+                             experiment_name=f'check_{Path(folder).name}',
+                             vis_backends=[dict(type='LocalVisBackend')]))
+    if 'visualizer' in cfg:
+        cfg.visualizer.update(vis_backends=cfg.vis_backends, name=cfg.experiment_name)
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(key):
+            cfg[key].update(num_workers=0, persistent_workers=False)
+            for option in ('prefetch_factor', 'timeout', 'multiprocessing_context'):
+                cfg[key].pop(option, None)
+    return cfg
+
+
+def labels_of(info: dict) -> list[int]:
+    """Return the class numbers of a sample from its ``get_data_info``, without loading it."""
+    if 'gt_label' in info:
+        return list(np.atleast_1d(info['gt_label']))
+    return [instance['bbox_label'] for instance in info.get('instances', ()) if not instance.get('ignore_flag')]
+
+
+def _describe_data(report: _Report, name: str, dataset: Any) -> None:
+    count, classes = len(dataset), dataset.metainfo.get('classes') or ()
+    report.line('', f'{name}: {type(dataset).__name__}, {count} samples, {len(classes)} classes')
+    seen = Counter(label for index in range(min(count, _COUNTED)) for label in labels_of(dataset.get_data_info(index)))
+    if seen and not isinstance(classes, str):
+        named = [f'{classes[label] if label < len(classes) else label}: {number}'
+                 for label, number in sorted(seen.items())]
+        report.line('', f'{name}: objects by class' + (f' (in the first {_COUNTED} samples)' * (count > _COUNTED))
+                    + f': {", ".join(named[:20])}{", ..." if len(named) > 20 else ""}')
+        empty = [str(classes[label]) for label in range(len(classes)) if label not in seen]
+        if empty and count <= _COUNTED:
+            report.line('note', f'{name}: no objects of {", ".join(empty[:20])}')
+
+
+def _load_samples(report: _Report, name: str, dataset: Any, made_for: int | None) -> None:
+    """Load the first sample and random ones, and compare the labels of label images with ``made_for`` classes."""
+    count = len(dataset)
+    for index in dict.fromkeys([0, *(random.randrange(count) for _ in range(_LOADED - 1))]):
+        info = dataset.get_data_info(index)
+        sample = report.attempt(f'{name}, sample {index} ({info.get("img_path")})', partial(dataset.__getitem__, index))
+        if sample is None:
+            continue
+        size = 'x'.join(map(str, sample['inputs'].shape)) if torch.is_tensor(sample.get('inputs')) else 'no tensor'
+        report.line('', f'{name}: sample {index}, {info.get("img_path")}: {size}')
+        labels = getattr(sample.get('data_samples'), 'gt_sem_seg', None)
+        if labels is not None and made_for is not None:
+            wrong = sorted(set(labels.data.unique().tolist()) - {*range(made_for), 255})
+            if wrong:
+                report.line('problem', f'{name}: {info.get("seg_map_path")} has the labels {wrong[:8]}, but the model '
+                                       f'has the classes 0 to {made_for - 1} (255 is ignored). If 0 is no class, set '
+                                       'reduce_zero_label=True: it subtracts 1 and ignores 0')
+
+
+def _peak(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return f'{torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB of GPU memory'
+    # Linux reports KiB.
+    return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB of memory in this process'
+
+
+def _synchronize(device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _step(report: _Report, runner: Runner, cfg: Config) -> None:
+    """Make two training steps and time the second."""
+    loop, device = runner.train_loop, next(runner.model.parameters()).device
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.optim_wrapper.initialize_count_status(runner.model, 0, 2)
+    runner.model.train()
+    batch = next(iter(loop.dataloader))
+    for _ in range(2):
+        start = _synchronize(device)
+        losses = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
+    seconds = _synchronize(device) - start
+    broken = [name for name, value in losses.items() if not torch.as_tensor(value).isfinite().all()]
+    if broken:
+        report.line('problem', f'NaN or Inf in {", ".join(broken)} of the first steps')
+    size = loop.dataloader.batch_size or getattr(loop.dataloader.batch_sampler, 'batch_size', len(batch['inputs']))
+    report.line('', f'step of {size} images on {device}: {seconds:.2f} s, at most {_peak(device)}; losses '
+                + ', '.join(f'{name} {float(torch.as_tensor(value).sum()):.3g}' for name, value in losses.items()))
+    steps = loop.max_iters
+    hours, minutes = divmod(round(steps * seconds / 60), 60)
+    report.line('', f'training: {steps} steps, about {hours} h {minutes} min on this {device.type} at this speed, '
+                    'without data loading and validation')
+    base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
+    accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if base and size * accumulated != base:
+        rate = cfg.optim_wrapper.optimizer.lr
+        report.line('note', f'the learning rate {rate:g} is for {base} images a step, one process has '
+                            f'{size * accumulated}: train on {base / size / accumulated:g} GPUs, or set '
+                            f'optim_wrapper.optimizer.lr={rate * size * accumulated / base:.3g} or --auto-scale-lr')
+
+
+def _validate(runner: Runner) -> None:
+    batch = next(iter(runner.val_loop.dataloader))
+    runner.model.eval()
+    with torch.no_grad():
+        outputs = runner.model.val_step(batch)
+    runner.val_loop.evaluator.process(data_samples=outputs, data_batch=batch)
+    runner.val_loop.evaluator.evaluate(len(outputs))
+
+
+def check(cfg: Config) -> bool:
+    """Build a training, check its data, make two training steps and one validation step, and print the findings.
+
+    Nothing is kept; ``cfg`` is not changed.
+
+    Args:
+        cfg: complete configuration of a training.
+
+    Returns:
+        True if no problems were found.
+    """
+    report = _Report()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        _check(report, isolated(cfg, folder))
+        MMLogger.get_current_instance().handlers.clear()  # its log file is in the removed folder
+    print(f'\n{report.problems} problems found, see above.' if report.problems else '\nNo problems found.')
+    return not report.problems
+
+
+def _check(report: _Report, cfg: Config) -> None:
+    runner = report.attempt('building the model', lambda: Runner.from_cfg(cfg))
+    if runner is None:
+        return
+    model = runner.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    report.line('', f'model: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, '
+                    f'{trained:,} of them trained, on {next(model.parameters()).device}')
+    backbone = find_backbone(model)[1]
+
+    for problem in checks.configuration_problems(cfg):
+        report.line('problem', problem)
+    report.attempt('weights to start from', model.init_weights)
+    if backbone is None:
+        report.line('note', 'the model has no backbone of mmlocalmamba')
+    elif not backbone.pretrained_checkpoints() and not cfg.get('load_from'):
+        report.line('note', f'{type(backbone).__name__} {checks.FROM_SCRATCH}')
+    else:
+        report.line('', f'weights: {", ".join(backbone.pretrained_checkpoints()) or cfg.load_from}')
+    loop = report.attempt('training data', lambda: runner.train_loop, silent=True)
+    val_loop = report.attempt('validation data', lambda: runner.val_loop, silent=True)
+    if loop is None:
+        return
+    train = loop.dataloader.dataset
+    val, evaluator = (None, None) if val_loop is None else (val_loop.dataloader.dataset, val_loop.evaluator)
+    for problem in report.attempt('classes', lambda: checks.problems(model, train, val, evaluator)) or ():
+        report.line('problem', problem)
+    made_for = min((head.num_classes for head in checks.heads(model).values()), default=None)
+    for name, dataset in (('training', train), ('validation', val)):
+        if dataset is not None and len(dataset):
+            report.attempt(name, partial(_describe_data, report, name, dataset))
+            _load_samples(report, name, dataset, made_for)
+    if not report.problems:
+        report.attempt('a step of training', lambda: _step(report, runner, cfg))
+    if not report.problems and val_loop is not None:
+        report.attempt('a step of validation', lambda: _validate(runner), silent=True)

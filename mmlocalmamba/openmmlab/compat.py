@@ -1,0 +1,72 @@
+"""The differences between the OpenMMLab and OneDL packages, and between MMEngine's ways to load a checkpoint."""
+import logging
+from typing import Any
+
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
+
+from mmlocalmamba import files
+from mmlocalmamba.files import SCHEME, SUFFIX, load_checkpoint
+
+# A scheme of MMEngine's checkpoint loader: what follows is loaded by load_checkpoint.
+WEIGHTS_ONLY = 'weights_only:'
+
+
+# ---- messages of the core ----
+
+
+class _ToMMEngine(logging.Handler):
+    """Hand log records on to MMEngine's current logger."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_log(record.getMessage(), logger='current', level=record.levelno)
+
+
+def send_messages_to_mmengine() -> None:
+    """Send the messages of the core to MMEngine's log, once however often it is called."""
+    logger = logging.getLogger('mmlocalmamba')
+    if not any(isinstance(handler, _ToMMEngine) for handler in logger.handlers):
+        logger.addHandler(_ToMMEngine())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+# ---- checkpoints ----
+
+
+def _getattr_of_history(owner: Any, name: str) -> Any:
+    """Stand in for getattr in pickles: it returns statistics methods of HistoryBuffer and nothing else."""
+    HistoryBuffer()  # the first instance in a process fills the table
+    if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
+        return getattr(HistoryBuffer, name)
+    raise RuntimeError(f'a checkpoint asks for attribute {name!r} of {owner!r}: refused')
+
+
+# Our own way to read checkpoints gives MMEngine's HistoryBuffers instead of stand-ins.
+files.replace_in_pickles(**{'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
+                            'builtins.getattr': _getattr_of_history})
+
+
+def load_from_weights_only(name: str, map_location: Any = None) -> Any:
+    """Load for MMEngine, see :func:`register_loader`. MMEngine shows users the end of this function's name."""
+    return load_checkpoint(name.removeprefix(WEIGHTS_ONLY), map_location)
+
+
+def register_loader() -> None:
+    """Let MMEngine load by :func:`mmlocalmamba.files.load_checkpoint`: names of :func:`weights_only`, packaged weights
+    and safetensors files."""
+    # MMEngine takes the beginning of a path for a regular expression.
+    CheckpointLoader.register_scheme([WEIGHTS_ONLY, SCHEME, rf'.*\{SUFFIX}$'], load_from_weights_only, force=True)
+
+
+def weights_only(path: str) -> str:
+    """Return the name under which MMEngine loads a file or http(s) URL by :func:`mmlocalmamba.files.load_checkpoint`.
+
+    Both stacks load URLs without weights_only, and OneDL's loader tries again without it when a file was refused.
+    Neither names the file in its errors. Paths of other schemes are returned as they are.
+    """
+    path = str(path)
+    if path.startswith(WEIGHTS_ONLY) or '://' in path and not path.startswith(('http://', 'https://', SCHEME)):
+        return path
+    register_loader()
+    return f'{WEIGHTS_ONLY}{path}'

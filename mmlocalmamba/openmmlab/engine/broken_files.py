@@ -1,0 +1,170 @@
+"""Name or skip data files that cannot be read."""
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import mmcv
+from mmengine import dist
+from mmengine.fileio import get
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+
+from mmlocalmamba.files import write_whole
+from mmlocalmamba.openmmlab.engine.loops import require_resumable_loop
+from mmlocalmamba.registry import HOOKS
+
+SKIPPED_FILE = 'skipped_files.txt'
+
+
+def _can_be_read(path: str) -> bool:
+    """Return True if both decoders can read the file: OpenCV decodes images, Pillow decodes label images."""
+    try:
+        content = get(path)
+        return all(mmcv.imfrombytes(content, flag='unchanged', backend=backend) is not None
+                   for backend in ('cv2', 'pillow'))
+    except Exception:  # decoders raise exceptions of many types
+        return False
+
+
+class SkippedFiles:
+    """A text file with one skipped file a line, to which processes and workers append up to a limit.
+
+    Some file systems and platforms have no locks. So names are appended without one, and the first ``limit`` different
+    lines count.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        """Return the names in the order in which they were added."""
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding='utf-8') as file:
+            return list(dict.fromkeys(file.read().splitlines()))
+
+    def add(self, new: Iterable[str], limit: int) -> tuple[bool, bool]:
+        """Add names.
+
+        Returns:
+            Whether all of ``new`` are among the first ``limit`` names, and whether any of them was not listed before.
+        """
+        missing = [name for name in new if name not in self.names()]
+        if len(self.names()) + len(missing) > limit:
+            return False, True
+        while left := [name for name in missing if name not in self.names()]:  # network file systems may lose lines
+            with open(self.path, 'ab', buffering=0) as file:
+                file.write(''.join(f'{name}\n' for name in left).encode())
+        return set(missing) <= set(self.names()[:limit]), bool(missing)
+
+
+class _Reader:
+    """Replacement of a dataset's ``prepare_data`` that names or skips broken files.
+
+    Returns None for a skipped sample; the dataset then draws another one at random.
+    """
+
+    def __init__(self, dataset: Any, skipped: SkippedFiles | None = None, limit: int = 0) -> None:
+        self.dataset, self.skipped, self.limit = dataset, skipped, limit
+
+    def __call__(self, index: int) -> Any:
+        try:
+            return type(self.dataset).prepare_data(self.dataset, index)
+        except Exception as error:
+            files = [value for key, value in self.dataset.get_data_info(index).items()
+                     if key.endswith('_path') and isinstance(value, str)]
+            broken = [path for path in files if not _can_be_read(path)]
+            sample = f'sample {index} of {type(self.dataset).__name__}'
+            message = (f'{" and ".join(broken)} cannot be read: {sample}' if broken
+                       else f'{sample} cannot be loaded from {" and ".join(files)}')
+            message += f' ({type(error).__name__}: {error})'
+            if isinstance(error, KeyError) and error.args == ('mask', ):
+                message += (": one of its objects has a box but no polygon ('segmentation'). To train on boxes alone, "
+                            'use a configuration without masks: faster-rcnn_localvmamba-* or retinanet_localvmamba-*')
+            if not broken or not self.limit or self.skipped is None:
+                raise RuntimeError(message) from error
+            allowed, new = self.skipped.add(broken, self.limit)
+            if not allowed:
+                raise RuntimeError(f'{message}. {len(self.skipped.names())} files were skipped before, see '
+                                   f'{self.skipped.path}; BrokenFilesHook(skip=...) sets the limit') from error
+            if new:
+                print_log(f'{message}. Another sample replaces it', logger='current', level=logging.WARNING)
+            return None
+
+
+def leaf_datasets(dataset: Any) -> Iterator[Any]:
+    """Yield the datasets inside nested wrappers, or the dataset itself if it wraps none."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    if inner[0] is None:
+        yield dataset
+    else:
+        for part in inner:
+            yield from leaf_datasets(part)
+
+
+@HOOKS.register_module()
+class BrokenFilesHook(Hook):
+    """Name the sample that cannot be loaded and its missing or damaged files.
+
+    The hook watches the data of training, validation and test, and the held-out data of a direction search.
+
+    Args:
+        skip: number of different files that a training may skip. Random other samples of the dataset replace them.
+            Each skipped file is logged as a warning and listed in ``skipped_files.txt`` in the work directory.
+            Validation and test never skip files.
+
+    Raises:
+        RuntimeError: if a sample cannot be loaded.
+        ValueError: if ``skip`` is negative; before training, if the training loop is not one of mmlocalmamba, whose
+            workers start only after the hook.
+    """
+
+    def __init__(self, skip: int = 0) -> None:
+        if skip < 0:
+            raise ValueError(f'skip must be at least 0, got {skip}')
+        self.skip = skip
+        self.watched: list[Any] = []
+
+    def _watch(self, loader: Any, *args: Any) -> None:
+        for dataset in leaf_datasets(loader.dataset):
+            if hasattr(dataset, 'prepare_data') and dataset not in self.watched:
+                dataset.prepare_data = _Reader(dataset, *args)
+                self.watched.append(dataset)
+
+    def _release(self) -> None:
+        while self.watched:
+            del self.watched.pop().prepare_data
+
+    def before_train(self, runner: Any) -> None:
+        loop = require_resumable_loop(runner, self, 'whose workers start after the hook')
+        skipped = SkippedFiles(os.path.join(runner.work_dir, SKIPPED_FILE))
+        if not runner._resume and dist.is_main_process() and os.path.exists(skipped.path):
+            os.remove(skipped.path)
+        dist.barrier()
+        loop.at_end.callback(self._release)
+        for stream in loop.loaders.streams.values():
+            self._watch(stream.loader, skipped, self.skip)
+        if runner.val_loop is not None:
+            self._watch(runner.val_loop.dataloader)
+
+    def before_val(self, runner: Any) -> None:
+        self._watch(runner.val_loop.dataloader)
+
+    def before_test(self, runner: Any) -> None:
+        self._watch(runner.test_loop.dataloader)
+
+    def after_val(self, runner: Any) -> None:
+        if runner._train_loop is None or isinstance(runner._train_loop, dict):  # no training continues
+            self._release()
+
+    def after_test(self, runner: Any) -> None:
+        self._release()
+
+    @dist.master_only
+    def after_train(self, runner: Any) -> None:
+        skipped = SkippedFiles(os.path.join(runner.work_dir, SKIPPED_FILE))
+        if names := skipped.names():
+            write_whole(skipped.path, ''.join(f'{name}\n' for name in names))  # without duplicates
+            print_log(f'{len(names)} files were skipped in the training, see {skipped.path}', logger='current',
+                      level=logging.WARNING)

@@ -1,0 +1,340 @@
+"""Exported files compute what the models compute, in the runtimes that read them, and a bad one is not left behind."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from deployment import evaluate, export
+from mmengine.config import Config
+from torch import nn
+
+from mmlocalmamba import directions as scans
+from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.deployment import exporting, graphs, runtimes
+from mmlocalmamba.openmmlab import deployment
+
+ROOT = Path(__file__).parents[2]
+
+
+class OfBackbone(graphs.Graph):
+    task = 'features'
+
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.outputs = tuple(f'out_{index}' for index in range(len(backbone.out_indices)))
+
+    def forward(self, images):
+        return tuple(self.model(images))
+
+
+def randomised(model):
+    """Untrained models hide what biases, skip weights and norms do."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def vmamba(directions=('h', 'v_flip', 'w3', 'w2_flip'), **options):
+    return LocalVMamba(dict(embed_dims=[16, 24], depths=[1, 1]), directions=[list(directions)] * 2,
+                       out_indices=(0, 1), drop_path_rate=0., **options)
+
+
+def vim(**options):
+    arch = dict(embed_dims=16, num_layers=2, directions=['h', 'v', 'w2_flip', 'w3'])
+    return LocalVim(arch, img_size=40, patch_size=8, drop_path_rate=0., **{
+        'out_type': 'featmap', 'out_indices': (0, 1), **options})
+
+
+@pytest.fixture
+def spiral():
+    if 'rows_from_below' not in scans._SCANS:
+
+        @scans.register_scan('rows_from_below')
+        def _rows_from_below(H, W):
+            tokens = torch.arange(H * W, dtype=torch.int32).view(H, W).flip(0)
+            return torch.nn.functional.pad(tokens, (0, 1), value=-1).flatten()
+
+    yield
+    scans._SCANS.pop('rows_from_below')
+
+
+CASES = {
+    'windows with pads': lambda: vmamba(),
+    'without pads': lambda: vmamba(window_pad='none', scattn=False),
+    'one state, spatial gate': lambda: LocalVMamba(
+        dict(embed_dims=[16], depths=[1], d_state=1), directions=['h', 'w2_flip'], scattn=dict(spatial=True)),
+    'own scan': lambda: vmamba(('h', 'rows_from_below', 'rows_from_below_flip'), scattn=False),
+    'vim': lambda: vim(),
+    'vim, class token': lambda: vim(cls_token='middle', rope=False, out_type='cls_token', out_indices=(-1, )),
+    'vim, flipped token, overlapping patches': lambda: vim(cls_token='vim', rope=False, stride=4),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.slow
+def test_onnx_equals_eager(case, spiral, tmp_path):
+    """At a size that no patch and no window divides, in ONNX Runtime; stock operators alone."""
+    graph = OfBackbone(randomised(CASES[case]())).eval()
+    images = np.random.default_rng(1).standard_normal((1, 3, 44, 52), dtype=np.float32)
+    path = str(tmp_path / 'model.onnx')
+    exporting.to_onnx(graph, images.shape[-2:], path, {})
+    loaded = onnx.load(path)
+    assert {entry.domain for entry in loaded.opset_import} == {''}
+    blocks = sum(hasattr(module, 'ssm') for module in graph.modules())
+    assert sum(node.op_type == 'Scan' for node in loaded.graph.node) == blocks  # all directions in one
+    expected = exporting.run_eager(graph, torch.from_numpy(images))
+    for a, b in zip(expected, runtimes.open_file(path, threads=1).run(images), strict=True):
+        np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.slow
+def test_any_number_of_images(tmp_path):
+    graph, path = OfBackbone(randomised(vmamba())).eval(), str(tmp_path / 'model.onnx')
+    exporting.to_onnx(graph, (32, 32), path, {}, any_batch=True)
+    run = runtimes.open_file(path, threads=1).run
+    for batch in (1, 3):
+        images = np.random.default_rng(batch).standard_normal((batch, 3, 32, 32), dtype=np.float32)
+        for a, b in zip(exporting.run_eager(graph, torch.from_numpy(images)), run(images), strict=True):
+            np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
+
+
+def test_softplus_is_torchs():
+    x = torch.linspace(-30, 30, 100001, dtype=torch.float64)
+    from mmlocalmamba.ops.backends.onnx import _softplus
+    torch.testing.assert_close(_softplus(x), nn.functional.softplus(x, threshold=100.), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize('plain', [False, True])
+@pytest.mark.slow
+def test_programs_of_torch(plain, tmp_path):
+    """A plain one names no operator of ours, and metadata come back."""
+    graph, path = OfBackbone(randomised(vim())).eval(), str(tmp_path / 'model.pt2')
+    images = np.random.default_rng(1).standard_normal((1, 3, 44, 52), dtype=np.float32)
+    exporting.to_pt2(graph, (44, 52), path, dict(task='features'), plain=plain)
+    opened = runtimes.open_file(path)
+    assert opened.metadata == dict(task='features')
+    for a, b in zip(exporting.run_eager(graph, torch.from_numpy(images)), opened.run(images), strict=True):
+        np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
+    names = {str(node.target) for node in torch.export.load(path).graph.nodes}
+    assert any('mmlocalmamba' in name for name in names) != plain
+
+
+# The command.
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    """A configuration of a small classifier of digits, and a checkpoint of it."""
+    folder = tmp_path_factory.mktemp('classifier')
+    config = folder / 'tiny.py'
+    config.write_text(f"""_base_ = '{ROOT}/configs/localvmamba-nano_digits.py'
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=[16, 24], depths=[1, 1], directions=['h', 'v', 'w2', 'w2_flip'])),
+    head=dict(in_channels=24))
+""")
+    model, _ = deployment.load_model(Config.fromfile(str(config)), None)
+    checkpoint = folder / 'tiny.pth'
+    torch.save(dict(state_dict=randomised(model).state_dict(),
+                    meta=dict(dataset_meta=dict(classes=[f'digit {index}' for index in range(10)]))), checkpoint)
+    return str(config), str(checkpoint)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['export.py', *map(str, arguments)])
+    export.main()
+
+
+@pytest.mark.slow
+def test_command(classifier, tmp_path, monkeypatch, capsys):
+    """A file with what its user must know, checked; smaller numbers; nothing else is left."""
+    sizes = {}
+    for weights in ('float32', 'float16', 'int8'):
+        out = tmp_path / f'{weights}.onnx'
+        run(monkeypatch, *classifier, out, '--shape', 32, 32, '--weights', weights)
+        assert 'largest error' in capsys.readouterr().out
+        sizes[weights] = out.stat().st_size
+        opened = runtimes.open_file(str(out))
+        assert opened.metadata['classes'][3] == 'digit 3'
+        assert opened.metadata['task'] == 'classification'
+        assert (opened.metadata['height'], opened.metadata['width']) == (32, 32)
+        cfg = Config.fromfile(classifier[0])
+        assert opened.metadata['mean'] == list((cfg.model.get('data_preprocessor') or cfg.data_preprocessor)['mean'])
+    assert sizes['float16'] < 0.8 * sizes['float32']
+    assert sorted(os.listdir(tmp_path)) == ['float16.onnx', 'float32.onnx', 'int8.onnx']
+
+
+@pytest.mark.slow
+def test_what_disagrees_is_not_left(classifier, tmp_path, monkeypatch):
+    """Here the file's weights are halved after it was written; an older file stays."""
+    out = tmp_path / 'model.onnx'
+    out.write_text('older')
+
+    def to_onnx(graph, shape, path, *args):
+        with torch.no_grad():
+            graph.model.head.fc.weight /= 2
+            count = original(graph, shape, path, *args)
+            graph.model.head.fc.weight *= 2
+        return count
+
+    original = exporting.to_onnx
+    monkeypatch.setattr(exporting, 'to_onnx', to_onnx)
+    with pytest.raises(SystemExit, match='was not written: it differs from PyTorch'):
+        run(monkeypatch, *classifier, out, '--shape', 32, 32)
+    assert out.read_text() == 'older' and os.listdir(tmp_path) == ['model.onnx']
+
+
+class Unknown(nn.Module):
+
+    def forward(self, x):
+        return torch.linalg.eigvals(x @ x.mT).real.sum(-1, keepdim=True) + x
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (('OUT.txt', ), 'the name must end in .onnx or .pt2'),
+    (('OUT.onnx', '--aoti'), 'for .pt2 files'),
+    (('OUT.onnx', '--shape', '2', '40'), 'smaller than a patch of 4x4'),
+    (('OUT.onnx', '--check', 'nowhere.png'), 'the image cannot be read'),
+    (('OUT.onnx', '--cfg-options', 'model.head.num_classes=7'), 'not a checkpoint of this ImageClassifier'),
+])
+def test_bad_input(classifier, arguments, message, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, *classifier, tmp_path / arguments[0], *arguments[1:])
+    assert message in f'{error.value} {capsys.readouterr().err}'
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_operator_without_counterpart(classifier, tmp_path, monkeypatch):
+    """It is named, and the remedy."""
+    def load_model(cfg, checkpoint):
+        model, classes = original(cfg, checkpoint)
+        model.backbone.norm1 = Unknown()
+        return model, classes
+
+    original = deployment.load_model
+    monkeypatch.setattr(export, 'load_model', load_model)
+    with pytest.raises(SystemExit, match=r'linalg_eig.*--features'):
+        run(monkeypatch, *classifier, tmp_path / 'model.onnx', '--shape', 32, 32)
+    assert not os.listdir(tmp_path)
+
+
+def test_open_refuses(tmp_path):
+    (tmp_path / 'file.pt2').write_text('no package')
+    with pytest.raises(ValueError, match='neither an ONNX file'):
+        runtimes.open_file(str(tmp_path / 'file.pt2'))
+    with pytest.raises(ValueError, match='not read by aoti'):
+        runtimes.open_file('model.onnx', 'aoti')
+
+
+# Detectors and segmentors.
+
+def small(name):
+    cfg = Config.fromfile(f'{ROOT}/configs/{name}.py')
+    cfg.model.backbone.arch = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1],
+                                   directions=['h', 'v', 'w2', 'w2_flip'])
+    for part in ('neck', 'decode_head'):
+        if part in cfg.model:
+            cfg.model[part].in_channels = [8, 16, 24, 32]
+    return cfg
+
+
+@pytest.mark.parametrize('name', ['mask-rcnn_localvmamba-nano_digits', 'faster-rcnn_localvmamba-nano_digits'])
+@pytest.mark.slow
+def test_detectors(name, tmp_path):
+    """The graph finds what MMDetection's own predict finds, and the file what the graph finds."""
+    from mmdet.structures import DetDataSample
+    torch.manual_seed(0)
+    cfg = small(name)
+    model = deployment.load_model(cfg, None)[0]
+    with torch.no_grad():  # scores that differ
+        model.rpn_head.rpn_cls.weight *= 2
+        model.rpn_head.rpn_reg.weight *= 5
+        model.roi_head.bbox_head.fc_cls.weight *= 8
+    graph = graphs.graph_of(model, (96, 64))
+    images = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(3))
+    expected = exporting.run_eager(graph, images)
+    sample = DetDataSample(metainfo=dict(img_shape=(96, 64), ori_shape=(96, 64), pad_shape=(96, 64),
+                                         batch_input_shape=(96, 64), scale_factor=(1., 1.)))
+    with torch.no_grad():
+        own = model.predict(images, [sample], rescale=False)[0].pred_instances
+    count = len(own)
+    assert count > 3 and (expected[1] >= 0).sum() == count
+    torch.testing.assert_close(expected[0][:count, 4], own.scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(expected[0][:count, :4], own.bboxes, atol=1e-3, rtol=1e-4)
+    assert expected[1][:count].tolist() == own.labels.tolist() and (expected[1][count:] == -1).all()
+    assert len(expected) == (3 if 'masks' in own else 2)
+    path = str(tmp_path / 'model.onnx')
+    exporting.to_onnx(graph, (96, 64), path, {})
+    found = runtimes.open_file(path, threads=1).run(images.numpy())
+    (line, error), = exporting.errors(graph, [value.numpy() for value in expected], found)
+    assert error < 1e-4, line
+
+
+def test_errors_of_detections():
+    """Those that are equal may change places; what is missing, or of another label, is an error."""
+    graph = type('G', (), dict(task='detection', outputs=('boxes', 'labels')))
+    boxes = np.array([[0, 0, 10, 10, .9], [5, 5, 20, 20, .8], [0, 0, 0, 0, 0]], dtype=np.float32)
+    labels = np.array([1, 2, -1])
+    order = [1, 0, 2]
+    assert next(exporting.errors(graph, [boxes, labels], [boxes[order], labels[order]]))[1] == 0
+    assert next(exporting.errors(graph, [boxes, labels], [boxes, labels[order]]))[1] == np.inf
+    assert next(exporting.errors(graph, [boxes, labels], [boxes, np.array([1, 2, 2])]))[1] == np.inf
+    shifted = boxes.copy()
+    shifted[0, 0] += 0.1
+    assert next(exporting.errors(graph, [boxes, labels], [shifted, labels]))[1] == pytest.approx(0.1 / 20)
+
+
+@pytest.mark.slow
+def test_segmentor(tmp_path):
+    cfg = small('upernet_localvmamba-nano_digits')
+    model = randomised(deployment.load_model(cfg, None)[0])
+    graph = graphs.graph_of(model, (64, 96))
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+    expected, = exporting.run_eager(graph, images)
+    assert expected.shape == (1, cfg.model.decode_head.num_classes, 64, 96)
+    path = str(tmp_path / 'model.onnx')
+    exporting.to_onnx(graph, (64, 96), path, json.loads(json.dumps(deployment.metadata(cfg, graph, (64, 96), None))))
+    found, = runtimes.open_file(path, threads=1).run(images.numpy())
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+
+
+def test_other_detectors_give_their_features(tmp_path):
+    cfg = small('retinanet_localvmamba-nano_digits')
+    model = deployment.load_model(cfg, None)[0]
+    with pytest.raises(NotImplementedError, match='RetinaNet.*--features'):
+        graphs.graph_of(model, (64, 64))
+    graph = graphs.graph_of(model, (64, 64), features=True)
+    assert len(exporting.run_eager(graph, torch.zeros(1, 3, 64, 64))) == len(graph.outputs) > 3
+
+
+@pytest.mark.parametrize(('name', 'shape', 'metric'), [
+    ('localvmamba-nano_digits', (32, 32), 'accuracy/top1'),
+    ('upernet_localvmamba-nano_digits', (128, 128), 'mIoU'),
+])
+@pytest.mark.slow
+def test_metrics_of_a_file(name, shape, metric, configuration, tmp_path, monkeypatch, capsys):
+    """They are those that the model itself has on the same data."""
+    from mmengine.runner import Runner
+    cfg = configuration(name)
+    runner = Runner.from_cfg(cfg)
+    with torch.no_grad():
+        randomised(runner.model)
+    checkpoint = tmp_path / 'weights.pth'
+    meta = dict(dataset_meta=runner.test_dataloader.dataset.metainfo)
+    torch.save(dict(state_dict=runner.model.state_dict(), meta=meta), checkpoint)
+    expected = runner.test()[metric]
+    assert expected > 0
+    model, classes = deployment.load_model(cfg, str(checkpoint))
+    graph, path = graphs.graph_of(model, shape), str(tmp_path / 'model.onnx')
+    exporting.to_onnx(graph, shape, path, deployment.metadata(cfg, graph, shape, classes))
+    cfg.dump(tmp_path / 'whole.py')
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'whole.py'), path, '--threads', '1'])
+    capsys.readouterr()
+    evaluate.main()
+    found = dict(line.split(': ') for line in capsys.readouterr().out.splitlines() if ': ' in line)
+    assert float(found[metric]) == pytest.approx(expected, abs=2e-3 * max(1, abs(expected)))

@@ -1,0 +1,532 @@
+"""The Triton kernels against the reference in float64: on a GPU, or without one in Triton's interpreter.
+
+The interpreter proves the arithmetic and the masks, not that threads do not race.
+"""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_scan import assert_same, directional_inputs, run
+from torch.utils.checkpoint import checkpoint
+
+from mmlocalmamba import __main__ as main
+from mmlocalmamba import ops
+from mmlocalmamba.directions import ScanTables, scan_tables
+from mmlocalmamba.ops import directional_scan, library, selective_scan
+from mmlocalmamba.ops.backends.triton import host, tune, tuning
+from mmlocalmamba.ops.dispatch import choose
+
+pytest.importorskip('triton')
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+# Three chunks of steps (see chunks), pads, channels that fill no block.
+ODD = dict(batch=1, H=3, W=5, D=5, N=3, directions=('v_flip', 'w2'))
+
+
+@pytest.fixture(autouse=True)
+def numpy_scalars(monkeypatch):
+    """numpy 2.4 turns arrays of one element into integers no longer, which Triton 3.6's interpreter relies on."""
+    if DEVICE == 'cuda':
+        return
+    from triton.runtime import interpreter
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, '__index__', lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, '_patch_lang_tensor', patched)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel does not write is NaN."""
+    monkeypatch.setattr(host, '_empty', lambda *shape, **options: torch.full(shape, torch.nan, **options))
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    """Short ones, so that short sequences have several."""
+    monkeypatch.setattr(library, 'CHUNK', 8)
+
+
+@pytest.fixture(params=['sequential', 'segments'])
+def plan(request, monkeypatch):
+    """One program for a whole sequence, or several."""
+    if request.param == 'segments':
+        monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
+    else:
+        monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (1, -(-steps // 8) * 8))
+    return request.param
+
+
+def to_device(tables):
+    return ScanTables(*(table.to(DEVICE) for table in tables))
+
+
+def run_triton(inputs, tables, **kwargs):
+    result = run({name: x.to(DEVICE) for name, x in inputs.items()}, directional_scan, backend='triton',
+                 tables=to_device(tables), **kwargs)
+    return {name: x.cpu() for name, x in result.items()}
+
+
+def compare(rtol=2e-6, gradient_rtol=1e-5, dtype=torch.float32, omit=(), **kwargs):
+    inputs, tables = directional_inputs(dtype=dtype, **{**ODD, **kwargs})
+    for name in omit:
+        inputs.pop(name)
+    scan_order = dict(in_scan_order=kwargs.get('scan_order', False))
+    exact = run({name: x.double() for name, x in inputs.items()}, directional_scan, backend='reference',
+                tables=tables, **scan_order)
+    ours = run_triton(inputs, tables, **scan_order)
+    assert ours['y'].dtype == dtype and ours['last'].dtype == torch.float32
+    assert all(ours[name].dtype == x.dtype for name, x in inputs.items())
+    for outputs, limit in ((('y', 'last'), rtol), (inputs, gradient_rtol)):
+        assert_same(ours, {name: exact[name] for name in outputs}, limit)
+    return ours
+
+
+@pytest.mark.parametrize('N', [1, 2, 5, 16])
+def test_equals_reference(plan, N):
+    compare(N=N)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(scan_order=True),
+    dict(shared=False, pad=False),
+    dict(rank=3, batch=2),
+    dict(rank=1, scan_order=True, pad=False),
+    dict(H=1, W=1, D=1, N=1),
+    dict(H=1, W=9, D=33, N=2, directions=('h', )),  # two blocks of channels
+    dict(omit=('D', 'delta_bias')),
+], ids=str)
+@pytest.mark.slow
+def test_ways_to_call(plan, kwargs):
+    compare(**kwargs)
+
+
+@pytest.mark.parametrize('forward,backward', list(zip(*tuning.CANDIDATES.values(), strict=True)), ids=str)
+@pytest.mark.slow
+def test_every_block_size(monkeypatch, forward, backward):
+    """In segments, which takes all kernels, and on channels that fill no block: three of 16, two of 32, one of 64."""
+    monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
+    with tuning.forced('forward', forward), tuning.forced('backward', backward):
+        compare(H=1, W=11, D=37, directions=('w2_flip', ), rank=2)
+
+
+@pytest.mark.slow
+def test_tuning(monkeypatch, tuning_file, capsys):
+    """With a clock of our own: a candidate that fails and one that computes wrongly win no race, others do."""
+    choices = {kernel: candidates[:4] for kernel, candidates in tuning.CANDIDATES.items()}
+    wrong, broken = choices['forward'][1], choices['backward'][3]
+    monkeypatch.setattr(tuning, 'CANDIDATES', choices)
+    scan = directional_scan
+
+    def wrong_once(**inputs):
+        return scan(**inputs) * (1.1 if tuning._forced.get('forward') == wrong else 1)
+
+    def timer(function):
+        (kernel, choice), = tuning._forced.items()
+        if choice == broken:
+            raise RuntimeError('out of registers')
+        return dict(forward=[5., .1, 4., 6.], backward=[5., 4.95, 6.])[kernel][choices[kernel].index(choice)]
+
+    monkeypatch.setattr(ops, 'directional_scan', wrong_once)
+    shape = dict(batch=1, H=1, W=2, width=3, rank=1)
+    assert tune.tune(['float32'], [1], quick=True, device=DEVICE, shapes=[shape], timer=timer)
+    printed = capsys.readouterr().out
+    assert f'{wrong} is left out: ArithmeticError: results differ by 1.0e-01' in printed
+    assert f'{broken} is left out: RuntimeError: out of registers' in printed
+    assert str(tuning_file) in printed
+
+    problems = []
+    initialise = host._Problem.__init__
+
+    def spy(self, kernel, **inputs):
+        initialise(self, kernel, **inputs)
+        problems.append((kernel, self.flags['GROUP'], self.warps))
+
+    monkeypatch.setattr(host._Problem, '__init__', spy)
+    compare(N=1, H=1, W=3, D=2, directions=('h', ))
+    assert problems == [(kernel, choice.group, choice.warps) for kernel, choice in
+                        (('forward', choices['forward'][2]), ('backward', choices['backward'][0]))]
+
+
+def test_tuning_stops_where_the_built_in_sizes_fail(tuning_file):
+
+    def run_tune(error):
+
+        def timer(function):
+            raise error
+
+        return tune.tune(['float32'], [1], device=DEVICE, shapes=[dict(batch=1, H=1, W=1, width=1, rank=1)],
+                         timer=timer)
+
+    with pytest.raises(RuntimeError, match='the device is gone'):
+        run_tune(RuntimeError('the device is gone'))
+    assert not run_tune(torch.OutOfMemoryError())
+    assert not tuning_file.exists()
+
+
+def test_more_programs_than_are_launched_together(monkeypatch):
+    monkeypatch.setattr(host, '_BACKWARD_PROGRAMS', 3)
+    compare(batch=2, H=2, W=3)
+
+
+def test_large_rank_is_multiplied_outside(monkeypatch):
+    monkeypatch.setattr(host, '_MAX_RANK', 1)
+    compare(rank=2)
+
+
+@pytest.mark.parametrize('dtype,rtol', [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_low_precision_inputs_keep_a_float32_state(dtype, rtol):
+    compare(dtype=dtype, rtol=rtol, gradient_rtol=rtol)
+
+
+def test_mixed_precision():
+    """As under autocast: activations in 16 bits, parameters in 32."""
+    inputs, tables = directional_inputs(**ODD, rank=2, dtype=torch.bfloat16)
+    exact = run({name: x.double() for name, x in inputs.items()}, directional_scan, backend='reference', tables=tables)
+    parameters = ('A', 'D', 'delta_bias', 'dt_weight')
+    inputs = {name: x.float() if name in parameters else x for name, x in inputs.items()}
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        ours = run_triton(inputs, tables)
+    assert all(ours[name].dtype == x.dtype for name, x in inputs.items())
+    assert_same(ours, exact, 2e-2)
+    assert_same(ours, {'last': exact['last']}, 2e-6)
+
+
+def test_same_bits_every_time():
+    results = [compare(), compare()]
+    for name, x in results[0].items():
+        assert torch.equal(results[1][name], x), name
+
+
+def test_strides_do_not_matter():
+    inputs, tables = directional_inputs(**ODD, dtype=torch.float32)
+    strided = {name: torch.cat([x, x], -1).chunk(2, -1)[1].detach() for name, x in inputs.items()}
+    other = {name: x.detach().flip(0).repeat_interleave(2, -1)[..., ::2].flip(0) for name, x in inputs.items()}
+    results = [directional_scan(**{name: x.to(DEVICE) for name, x in each.items()}, tables=to_device(tables),
+                                delta_softplus=True, backend='triton') for each in (inputs, strided, other)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.slow
+def test_gradient_of_one_output_only(plan):
+    inputs, tables = directional_inputs(**ODD, dtype=torch.float32)
+    for pick in (0, 1):
+        grads = []
+        for backend, device in (('triton', DEVICE), ('reference', 'cpu')):
+            leaves = [x.detach().to(device).requires_grad_() for x in inputs.values()]
+            outputs = directional_scan(**dict(zip(inputs, leaves, strict=True)), delta_softplus=True, backend=backend,
+                                       return_last_state=True, tables=ScanTables(*(x.to(device) for x in tables)))
+            grads.append(torch.autograd.grad(outputs[pick].square().sum(), leaves, allow_unused=True))
+        for ours, expected in zip(*grads, strict=True):
+            ours = ours.cpu()
+            torch.testing.assert_close(ours, torch.zeros_like(ours) if expected is None else expected,
+                                       rtol=1e-4, atol=1e-5)
+
+
+def test_selective_scan():
+    torch.manual_seed(0)
+    batch, width, N, L = 1, 6, 2, 11
+    inputs = dict(u=torch.randn(batch, width, L), delta=torch.randn(batch, width, L), A=-torch.rand(width, N),
+                  B=torch.randn(batch, 2, N, L), C=torch.randn(batch, 2, N, L), D=torch.randn(width),
+                  z=torch.randn(batch, width, L), delta_bias=torch.randn(width))
+    exact = run({name: x.double() for name, x in inputs.items()}, selective_scan, backend='reference')
+    ours = run({name: x.to(DEVICE) for name, x in inputs.items()}, selective_scan, backend='triton')
+    assert_same({name: x.cpu() for name, x in ours.items()}, exact, 1e-5)
+
+
+def test_softplus_keeps_its_digits():
+    x = torch.cat([torch.linspace(-80, 40, 500), torch.tensor([-0., 20., 20.00001, 1e4])])
+    ones, one = torch.ones(1, 1, 1, x.numel(), device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE)
+    ours = directional_scan(ones, x.view(1, 1, 1, -1).to(DEVICE), torch.zeros(1, x.numel(), 1, device=DEVICE), one, one,
+                            in_scan_order=True, delta_softplus=True, backend='triton').flatten().cpu()
+    exact = torch.where(x > 20, x.double(), torch.nn.functional.softplus(x.double(), threshold=1000))
+    # Half of the error at -80 is that of x * log2(e).
+    assert ((ours.double() - exact) / exact / (1 + x.abs().clamp(max=90) / 8)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('shape', [(0, 3, 2), (1, 3, 0)])
+def test_empty(shape):
+    batch, L, width = shape
+    u, delta = (torch.zeros(batch, 1, L, width, device=DEVICE, requires_grad=True) for _ in range(2))
+    A = torch.zeros(1, width, 2, device=DEVICE, requires_grad=True)
+    B = torch.zeros(batch, 1, L, 2, device=DEVICE, requires_grad=True)
+    y = directional_scan(u, delta, A, B, B, in_scan_order=True, backend='triton')
+    assert y.shape == u.shape
+    y.sum().backward()
+    assert not B.grad.any() and A.grad.shape == A.shape
+
+
+@pytest.mark.parametrize('dtype,rtol', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('case', [dict(), dict(taps=1, D=65), dict(pad=False, bias=False, W=12)], ids=str)
+def test_convolution(monkeypatch, case, dtype, rtol):
+    case = {**dict(taps=4, D=5, pad=True, bias=True, H=3, W=5), **case}
+    generator = torch.Generator().manual_seed(0)
+    tables = scan_tables(('h', 'w2_flip'), case['H'], case['W'], pad=case['pad'])
+    shapes = dict(x=(2, case['H'] * case['W'], case['D']), weight=(2, case['D'], case['taps']), bias=(2, case['D']))
+    inputs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    if not case['bias']:
+        del inputs['bias']
+    results = []
+    for backend, device, kind in (('triton', DEVICE, dtype), ('reference', 'cpu', torch.float64)):
+        monkeypatch.setenv(ops.BACKEND_VARIABLE, backend)
+        leaves = {name: x.detach().to(device, kind, copy=True).requires_grad_() for name, x in inputs.items()}
+        y = ops.directional_conv(leaves['x'], leaves['weight'], leaves.get('bias'),
+                                 ScanTables(*(table.to(device) for table in tables)))
+        (y * torch.linspace(-1, 1, y.numel(), device=device, dtype=kind).view(y.shape)).sum().backward()
+        results.append(dict(y=y.detach().cpu(), **{name: x.grad.cpu() for name, x in leaves.items()}))
+        assert y.dtype == kind
+    assert_same(*results, rtol)
+
+
+def test_high_ranks_are_not_multiplied_in_16_bits(monkeypatch):
+    monkeypatch.setattr(host, '_MAX_RANK', 1)
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=24, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE, torch.bfloat16 if name in ('u', 'delta') else x.dtype)
+              for name, x in inputs.items()}
+    ours, exact = (directional_scan(**{name: x.to(dtype or x.dtype) for name, x in inputs.items()},
+                                    tables=to_device(tables), delta_softplus=True, return_last_state=True,
+                                    backend=backend)[1]
+                   for backend, dtype in (('triton', None), ('reference', torch.float64)))
+    assert (ours - exact).norm() / exact.norm() < 1e-5
+
+
+def operator(name, x):
+    return getattr(torch.ops.mmlocalmamba, name + host._suffix(x))
+
+
+@pytest.mark.parametrize('wanted', [[True, False, False, False, False, True, True], [False, True, True] + [False] * 4,
+                                    [False] * 3 + [False, True, False, False], [False] * 7], ids=str)
+@pytest.mark.slow
+def test_gradients_that_nobody_wants(wanted):
+    """They come out empty, the others as ever."""
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=2, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE) for name, x in inputs.items()}
+    tensors, src = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')], tables.src.to(DEVICE)
+    rest = (src, tables.inv.shape[1], inputs['delta_bias'], inputs['dt_weight'])
+    y, last, checkpoints = operator('directional_scan', src)(*tensors, *rest, True, False, True)
+    every, some = (operator('directional_scan_backward', src)(y, last, *tensors, *rest, checkpoints, True, False, mask)
+                   for mask in ([True] * 7, wanted))
+    for ours, expected, needed in zip(some, every, wanted, strict=True):
+        assert torch.equal(ours, expected) if needed else ours.numel() == 0
+    x, weight, inv = inputs['u'], torch.ones(2, 5, 4, device=DEVICE), tables.inv.to(DEVICE)
+    grad = torch.ones(x.shape[0], 2, src.shape[1], 5, device=DEVICE)
+    every, some = (operator('directional_conv_backward', src)(grad, x, weight, None, src, inv, mask)
+                   for mask in ([True] * 3, wanted[-3:]))
+    for ours, expected, needed in zip(some, every, wanted[-3:], strict=True):
+        assert torch.equal(ours, expected) if needed else ours.numel() == 0
+
+
+@pytest.mark.slow
+def test_opcheck():
+    """Shapes, strides and dtypes are as declared, which torch.compile relies on."""
+    utilities = ('test_schema', 'test_faketensor', 'test_autograd_registration')
+    for rank in (None, 2):
+        inputs, tables = directional_inputs(**{**ODD, 'H': 2}, rank=rank, dtype=torch.bfloat16)
+        inputs = {name: x.detach().to(DEVICE, torch.float32 if name == 'A' else x.dtype) for name, x in inputs.items()}
+        tensors, src = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')], tables.src.to(DEVICE)
+        rest = (src, tables.inv.shape[1], inputs['delta_bias'], inputs.get('dt_weight'))
+        op = operator('directional_scan', src)
+        backward = operator('directional_scan_backward', src)
+        torch.library.opcheck(op.default, (*tensors, *rest, True, False, True), test_utils=utilities)
+        y, last, checkpoints = op(*tensors, *rest, True, False, True)
+        for wanted in ([True] * 7, [False, True] * 3 + [False]):
+            torch.library.opcheck(backward.default, (y, last, *tensors, *rest, checkpoints, True, False, wanted),
+                                  test_utils=utilities)
+    x, weight, inv = inputs['u'], torch.randn(2, 5, 4, device=DEVICE), tables.inv.to(DEVICE)
+    conv = operator('directional_conv', src)
+    torch.library.opcheck(conv.default, (x, weight, None, src, inv), test_utils=utilities)
+    for wanted in ([True] * 3, [True, False, False], [False, True, False]):
+        torch.library.opcheck(operator('directional_conv_backward', src).default,
+                              (conv(x, weight, None, src, inv), x, weight, None, src, inv, wanted),
+                              test_utils=utilities)
+
+
+def test_compiles_without_a_graph_break():
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=2, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE).requires_grad_() for name, x in inputs.items()}
+    tables = to_device(tables)
+
+    def model(inputs):
+        return directional_scan(**inputs, tables=tables, delta_softplus=True, backend='triton')
+
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True, backend='aot_eager')):
+        y = function(inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize('name', ['LocalVMambaMixer', 'LocalVimMixer'])
+def test_mixers(name, monkeypatch):
+    """Whole mixers, checkpointed and under autocast, take the kernels."""
+    pytest.importorskip('mmengine')
+    from mmlocalmamba.layers import mixers
+    torch.manual_seed(0)
+    module = getattr(mixers, name)(4, ('v', 'w2_flip'), d_state=2, dt_rank=2, scattn=dict(reduction=2)).to(DEVICE)
+    x = torch.randn(1, 6, 4, device=DEVICE)
+    tables = scan_tables(module.directions, 2, 3, device=DEVICE)
+    arguments = (x, tables) if name == 'LocalVimMixer' else (x, (2, 3), tables)
+    results = []
+    for backend in ('triton', 'reference'):
+        monkeypatch.setenv(ops.BACKEND_VARIABLE, backend)
+        module.zero_grad()
+        y = checkpoint(module, *arguments, use_reentrant=False)
+        y.square().sum().backward()
+        results.append(dict(y=y.detach(), **{name: p.grad.clone() for name, p in module.named_parameters()
+                                             if p.grad is not None}))
+    assert_same(*results, 1e-3)  # gradients of norms are small differences of large numbers
+    monkeypatch.setenv(ops.BACKEND_VARIABLE, 'triton')
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        low = module(*arguments)
+    assert low.dtype == torch.bfloat16
+    assert_same(dict(y=low.detach()), dict(y=results[1]['y']), 3e-2)
+
+
+def test_bad_input_is_named():
+    inputs, tables = directional_inputs(**ODD, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run here: it computes in float32, .* torch.float64"):
+        directional_scan(**{name: x.double() for name, x in inputs.items()}, tables=tables, backend='triton')
+    with pytest.raises(ValueError, match='src must be an int32 table of 2 rows'):
+        run_triton(inputs, ScanTables(tables.src.long(), tables.inv))
+    with pytest.raises(TypeError, match='B must be float32, bfloat16 or float16, got torch.float64'):
+        tensors = {name: inputs[name].to(DEVICE) for name in ('u', 'delta', 'A', 'B', 'C')}
+        host._forward(**{**tensors, 'B': tensors['B'].double()}, D=None, src=None, tokens=45, delta_bias=None,
+                      dt_weight=None, delta_softplus=True, in_scan_order=False, save=False)
+
+
+def test_the_interpreter_is_never_chosen():
+    if DEVICE == 'cpu':
+        assert ops.available_backends(torch.empty(0))['triton'] is None
+        assert choose(torch.empty(0)).name != 'triton'
+    else:
+        assert choose(torch.empty(0, device=DEVICE)).name == 'triton'
+
+
+@pytest.mark.parametrize('sequences,blocks,steps,expected', [
+    (256, 6, 3136, 1),  # stage 1 at batch 64: 1536 programs
+    (8, 6, 66800, 44),  # detection: 48 programs
+    (4, 6, 3136, 49),  # one image: no segment is shorter than two chunks
+    (4, 48, 49, 1),
+])
+def test_segments(monkeypatch, sequences, blocks, steps, expected):
+    monkeypatch.undo()
+    monkeypatch.setattr(host, '_multiprocessors', lambda device: 132)
+    segments, length = host._segment(sequences, blocks, steps, 16, torch.device('cuda'))
+    assert segments == expected and length % library.CHUNK == 0 and (segments - 1) * length < steps <= segments * length
+
+
+gpu = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
+
+
+@gpu
+@pytest.mark.parametrize('H,W,D,N,rank,batch', [(28, 28, 384, 16, 12, 4), (200, 333, 40, 16, None, 1),
+                                                (13, 31, 200, 1, 5, 3), (9, 9, 130, 64, None, 2)])
+def test_real_sizes_without_races(monkeypatch, H, W, D, N, rank, batch):
+    """Against the chunked backend in float64, and the same bits three times."""
+    monkeypatch.setattr(library, 'CHUNK', 32)
+    inputs, tables = directional_inputs(batch=batch, H=H, W=W, D=D, N=N, rank=rank, dtype=torch.float32)
+    inputs = {name: x.detach().to(DEVICE) for name, x in inputs.items()}
+    exact = run({name: x.double() for name, x in inputs.items()}, directional_scan, backend='chunked',
+                tables=to_device(tables))
+    results = [run(inputs, directional_scan, backend='triton', tables=to_device(tables)) for _ in range(3)]
+    assert_same(results[0], exact, 1e-5)
+    for result in results[1:]:
+        for name, x in results[0].items():
+            assert torch.equal(result[name], x), name
+
+
+@gpu
+def test_more_than_32_bits_of_elements(monkeypatch):
+    monkeypatch.undo()
+    batch, K, L, D = 176, 4, 3136, 1024
+    tables = scan_tables(('h', 'v', 'w2', 'w7_flip'), 56, 56, device=DEVICE)
+    assert batch * K * L * D > 2 ** 31
+    u = torch.randn(batch, L, D, device=DEVICE, dtype=torch.bfloat16)
+    delta = torch.randn(batch, K, L, 1, device=DEVICE, dtype=torch.bfloat16)
+    B, C = (torch.randn(batch, K, L, 1, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    A, weight = -torch.ones(K, D, 1, device=DEVICE), torch.randn(K, D, 1, device=DEVICE)
+
+    def scan(part):
+        leaves = [x[part].clone().requires_grad_() for x in (u, delta, B, C)]
+        y = directional_scan(leaves[0], leaves[1], A, leaves[2], leaves[3], tables=tables, delta_softplus=True,
+                             dt_weight=weight, backend='triton')
+        return [y[-1].detach(), *(x[-1] for x in torch.autograd.grad(y, leaves, torch.ones_like(y)))]
+
+    for ours, expected in zip(scan(slice(None)), scan(slice(batch - 1, None)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+
+
+@gpu
+def test_tuning_on_this_gpu(monkeypatch, tuning_file, capsys):
+    monkeypatch.undo()
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tuning_file))
+    monkeypatch.setattr(sys, 'argv', ['mmlocalmamba', 'tune', '--quick', '--dtypes', 'bfloat16', '--states', '1'])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == 0
+    assert {(key.kernel, key.d_state, key.dtype) for key in tuning.saved()} == {
+        ('forward', 1, 'bfloat16'), ('backward', 1, 'bfloat16')}
+    assert 'left out' not in capsys.readouterr().out
+
+
+@gpu
+def test_cuda_graph(monkeypatch):
+    monkeypatch.undo()
+    inputs, tables = directional_inputs(batch=2, H=9, W=9, D=40, N=16, rank=4, dtype=torch.float32)
+    inputs, tables = {name: x.detach().to(DEVICE) for name, x in inputs.items()}, to_device(tables)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+
+    def step():
+        y = directional_scan(**inputs, tables=tables, delta_softplus=True, backend='triton')
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, x in zip(captured, expected, strict=True):
+        assert torch.equal(ours, x)
+
+
+@pytest.mark.slow
+def test_compiles_for_a_gpu_that_is_not_here():
+    """The interpreter accepts more than the compiler. Needs no GPU; another process, since this one may interpret."""
+    code = '''
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mmlocalmamba.ops.backends.triton import kernels
+
+FLAGS = dict(N=5, R=2, BLOCK_D=32, BLOCK_N=8, BLOCK_N1=2, BLOCK_N2=4, BLOCK_R=2, CHUNK=32, GROUP=2, TAPS=4, BLOCK_T=32)
+INTEGERS = ('K', 'batch', 'rows', 'steps', 'tokens', 'channels', 'segment', 'segments', 'sequences', 'first_sequence',
+            'zero', 'unit')
+for name, variants in (('scan_forward', [{}]), ('scan_local', [{}, dict(REVERSE=False)]), ('scan_carry', [{}]),
+                       ('scan_backward', [{}, dict(WANT_A=False, WANT_VECTORS=False)]),
+                       ('conv_forward', [{}, dict(WANT_WEIGHT=False)]), ('conv_backward', [{}])):
+    for variant in variants:
+        signature, constants = {}, {}
+        for parameter in getattr(kernels, name).params:
+            key = parameter.name
+            if parameter.is_constexpr:
+                signature[key], constants[key] = 'constexpr', {**FLAGS, **variant}.get(key, True)
+            elif key in INTEGERS or key.endswith(('_row', '_direction')) or (key.endswith('_batch')):
+                signature[key] = 'i32'
+            else:
+                signature[key] = dict(src='*i32', inverse='*i32', u='*bf16', delta='*bf16', y='*bf16').get(key, '*fp32')
+        compiled = triton.compile(ASTSource(getattr(kernels, name), signature, constants),
+                                  target=GPUTarget('cuda', 90, 32), options=dict(num_warps=1))
+        assert compiled.asm['cubin'], name
+'''
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
+    subprocess.run([sys.executable, '-c', code], check=True, env=environment)

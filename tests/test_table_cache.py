@@ -1,0 +1,164 @@
+"""The one cache of what image sizes give."""
+import threading
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmlocalmamba import table_cache as sizes
+from mmlocalmamba.directions import scan_tables
+from mmlocalmamba.layers import rotary_tables
+
+MAKERS = {
+    'scan': lambda H, W: tuple(scan_tables(['h', 'w3_flip'], H, W)),
+    'rotary': lambda H, W: rotary_tables(H, W, 8, 14, 'cpu'),
+}
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch):
+    monkeypatch.setattr(sizes, '_captured', {})
+    sizes.clear()
+    yield
+    sizes.clear()
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
+def test_made_once_and_usable_in_training_after_inference(make):
+    with torch.inference_mode():
+        first = make(6, 5)
+    assert not any(x.is_inference() for x in first)
+    assert all(a is b for a, b in zip(make(6, 5), first, strict=True))
+    assert make(5, 6)[0] is not first[0]
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
+def test_no_fake_tensor_stays(make):
+    """torch.export runs models on tensors without values; one that stayed would come out of the next eager call."""
+    with FakeTensorMode():
+        make(4, 3)
+    assert sizes.cached_bytes() == 0
+    real = make(4, 3)
+    assert all(type(x) is torch.Tensor for x in real)
+    with FakeTensorMode():
+        assert not any(type(x) is torch.Tensor for x in make(4, 3))
+    assert all(a is b for a, b in zip(make(4, 3), real))
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_the_default_dtype_plays_no_part(make, dtype):
+    expected = make(7, 9)
+    sizes.clear()
+    torch.set_default_dtype(dtype)
+    try:
+        made = make(7, 9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(made, expected):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_bytes_are_bounded_and_what_was_used_last_stays(monkeypatch):
+    make = MAKERS['scan']
+    make(8, 8)
+    one = sizes.cached_bytes()
+    monkeypatch.setattr(sizes, 'MAX_BYTES', 3 * one)
+    sizes.clear()
+    first, second = make(8, 8), make(4, 16)
+    for size in range(1, 30):
+        assert make(8, 8)[0] is first[0]  # used again and again
+        make(size, 2)
+        assert sizes.cached_bytes() <= 3 * one
+    assert make(4, 16)[0] is not second[0]
+    monkeypatch.setattr(sizes, 'MAX_BYTES', 1)
+    kept = make(9, 9)
+    assert make(9, 9)[0] is kept[0]  # the newest stays, whatever its size
+
+
+def test_what_fills_the_cache_exactly_stays(monkeypatch):
+    def get(key):
+        return sizes.of_size(lambda device, traced: (torch.zeros(10), ), 'cpu', key)[0]
+
+    monkeypatch.setattr(sizes, 'MAX_BYTES', 80)
+    first, second = get('first'), get('second')
+    assert get('first') is first and get('second') is second
+    get('third')
+    assert sizes.cached_bytes() == 80 and get('first') is not first
+    monkeypatch.setattr(sizes, 'MAX_BYTES', 1)
+    get('fourth')
+    assert sizes.cached_bytes() == 40
+
+
+def test_makers_are_told_of_tracing():
+    seen = []
+
+    def make(device, traced):
+        seen.append((device, traced))
+        return (torch.zeros(1), )
+
+    with FakeTensorMode():
+        sizes.of_size(make, 'cpu', 'x')
+    sizes.of_size(make, 'cpu', 'x')
+    assert seen == [(torch.device('cpu'), True), (torch.device('cpu'), False)]
+
+
+def test_threads_get_the_same_values():
+    expected = {size: MAKERS['scan'](size, 5) for size in range(1, 9)}
+    sizes.clear()
+    wrong = []
+
+    def work():
+        for size in list(range(1, 9)) * 20:
+            if not all(torch.equal(a, b) for a, b in zip(MAKERS['scan'](size, 5), expected[size])):
+                wrong.append(size)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Cuda:
+    """Stands in for what the cache asks of CUDA; tensors stay on the CPU."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.capturing, self.recorded = 'first', False, []
+        monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+        monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: (device.index, self.stream)[1])
+        monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: self.capturing)
+        monkeypatch.setattr(torch.Tensor, 'record_stream', lambda x, stream: self.recorded.append(stream))
+
+    def get(self, key, device='cuda'):
+        return sizes.of_size(lambda device, traced: (device, torch.zeros(10))[1:], device, key)[0]
+
+
+def test_a_device_without_an_index_is_the_current_one(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    assert cuda.get('x') is cuda.get('x', 'cuda:1')
+    assert cuda.get('x') is not cuda.get('x', 'cuda:0')
+
+
+def test_tables_used_on_another_stream_are_recorded_there(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    cuda.get('x'), cuda.get('x')
+    assert cuda.recorded == []
+    cuda.stream = 'second'
+    cuda.get('x')
+    assert cuda.recorded == ['second']
+
+
+def test_tables_in_a_captured_graph_stay(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    cuda.capturing = True
+    with pytest.raises(RuntimeError, match=r"for \('x',\) yet. Run the model once at this size, then capture"):
+        cuda.get('x')
+    cuda.capturing = False
+    table = cuda.get('x')
+    cuda.capturing = True
+    assert cuda.get('x') is table
+    cuda.capturing = False
+    sizes.clear()
+    assert cuda.get('x') is table

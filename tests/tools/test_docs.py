@@ -1,0 +1,238 @@
+"""Files, options, settings and names in README and docs exist, and their Python examples run."""
+import ast
+import importlib
+import importlib.util
+import itertools
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from mmlocalmamba import backbones, directions, layers, registry, search
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *sorted((ROOT / 'docs').glob('*.md'))]
+CONFIGS = {path.stem for path in (ROOT / 'configs').glob('*.py')}
+CONFIG = r'[\w{},*-]+_(?:in1k|coco|ade20k-512x512|digits)\b'
+OPTION = r'(?<![\w-])--[a-z][a-z_-]*'
+# Options of programs that are not installed here.
+DOCKER_AND_SLURM = {'--build-arg', '--build-context', '--cap-drop', '--ipc', '--read-only', '--shm-size', '--signal',
+                    '--user'}
+# Options of globox, whose commands tests/tools/test_pages.py runs.
+GLOBOX = {'--img_ext'}
+# Folders of scripts. research/ may be missing.
+SCRIPTS = [name for name in ('tools', 'research', 'tests/stress', 'tests/systems', 'docs/demo')
+           if (ROOT / name).is_dir()]
+PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
+each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+
+
+def expand(pattern):
+    """Return the names of a pattern with braces: a{b,c} -> ab, ac."""
+    parts = [part.split(',') if index % 2 else [part] for index, part in enumerate(re.split(r'{(.+?)}', pattern))]
+    return [''.join(choice) for choice in itertools.product(*parts)]
+
+
+def without_examples(text):
+    """Remove files of the reader's own project, which begin with a comment that names them."""
+    return re.sub(r'```python\n# my_project/.*?```', '', text, flags=re.S)
+
+
+def anchors(path):
+    """Return the anchors that GitHub and MyST make from headings."""
+    titles = re.findall(r'^#+ (.+)$', path.read_text(), flags=re.M)
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+
+
+@each_page
+def test_named_files_exist(page):
+    text = without_examples(page.read_text())
+    for target, anchor in re.findall(r'\]\((?!https?:)([^)#]*)#?([^)]*)\)', text):
+        path = (page.parent / target).resolve() if target else page
+        if 'research' in path.relative_to(ROOT).parts[:1] and 'research' not in SCRIPTS:
+            continue
+        assert path.exists(), f'link to {target}'
+        assert not anchor or anchor in anchors(path), f'link to {target}#{anchor}'
+    folders = '|'.join([*SCRIPTS, 'requirements', 'tests', 'configs', 'mmlocalmamba'])
+    for name in re.findall(rf'(?<![\w/])(?:{folders})/[\w/{{}},-]+\.(?:py|sh|txt|csv)\b', text):
+        for path in expand(name):
+            assert (ROOT / path).is_file(), path
+    for pattern in re.findall(rf'(?:`|configs/)({CONFIG})', text):
+        for name in expand(pattern):
+            assert name in CONFIGS or '*' in name, f'configuration {name}'
+
+
+def test_no_page_has_the_name_of_one_of_sphinx():
+    """Sphinx's search page would replace docs/search.md."""
+    assert not {path.stem for path in PAGES} & {'search', 'genindex', 'py-modindex'}
+
+
+# ---- commands ----
+
+def commands(page):
+    """Return lines of code blocks, without comments, and code in sentences."""
+    text = without_examples(page.read_text()).replace('\\\n', ' ')
+    blocks = re.findall(r'^```bash\n(.*?)^```|^((?:    \S.*\n)+)', text, flags=re.S | re.M)
+    lines = ''.join(itertools.chain(*blocks)).splitlines()
+    sentences = re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)
+    return [line.split(' #')[0].strip() for line in lines] + [
+        ' '.join(code.split()) for code in re.findall(r'`([^`]+)`', sentences)]
+
+
+@cache
+def options_of(script):
+    """Return the options in the text of a script, and of modules that it imports from the folders of scripts."""
+    text = script.read_text()
+    if script.suffix == '.py':
+        modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+        text += ''.join(path.read_text() for folder in {script.parent, ROOT / 'tools'} for path in folder.glob('*.py')
+                        if path.stem in modules)
+    return set(re.findall(OPTION, text))
+
+
+def options_of_torchrun():
+    from torch.distributed.run import get_args_parser
+    return {name for action in get_args_parser()._actions for name in action.option_strings}
+
+
+def options_of_mim(command, package):
+    pytest.importorskip('mim')
+    own = {name for option in importlib.import_module(f'mim.commands.{command}').cli.params for name in option.opts}
+    if command not in ('train', 'test'):
+        return own
+    if package == 'mmlocalmamba':
+        return own | options_of(ROOT / f'tools/{command}.py')
+    folder = Path(importlib.util.find_spec(PACKAGES[package]).origin).parent
+    return own | options_of(folder / '.mim' / 'tools' / f'{command}.py')
+
+
+@cache
+def every_option():
+    known = options_of_torchrun() | options_of(ROOT / 'mmlocalmamba/__main__.py')
+    for folder, ending in itertools.product(SCRIPTS, ('py', 'sh')):
+        for script in (ROOT / folder).rglob(f'*.{ending}'):
+            known |= options_of(script)
+    for command, package in itertools.product(('train', 'test'), PACKAGES):
+        known |= options_of_mim(command, package)
+    return known
+
+
+@each_page
+def test_options_exist(page):
+    makefile = (ROOT / 'Makefile').read_text()
+    for command in commands(page):
+        # The options of a script end at the next script: torchrun OPTIONS tools/train.py OPTIONS.
+        scripts = rf'(?:{"|".join(SCRIPTS)})/[\w/]+\.(?:py|sh)'
+        program = rf'\b(?:torchrun|{scripts}|mim (?:train|test|run|search|download|install)(?: mm\w+)?)'
+        for name, arguments in re.findall(rf'({program})(?=\s|$)(.*?)(?={program}\s|$)', command):
+            if name == 'torchrun' or name == 'tools/launch.py':
+                known = options_of_torchrun()
+            elif name.startswith('mim '):
+                _, verb, package, *_ = [*name.split(), 'mmlocalmamba']
+                known = options_of_mim(verb, package)
+            else:
+                known = options_of(ROOT / name)
+            for option in re.findall(OPTION, arguments):
+                assert option in known | {'--help'}, f'{name} has no {option}: {command}'
+        if command.startswith('--'):
+            assert re.match(OPTION, command)[0] in every_option() | DOCKER_AND_SLURM | GLOBOX, command
+        for target in re.findall(r'^(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z-]+)', command):
+            assert re.search(rf'^{target}:', makefile, flags=re.M), command
+
+
+def has(cfg, keys):
+    for key in keys:
+        try:
+            cfg = cfg[int(key) if isinstance(cfg, list) else key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return False
+    return True
+
+
+@cache
+def load(name):
+    return Config.fromfile(ROOT / 'configs' / f'{name}.py')
+
+
+@each_page
+def test_settings_have_a_place(page):
+    """Keys of --cfg-options exist, because MMEngine would add a misspelt key without an error."""
+    examples = ['localvmamba-t_8xb128_in1k', 'mask-rcnn_localvmamba-t_1x_coco', 'localvim-nano_digits',
+                'upernet_localvmamba-t_8xb2-160k_ade20k-512x512']
+    for command in commands(page):
+        named = [name for name in re.findall(CONFIG, command) if name in CONFIGS]
+        for key in re.findall(r'(?<![\w.-])([a-z]\w*(?:\.\w+)+)=', command):
+            parents = key.split('.')[:-1]
+            assert any(has(load(name), parents) for name in named or examples), f'{key} in {command}'
+
+
+# ---- Python ----
+
+def exists(name):
+    """Return True if a dotted name is a module, an attribute of one, or a type in our registries."""
+    parts = name.split('.')
+    for end in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module('.'.join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            value = getattr(value, part, None)
+        registries = (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPERS,
+                      registry.OPTIM_WRAPPER_CONSTRUCTORS, registry.WEIGHT_INITIALIZERS)
+        return value is not None or len(parts) == 2 and any(known.get(parts[1]) for known in registries)
+    return False
+
+
+@each_page
+def test_tests_exist(page):
+    """Tests that a page names exist, as test_x.py::test_y or, later in the row, as ::test_z."""
+    files = [path for folder in ('tests', 'research/tests') for path in (ROOT / folder).rglob('test_*.py')]
+    names, tests = {path.name for path in files}, '\n'.join(path.read_text() for path in files)
+    text = page.read_text()
+    if 'research' not in SCRIPTS and 'research/' in text:
+        pytest.skip('the page names tests of research/, which is missing')
+    assert set(re.findall(r'\btest_\w+\.py', text)) <= names
+    assert not [name for name in re.findall(r'::(test_\w+)', text) if f'def {name}(' not in tests]
+
+
+@each_page
+def test_names_of_the_package_exist(page):
+    names = set(re.findall(r'\bmmlocalmamba(?:\.[A-Za-z_]\w*)+', without_examples(page.read_text())))
+    assert not [name for name in names if not exists(name) and not name.endswith(('.git', '.py'))]
+
+
+def test_the_reference_is_complete():
+    """docs/api.md lists what packages export, and what configurations can name."""
+    listed = set(re.findall(r'^.. autoapi\w+:: (\S+)$', (ROOT / 'docs/api.md').read_text(), flags=re.M))
+    listed = {name.rsplit('.', 1)[-1] for name in listed}
+    for known in (registry.MODELS, registry.HOOKS, registry.LOOPS, registry.OPTIM_WRAPPERS,
+                  registry.OPTIM_WRAPPER_CONSTRUCTORS):
+        known.import_from_location()
+        assert set(known.module_dict) <= listed
+    for package in (backbones, layers, search):
+        assert set(package.__all__) <= listed
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/scans.md', 'docs/own_project.md'])
+def test_python_runs(page, monkeypatch, tmp_path):
+    """Blocks that inherit are configurations and are read as such."""
+    monkeypatch.setattr(directions, '_SCANS', dict(directions._SCANS))  # examples register directions
+    names, blocks = {}, re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), flags=re.S)
+    for block in blocks:
+        if re.search('^_base_ = ', block, flags=re.M):
+            (tmp_path / 'mine.py').write_text(block)
+            Config.fromfile(tmp_path / 'mine.py')
+        else:
+            exec(block, names)
+    assert blocks
+    for name in set(directions._SCANS) - {'h', 'v', 'w<K>', 'diag', 'zigzag', 'hilbert'}:
+        assert len(directions.scan_index(name.replace('<K>', '3'), 5, 7)) == 35
+
+
+def test_printed_example():
+    line, = (line for line in (ROOT / 'docs/scans.md').read_text().splitlines() if line.startswith('scan_index('))
+    code, shown = line.split('#')
+    assert eval(code, vars(directions)) == eval(shown)

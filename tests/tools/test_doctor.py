@@ -1,0 +1,76 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmlocalmamba import __main__ as main
+from mmlocalmamba import ops
+from mmlocalmamba.ops.backends.triton import tuning
+
+
+def test_report():
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
+    result = subprocess.run([sys.executable, '-m', 'mmlocalmamba', 'doctor'], capture_output=True, text=True,
+                            env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert torch.__version__.split('+')[0] in result.stdout and 'mamba_ssm' in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for name, reason in ops.available_backends(torch.empty(0)).items():
+        line = next(line for line in lines if line[:1] == [name] and line[1] in ('no:', 'yes:'))
+        if name != 'triton':  # this process may interpret it
+            assert line[1] == ('yes:' if reason is None else 'no:')
+
+
+def test_a_wrong_backend_is_called_so(monkeypatch, capsys):
+    right = ops.chunked.scan
+    backend = ops.BACKENDS['chunked']._replace(scan=lambda inputs: right(inputs._replace(u=inputs.u * 1.01)))
+    monkeypatch.setitem(ops.BACKENDS, 'chunked', backend)
+    assert not main.doctor()
+    assert 'chunked     WRONG: relative error' in capsys.readouterr().out
+
+    def fails(inputs):
+        raise RuntimeError('no such kernel')
+
+    monkeypatch.setitem(ops.BACKENDS, 'chunked', backend._replace(scan=fails))
+    assert not main.doctor()
+    assert 'chunked     FAILS: RuntimeError: no such kernel' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('wrong', [False, True])
+def test_wrong_convolutions_are_told(monkeypatch, capsys, wrong):
+    """As of oneDNN on processors with AMX: here, one value of an output was not written."""
+    def convolution(x, *args, **kwargs):
+        out = right(x.float(), *(arg.float() for arg in args), **kwargs).to(x.dtype)
+        if wrong and x.dtype == torch.bfloat16 and x.shape[1] == 3:
+            out[0, 0, -1, -1] = float('nan')
+        return out
+
+    right = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, 'conv2d', convolution)
+    monkeypatch.setattr(main, 'self_test', lambda backend, device: (0., 0.))
+    assert main.doctor()  # it is not ours
+    assert ('ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16' in capsys.readouterr().out) == wrong
+
+
+def test_block_sizes_and_their_origin(monkeypatch, capsys, tuning_file):
+    pytest.importorskip('triton')
+    # The others would take their time.
+    monkeypatch.setattr(main, 'self_test', lambda backend, device: (0., 0.))
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    forward, backward = (tuning.CANDIDATES[kernel][0] for kernel in ('forward', 'backward'))
+    assert main.doctor()
+    assert f'Block sizes of the Triton scan kernels:\n  forward: {forward} (built in)' in capsys.readouterr().out
+    tuning.save({tuning.Key(tuning.gpu(device), 'backward', 16, 'float32'): backward})
+    assert main.doctor()
+    assert f'  backward, d_state 16, float32: {backward} ({tuning_file})' in capsys.readouterr().out
+
+
+def test_unknown_command():
+    with pytest.raises(SystemExit):
+        sys.argv, before = ['mmlocalmamba', 'cure'], sys.argv
+        try:
+            main.main()
+        finally:
+            sys.argv = before

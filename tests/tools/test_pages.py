@@ -1,0 +1,126 @@
+"""Run the commands and files of pages in order, in one folder, as a reader does, and run the notebook.
+
+A block that a test cannot run has a comment before it that names what it needs. Tests name these blocks in a warning.
+"""
+import importlib.util
+import json
+import os
+import re
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmlocalmamba.backbones import LocalVim
+from mmlocalmamba.weights import to_official
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'tests' / 'systems'))
+from smoke import command, is_onedl  # noqa: E402
+
+# {pages that a reader follows one after the other: files that must exist at the end}
+PAGES = {
+    'own_classification': ['found_classes/*.png', 'work_dirs/my_classes/epoch_2.pth'],
+    'own_boxes': ['found/boxes/vis/*.png', 'data/converted/from_yolo.json', 'data/converted/from_voc.json'],
+    'own_masks': ['found/masks/vis/*.png'],
+    'own_segmentation': ['found/pixels/vis/*.png'],
+    'finetune': ['work_dirs/my_finetuning/epoch_2.pth', 'work_dirs/decay/epoch_2.pth'],
+    'new_style': ['work_dirs/new_style/epoch_2.pth'],
+    'training testing inference': [
+        'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'found_classes/*.png',
+        'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'work_dirs/robustness.png', 'work_dirs/few_shot.csv'],
+    'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
+    'deployment': ['digits.onnx', 'digits.pt2'],
+}
+# Things that a test does not have.
+NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling')
+
+
+def steps(page):
+    """Yield (kind, name, text, need) of the blocks.
+
+    A block holds commands, Python, or a file of the reader, which begins with its name. ``need`` is what a test lacks,
+    or empty.
+    """
+    text = page.read_text()
+    blocks = re.findall(r'(?:^ *<!-- not run: ([^\n]+) -->\n)?^( *)```(bash|python)\n(.*?)^\2```', text,
+                        flags=re.S | re.M)
+    assert len(blocks) == len(re.findall('```(?:bash|python)', text)), 'the pattern misses a block'
+    for need, _, language, text in blocks:
+        text = textwrap.dedent(text)
+        name = re.match(r'# ([\w/]+\.py)\n', text)
+        yield ('file', name[1], text, need) if name else (language, None, text, need)
+
+
+def released_file(path):
+    """Write a file like the authors' of LocalVim-T, with random weights."""
+    torch.manual_seed(0)
+    weights, unknown = to_official(LocalVim('tiny').state_dict())
+    assert not unknown
+    torch.save(dict(state_dict=weights), path)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return a function that runs a block as a reader would, in a folder with the contents of a clone."""
+    for name in ('configs', 'tools', 'docs', 'research'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'data/small').mkdir(parents=True)
+    (tmp_path / 'data/small/SOURCES.md').touch()  # another page makes it
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('PYTHONWARNINGS', 'ignore')
+    monkeypatch.setenv('PATH', f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+
+    def block(kind, name, text, need=''):
+        if need:
+            assert any(word in need for word in NEEDS), need
+            warnings.warn(f'not run, because it needs {need}: {text}', stacklevel=2)
+        elif kind == 'file':
+            (tmp_path / name).write_text(text)
+            Config.fromfile(tmp_path / name)
+        else:
+            if is_onedl():
+                text = re.sub(r'\b(mim \w+) mmdet\b', r'\1 mmdetection', text)
+            text = re.sub(r'^pip install .*\n', '', text, flags=re.M)  # the environment of the tests has the package
+            command(['bash', '-euc', text] if kind == 'bash' else [sys.executable, '-c', text], tmp_path)
+
+    return block
+
+
+@pytest.mark.parametrize('pages', PAGES)
+@pytest.mark.slow
+def test_a_reader_gets_to_the_end(pages, run, tmp_path):
+    if pages == 'own_boxes':
+        pytest.importorskip('globox')
+    released_file(tmp_path / 'local_vim_tiny.ckpt')
+    blocks = [step for page in pages.split() for step in steps(ROOT / 'docs' / f'{page}.md')]
+    if not (ROOT / 'research').is_dir() and any('research/' in text for _, _, text, _ in blocks):
+        pytest.skip('research/ is missing')
+    for step in blocks:
+        run(*step)
+    for pattern in PAGES[pages]:
+        assert any(tmp_path.glob(pattern)), pattern
+
+
+@pytest.mark.parametrize('package', ['mmdet', 'mmpretrain', 'mmseg'])
+def test_there_are_no_new_style_files_to_inherit(package):
+    """docs/new_style.md says so. When this fails, a configuration of ours can inherit them."""
+    folder = Path(importlib.util.find_spec(package).origin).parent
+    assert len(list(folder.rglob('*.py'))) > 100
+    assert not [path for path in folder.rglob('*.py') if 'read_base()' in path.read_text(errors='replace')]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(run, tmp_path):
+    """The cells run in one process. A line that begins with ! is a command, as in IPython."""
+    cells = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())['cells']
+    code = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
+    assert all(not cell.get('outputs') for cell in cells), 'the notebook must not contain outputs'
+    script = 'import subprocess\n' + '\n'.join(
+        re.sub(r'^!(.+)$', r'subprocess.run(f"""\1""", shell=True, check=True)', cell, flags=re.M) for cell in code)
+    run('python', None, script + "\nfigure.savefig('orders.png')\nassert len(infer(digits)) == len(digits) == 10")
+    assert (tmp_path / 'orders.png').is_file() and (tmp_path / 'work_dirs/quickstart/epoch_4.pth').is_file()

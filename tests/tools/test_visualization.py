@@ -1,0 +1,217 @@
+"""Tests of the pictures: they show what the models compute, and the commands that draw them run."""
+import sys
+from pathlib import Path
+
+import demo
+import draw
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
+from torch import nn
+
+from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.backbones.archs import SEARCHED
+from mmlocalmamba.directions import scan_index
+from mmlocalmamba.visualization import (
+    draw_directions,
+    draw_gates,
+    draw_receptive_fields,
+    draw_scan_orders,
+    receptive_fields,
+    scattn_gates,
+    square_of_share,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = dict(arch=dict(embed_dims=16, num_layers=1, d_state=2), img_size=24, patch_size=4, window_pad='none')
+
+
+def backbone(**kwargs):
+    torch.manual_seed(0)
+    return LocalVim(**PLAIN, **kwargs).eval()
+
+
+def test_receptive_field_of_a_convolution_is_its_kernel():
+    class Convolution(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return (self.conv(x), )
+
+    field, = receptive_fields(Convolution(), torch.rand(2, 3, 9, 9))
+    rows, cols = np.nonzero(field)
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (3, 5, 3, 5)
+    assert field.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize('direction', ['h', 'v_flip', 'w3'])
+def test_receptive_field_of_one_scan_is_what_was_read_before(direction):
+    model = backbone(directions=[direction], scattn=False, out_type='featmap')
+    field, = receptive_fields(model, torch.rand(1, 3, 24, 24))
+    tokens = field.reshape(6, 4, 6, 4).sum((1, 3)).flatten()
+    order = scan_index(direction, 6, 6).tolist()
+    until = order.index(3 * 6 + 3)
+    assert not tokens[order[until + 1:]].any()
+    assert tokens[order[:until + 1]].all()
+
+
+def test_receptive_fields_need_maps():
+    with pytest.raises(ValueError, match='out_type="featmap"'):
+        receptive_fields(backbone(directions=['h']), torch.rand(1, 3, 24, 24))
+
+
+def test_square_of_share():
+    field = np.zeros((8, 8))
+    field[4:6, 4:6] = 1  # the middle token of stride 2
+    assert square_of_share(field, 1.0, stride=2) == (5, 5, 2)
+    field[0, 0] = 4
+    assert square_of_share(field, 0.5, stride=2) == (5, 5, 2)
+    assert square_of_share(field, 1.0, stride=2) == (5, 5, 10)
+
+
+def test_gates_are_what_scattn_multiplies_with():
+    model = backbone(directions=['h', 'w2_flip'])
+    scattn = model.layers[0].mixer.scattn
+    nn.init.zeros_(scattn.channel_select.weight)
+    scattn.channel_select.bias.data = torch.linspace(-2, 2, 32)
+    (name, gates), = scattn_gates(model, torch.rand(2, 3, 24, 24))
+    assert name == 'layers.0' and list(gates) == ['h', 'w2_flip']
+    for gate in gates.values():
+        np.testing.assert_allclose(gate, torch.linspace(-2, 2, 32).sigmoid().numpy(), rtol=1e-5)
+    assert not scattn._forward_pre_hooks
+
+
+def test_gates_of_each_direction_on_their_own():
+    """By hand: y of the block's scans, gated one direction at a time, averaged over the images."""
+    model = backbone(directions=['h', 'v'])
+    images, seen = torch.rand(2, 3, 24, 24), []
+    model.layers[0].mixer.scattn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    (_, gates), = scattn_gates(model, images)
+    for k, name in enumerate(('h', 'v')):
+        with torch.no_grad():
+            expected = torch.cat([model.layers[0].mixer.scattn.gate(y[:, k]) for y in seen]).mean((0, 1))
+        np.testing.assert_allclose(gates[name], expected.numpy(), rtol=1e-5)
+
+
+def test_gates_need_scattn():
+    with pytest.raises(ValueError, match='scattn=False'):
+        scattn_gates(backbone(directions=['h'], scattn=False), torch.rand(1, 3, 24, 24))
+
+
+def test_directions_are_drawn_where_they_are_chosen():
+    chosen = SEARCHED['localvim']
+    axes = draw_directions(chosen).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ['h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip']
+    drawn = {(round(x), names[round(y)]) for x, y in axes.collections[0].get_offsets().tolist()}
+    assert drawn == {(block, name) for block, row in enumerate(chosen) for name in row}
+
+
+@pytest.mark.parametrize('stages, names, middles, borders', [
+    ((2, 3, 2), ['stage 1', 'stage 2', 'stage 3'], [0.5, 3, 5.5], [1.5, 4.5]),
+    ((1, 5, 1), ['S1', 'S2', 'S3'], [0, 3, 6], [0.5, 5.5]),
+    (None, [], [], []),
+])
+def test_stages_are_named_above_their_blocks(stages, names, middles, borders):
+    axes = draw_directions([['h', 'w2']] * 7, stages=stages).axes[0]
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == list(zip(names, middles))
+    assert [line.get_xdata()[0] for line in axes.lines] == borders
+
+
+def test_labels_do_not_cover_each_other():
+    box, taken = (40, 40, 60, 60), []
+    first, second, third = (demo.place_label(box, (100, 100), taken) for _ in range(3))
+    assert (first[1:], second[1:], third[1:]) == ((40, 'bottom'), (60, 'top'), (40, 'top'))
+    assert demo.place_label((90, 1, 99, 99.5), (100, 100), [])[1:] == (1, 'top')  # no room above nor below
+
+
+def test_pictures_have_a_panel_each():
+    fields = receptive_fields(LocalVMamba('nano', out_indices=(0, 1)), torch.rand(1, 3, 32, 32))
+    panels = draw_receptive_fields(fields, ['first', 'second'], [4, 8]).axes
+    assert [axes.get_title() for axes in panels[:2]] == ['first', 'second']
+    assert [axes.get_title() for axes in draw_scan_orders(['h', 'w2'], 4, 6).axes] == ['h', 'w2']
+    gates = scattn_gates(LocalVMamba('nano'), torch.rand(1, 3, 32, 32))
+    mean, *_ = draw_gates(gates).axes
+    assert [label.get_text() for label in mean.get_yticklabels()] == ['h', 'h_flip', 'w2', 'w2_flip']
+
+
+@pytest.mark.parametrize('arguments', [
+    'receptive-field localvmamba-nano_digits --size 32 32 --images .',
+    'receptive-field upernet_localvim-nano_digits --size 32 48 --images .',
+    'gates mask-rcnn_localvmamba-nano_digits checkpoint.pth --size 32 32 --images image.png',
+    'directions localvim-t_8xb128_in1k',
+    'scans --directions h w3 --size 6 6 --image image.png',
+    'scans --distances --size 6 6',
+], ids=lambda arguments: ' '.join(arguments.split()[:2]))
+def test_commands(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (20, 30, 3), dtype=np.uint8)).save('image.png')
+    torch.save(dict(state_dict={f'backbone.{name}': value for name, value in LocalVMamba(
+        'nano', out_indices=(0, 1, 2, 3)).state_dict().items()}), 'checkpoint.pth')
+    command, *arguments = arguments.split()
+    if command != 'scans':
+        arguments[0] = str(ROOT / 'configs' / f'{arguments[0]}.py')
+    draw.main([command, *arguments, '--out', 'picture.png'])
+    assert min(Image.open('picture.png').size) > 200
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ('scans --directions h w0', "'w0'"),
+    ('scans --size 0 6', '--size needs two numbers >= 1, got [0, 6]'),
+    ('gates config.py --images missing', '--images: no image (.jpg, .jpeg'),
+])
+def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('config.py').write_text(f'_base_ = {str(ROOT / "configs/localvim-nano_digits.py")!r}')
+    with pytest.raises(SystemExit):
+        draw.main([*arguments.split(), '--out', 'picture.png'])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('measure', [receptive_fields, scattn_gates])
+def test_a_backbone_keeps_its_modes_also_after_an_error(measure):
+    backbone = LocalVMamba(dict(embed_dims=[8, 16], depths=[1, 1], d_state=1), directions=['h', 'v']).train()
+    backbone.stages[0].eval()
+    modes = [module.training for module in backbone.modules()]
+    measure(backbone, torch.randn(1, 3, 8, 8))
+    assert [module.training for module in backbone.modules()] == modes
+    backbone.stages[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(backbone, torch.randn(1, 3, 8, 8))
+    assert [module.training for module in backbone.modules()] == modes
+
+
+@pytest.mark.parametrize('name, picture, line', [
+    ('mask-rcnn_localvmamba-nano_digits', 'detections.png', 'boxes: AP 0.'),
+    ('upernet_localvmamba-nano_digits', 'segmentation.png', 'pixels: mIoU '),
+])
+@pytest.mark.slow
+def test_the_demo_evaluates_and_draws(name, picture, line, configuration, tmp_path, monkeypatch, capsys):
+    cfg = configuration(name)
+    cfg.dump(tmp_path / 'config.py')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'last.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'last.pth'))
+    monkeypatch.setattr(sys, 'argv', ['demo.py', str(tmp_path / 'config.py'), str(tmp_path), '--rows', '1'])
+    demo.main()
+    assert line in capsys.readouterr().out
+    assert Image.open(tmp_path / picture).width > 1000 and (tmp_path / 'metrics.json').is_file()
+
+
+def test_labels_are_drawn_over_what_is_no_background():
+    axes, image = Figure().subplots(), np.full((2, 2, 3), 255, dtype=np.uint8)
+    demo.draw_labels(axes, image, np.array([[0, 1], [2, 0]]), [[9, 9, 9], [0, 0, 0], [255, 0, 0]])
+    np.testing.assert_allclose(axes.images[0].get_array(), [[[1, 1, 1], [.25, .25, .25]], [[1, .25, .25], [1, 1, 1]]])
+
+
+def test_the_demo_wants_a_detector_or_segmentor(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['demo.py', str(ROOT / 'configs/localvim-nano_digits.py'), str(tmp_path)])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert 'neither a detector nor a segmentor: its scope is mmpretrain' in capsys.readouterr().err
