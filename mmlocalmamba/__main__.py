@@ -75,28 +75,6 @@ def doctor() -> bool:
     return well
 
 
-def check(config: str, options: list[str] | None) -> bool:
-    """Read a configuration and try it, see :mod:`mmlocalmamba.openmmlab.checks.trial`.
-
-    Args:
-        config: path of the configuration file.
-        options: KEY=VALUE overrides.
-
-    Returns:
-        True if no problems were found.
-    """
-    # Imported here because doctor and tune need only torch.
-    from mmengine.config import Config, DictAction
-
-    from mmlocalmamba.openmmlab.checks import trial
-    cfg = Config.fromfile(config)
-    if options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
-    return trial.check(cfg)
-
-
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
@@ -125,7 +103,8 @@ def main() -> None:
     if args.command == 'doctor':
         raise SystemExit(0 if doctor() else 1)
     if args.command == 'check':
-        raise SystemExit(0 if check(args.config, args.cfg_options) else 1)
+        from mmlocalmamba.openmmlab.checks import trial  # doctor and tune need torch alone
+        raise SystemExit(0 if trial.check_file(args.config, args.cfg_options) else 1)
     if not torch.cuda.is_available():
         raise SystemExit('There is no GPU to tune for.')
     reason = ops.available_backends(torch.empty(0, device='cuda'))['triton']

@@ -75,8 +75,10 @@ def test_imports_flow_downward(path):
             assert other == own or FLOORS[other] < FLOORS[own], f'{module} imports {name}: upwards'
 
 
-@pytest.mark.parametrize('path', [path for path in MODULES if room(name_of(path)) not in (DOOR, 'mmlocalmamba.registry')],
-                         ids=name_of)
+CORE_MODULES = [path for path in MODULES if room(name_of(path)) not in (DOOR, 'mmlocalmamba.registry')]
+
+
+@pytest.mark.parametrize('path', CORE_MODULES, ids=name_of)
 def test_the_core_needs_torch_numpy_and_safetensors(path):
     module = name_of(path)
     for name in imports(path):

@@ -42,7 +42,8 @@ def autocasts(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context in which matrix products keep the dtype of their factors."""
-    return torch.autocast(x.device.type, enabled=False) if _has_autocast(x.device.type) else nullcontext()
+    # torch.autocast takes some microseconds even if it changes nothing.
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 _OptionalTensor = TypeVar('_OptionalTensor', Tensor, Tensor | None)
@@ -62,10 +63,11 @@ def expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meani
 def check_dtypes(**tensors: Tensor | None) -> None:
     """Raise NotImplementedError for a complex tensor and TypeError for an integer one. None passes."""
     for name, x in tensors.items():
-        if x is not None and x.is_complex():
+        if x is None or x.is_floating_point():
+            continue
+        if x.is_complex():
             raise NotImplementedError(f'{name} is complex ({x.dtype}): only A, B and C of a scan can be')
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f'{name} must be a floating point tensor, got {x.dtype}')
+        raise TypeError(f'{name} must be a floating point tensor, got {x.dtype}')
 
 
 def check_states(A: Tensor, B: Tensor, C: Tensor) -> None:
@@ -261,10 +263,12 @@ def choose(u: Tensor, name: str | None = None, complex_states: bool = False) -> 
     """
     name = name or os.environ.get(BACKEND_VARIABLE) or None
     if name is None:
-        candidates = [backend for backend in BACKENDS.values()
-                      if backend.automatic and backend.device_type in (None, u.device.type)]
-        chosen = next(backend for backend in candidates if backend.refuses(u, complex_states) is None)
-        best = candidates[0]
+        device_types = (None, u.device.type)
+        candidates = (backend for backend in BACKENDS.values()
+                      if backend.automatic and backend.device_type in device_types)
+        best = chosen = next(candidates)
+        while chosen.refuses(u, complex_states) is not None:
+            chosen = next(candidates)
         if chosen is not best and u.numel() >= _LARGE:
             _warn_of_slow_scan(chosen.name, best.name, best.refuses(u, complex_states))
         return chosen

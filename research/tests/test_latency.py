@@ -97,7 +97,7 @@ def test_of_a_file(monkeypatch, model, video, tmp_path, capsys):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (('MODEL', '--source', 'nowhere'), 'no such file or folder'),
-    (('MODEL', '--source', __file__), 'no frame that OpenCV can read'),
+    (('MODEL', '--source', __file__), 'OpenCV can read no frame'),
     (('Swin-XXL', '--source', 'VIDEO'), 'neither a file (.onnx, .pt2) nor one of'),
 ])
 def test_bad_input(monkeypatch, model, video, arguments, message):

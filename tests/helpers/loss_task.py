@@ -1,6 +1,7 @@
 """The loss curve of digits configurations on tiny data, for the tests, on one process or on several.
 
-    python tests/helpers/loss_task.py DATA OUT '[{"config": "localvim-nano_digits", "iterations": 4, "bfloat16": true}, ...]'
+    python tests/helpers/loss_task.py DATA OUT \\
+        '[{"config": "localvim-nano_digits", "iterations": 4, "bfloat16": true}, ...]'
 """
 import json
 import os

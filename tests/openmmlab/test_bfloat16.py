@@ -8,9 +8,9 @@ from mmengine.registry import OPTIM_WRAPPERS, DefaultScope
 from test_half import Record
 from torch import nn
 
+from mmlocalmamba import ops
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.openmmlab.engine import bfloat16
-from mmlocalmamba.ops.backends import cpu
 
 BACKBONES = {
     LocalVMamba: dict(arch=dict(embed_dims=[8, 12], depths=[1, 1], d_state=4), patch_size=2),
@@ -46,7 +46,7 @@ def test_it_trains(kind, scope):
     assert losses[1] == losses[0] and losses[2] != losses[0] and losses[-1] < 0.9 * losses[0]
     assert {x.dtype for group in wrapper.optimizer.state.values() for x in group.values()} == {torch.float32}
     assert {x.grad.dtype for x in model.parameters()} == {torch.float32}
-    if cpu.unavailable(images) is None:
+    if ops.available_backends(images)['cpu'] is None:
         scans = [args[0].dtype for func, args in record.calls if 'directional_scan' in func.name()]
         assert scans and set(scans) == {torch.bfloat16}
 

@@ -252,7 +252,7 @@ def test_the_first_that_are_added_count(tmp_path):
     assert listed.add(['a'], 2) == (True, False)
     assert listed.add(['b', 'c'], 2) == (False, True) and listed.names() == ['a']
     assert listed.add(['b'], 2) == (True, True)
-    # What another process has added meanwhile is on the list, in its order.
+    # Names that another process added meanwhile are on the list, in its order.
     with open(tmp_path / 'list', 'a') as file:
         file.write('b\nd\n')
     assert listed.names() == ['a', 'b', 'd']

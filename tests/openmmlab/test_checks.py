@@ -227,7 +227,7 @@ def test_a_string_is_no_tuple_of_classes():
     class Dataset(list):
         metainfo = dict(classes='cat')
     problem, = checks.data_problems(Dataset([1]))
-    assert "write ('cat', )" in problem
+    assert "set ('cat', )" in problem
 
 
 def test_folders_of_training_and_validation_differ(configuration, tiny_digits, tmp_path):

@@ -53,7 +53,7 @@ def test_sharded_parameters_take_the_same_steps(tmp_path):
     alone = start(*program, tmp_path / 'one')
     run_on_two(*program, tmp_path / 'two')
     finish(alone)
-    # Of MMEngine's own hook, which writes objects.
+    # MMEngine's own hook wrote it, with Python objects.
     one, two = (load_checkpoint(tmp_path / name / 'iter_2.pth')['state_dict'] for name in ('one', 'two'))
     assert one.keys() == two.keys()
     for name in one:

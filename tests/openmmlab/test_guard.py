@@ -180,7 +180,7 @@ def test_two_processes_stop_alike(tmp_path, wrapper, where):
         record = json.loads((tmp_path / f'nonfinite_iter3_rank{rank}.json').read_text())
         assert (record['losses'] == ['nan']) == (rank == 1 and where == 'loss')
         assert record['parameters'] == ['fc.2.bias'] or where == 'loss'
-        # Of a loss, both report the step that is left out; infinite gradients are the scaler's.
+        # Both report the skipped step of a loss; the loss scaler handles infinite gradients.
         assert (tmp_path / f'nonfinite_iter2_rank{rank}.json').exists() == (where == 'loss')
 
 

@@ -43,7 +43,7 @@ def start_jobs(*tasks, **env):
 # ---- data ----
 
 def stream(sampler=None, rank=0, world_size=1, done=(0, 0), data=None, **kwargs):
-    """Of 12 images in batches of three; ``done``: epochs, and batches of the next."""
+    """Stream of 12 images in batches of three. ``done``: finished epochs, and batches of the next one."""
     data = data or Images()
     options = dict(batch_size=3, sampler=sampler) if 'batch_sampler' not in kwargs else {}
     result = engine.DataStream(SimpleNamespace(seed=7), 'train', DataLoader(data, **options, **kwargs))
@@ -202,7 +202,7 @@ def test_signals_may_be_left_alone(tmp_path):
 
 
 class HandlerIs(Hook):
-    """Of SIGTERM, in training."""
+    """Assert the handler of SIGTERM during a training."""
 
     def __init__(self, handler):
         self.handler = handler

@@ -19,8 +19,9 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import FlexibleRunner
 from processes import PYTHON, ROOT, finish, run_on_two, start
 
+from mmlocalmamba import visualization
 from mmlocalmamba.backbones import LocalVMamba
-from mmlocalmamba.openmmlab import search_hook as search_hook
+from mmlocalmamba.openmmlab import search_hook
 from mmlocalmamba.weights import to_official
 
 FILES = {'directions.json', 'alphas.csv', 'directions.png', 'alphas.png'}
@@ -498,7 +499,7 @@ def test_derive_from_the_authors_supernet(tmp_path):
 ])
 def test_the_picture_knows_the_stages(blocks, stages, tmp_path, monkeypatch):
     seen = []
-    draw = search_hook.draw_directions
-    monkeypatch.setattr(search_hook, 'draw_directions', lambda *args: seen.append(args[3]) or draw(*args))
+    draw = visualization.draw_directions
+    monkeypatch.setattr(visualization, 'draw_directions', lambda *args: seen.append(args[3]) or draw(*args))
     search_hook.write_search(str(tmp_path), ['h', 'v', 'w2'], blocks, 2, [(1, torch.rand(3, 3))], {})
     assert seen == [stages]

@@ -55,7 +55,7 @@ def test_named_files_exist(page):
             continue
         assert path.exists(), f'link to {target}'
         assert not anchor or anchor in anchors(path), f'link to {target}#{anchor}'
-    folders = '|'.join([*SCRIPTS, 'requirements', 'tests', 'configs', 'mmlocalmamba'])
+    folders = '|'.join([*SCRIPTS, 'requirements', 'tests', 'configs/_base_', 'mmlocalmamba'])
     for name in re.findall(rf'(?<![\w/])(?:{folders})/[\w/{{}},-]+\.(?:py|sh|txt|csv)\b', text):
         for path in expand(name):
             assert (ROOT / path).is_file(), path
@@ -125,7 +125,7 @@ def test_options_exist(page):
     for command in commands(page):
         # The options of a script end at the next script: torchrun OPTIONS tools/train.py OPTIONS.
         scripts = rf'(?:{"|".join(SCRIPTS)})/[\w/]+\.(?:py|sh)'
-        program = rf'\b(?:torchrun|{scripts}|mim (?:train|test|run|search|download|install)(?: mm\w+)?)'
+        program = rf'(?<![\w/])(?:torchrun|{scripts}|mim (?:train|test|run|search|download|install)(?: mm\w+)?)'
         for name, arguments in re.findall(rf'({program})(?=\s|$)(.*?)(?={program}\s|$)', command):
             if name == 'torchrun' or name == 'tools/launch.py':
                 known = options_of_torchrun()

@@ -1,4 +1,5 @@
 """Try a training without keeping anything: build it, check its data, make two steps (``check CONFIG``)."""
+import argparse
 import io
 import random
 import resource
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
@@ -174,6 +175,21 @@ def check(cfg: Config) -> bool:
         MMLogger.get_current_instance().handlers.clear()  # its log file is in the removed folder
     print(f'\n{report.problems} problems found, see above.' if report.problems else '\nNo problems found.')
     return not report.problems
+
+
+def check_file(path: str, options: list[str] | None = None) -> bool:
+    """Read a configuration file and :func:`check` it.
+
+    Args:
+        path: of the file.
+        options: KEY=VALUE overrides, as of ``--cfg-options``.
+    """
+    cfg = Config.fromfile(path)
+    if options:
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+        cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    return check(cfg)
 
 
 def _check(report: _Report, cfg: Config) -> None:
