@@ -26,7 +26,12 @@ def test_report():
 def test_a_wrong_backend_is_called_so(monkeypatch, capsys):
     backend = ops.BACKENDS['chunked']
     right = backend.scan
-    monkeypatch.setattr(backend, 'scan', lambda inputs: right(inputs._replace(u=inputs.u * 1.01)))
+
+    def scaled(inputs):
+        y, last_states = right(inputs)
+        return 1.01 * y, last_states
+
+    monkeypatch.setattr(backend, 'scan', scaled)
     assert not main.doctor()
     assert 'chunked     WRONG: relative error' in capsys.readouterr().out
 
