@@ -136,7 +136,7 @@ def test_options_exist(page):
                 known = options_of(ROOT / name)
             for option in re.findall(OPTION, arguments):
                 assert option in known | {'--help'}, f'{name} has no {option}: {command}'
-        if command.startswith('--'):
+        if command.startswith('--') and 'research' in SCRIPTS:  # pages name options of its scripts
             assert re.match(OPTION, command)[0] in every_option() | DOCKER_AND_SLURM | GLOBOX, command
         for target in re.findall(r'^(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z-]+)', command):
             assert re.search(rf'^{target}:', makefile, flags=re.M), command
