@@ -23,6 +23,9 @@ autoapi_options = ['members', 'show-module-summary']
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
+# Pages offer tables of research/, which may be missing.
+suppress_warnings = [] if (PACKAGE.parent / 'research').is_dir() else ['download.not_readable']
+
 html_theme = 'furo'
 html_static_path = ['_static']
 html_css_files = ['wide.css']
