@@ -136,8 +136,9 @@ def _feature_options(kind: type[LocalMambaBackbone], arguments: dict[str, Any],
                      out_indices: int | Sequence[int] | None) -> dict[str, Any]:
     if kind is LocalVMamba:
         return dict(out_indices=(0, 1, 2, 3) if out_indices is None else out_indices)
-    arch = arguments['arch']
-    depth = (arch if isinstance(arch, dict) else LOCAL_VIM[arch])['num_layers']
+    arch: Any = arguments['arch']
+    sizes: dict[str, Any] = arch if isinstance(arch, dict) else LOCAL_VIM[arch]
+    depth = sizes['num_layers']
     taps = tuple(depth * (place + 1) // 4 - 1 for place in range(4))
     return dict(out_type='featmap', out_indices=taps if out_indices is None else out_indices)
 

@@ -110,7 +110,7 @@ def test_every_name_of_the_front_door_is_there(name):
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'mmlocalmamba' has no attribute 'LocalViM'"):
-        mmlocalmamba.LocalViM
+        _ = mmlocalmamba.LocalViM
 
 
 # ---- models by name ----
@@ -123,7 +123,8 @@ PARAMETERS = dict(localvim_tiny=7994152, localvim_small=27783784, localvmamba_ti
 def test_models_by_name(name):
     with torch.device('meta'):
         model = create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS.get(name, sum(p.numel() for p in model.parameters()))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == PARAMETERS.get(name, count)
     assert model.head.fc.out_features == 1000
 
 
@@ -177,7 +178,6 @@ def test_bad_input(name, options, message):
 
 @pytest.mark.slow
 def test_torch_hub_loads_a_clone():
-    assert 'localvim_tiny' in torch.hub.list(str(ROOT), source='local', trust_repo=True)
     model = torch.hub.load(str(ROOT), 'localvim_nano', source='local', num_classes=5)
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 5)
 

@@ -1,11 +1,11 @@
-"""The one cache of what image sizes give."""
+"""The cache of tensors that are derived from image table_cache."""
 import threading
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmlocalmamba import table_cache as sizes
+from mmlocalmamba import table_cache
 from mmlocalmamba.directions import scan_tables
 from mmlocalmamba.layers import rotary_tables
 
@@ -17,10 +17,10 @@ MAKERS = {
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch):
-    monkeypatch.setattr(sizes, '_captured', {})
-    sizes.clear()
+    monkeypatch.setattr(table_cache, '_captured', {})
+    table_cache.clear()
     yield
-    sizes.clear()
+    table_cache.clear()
 
 
 @pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
@@ -34,10 +34,10 @@ def test_made_once_and_usable_in_training_after_inference(make):
 
 @pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
 def test_no_fake_tensor_stays(make):
-    """torch.export runs models on tensors without values; one that stayed would come out of the next eager call."""
+    """torch.export runs models on tensors without values. The next eager call must not return one of them."""
     with FakeTensorMode():
         make(4, 3)
-    assert sizes.cached_bytes() == 0
+    assert table_cache.cached_bytes() == 0
     real = make(4, 3)
     assert all(type(x) is torch.Tensor for x in real)
     with FakeTensorMode():
@@ -49,7 +49,7 @@ def test_no_fake_tensor_stays(make):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_the_default_dtype_plays_no_part(make, dtype):
     expected = make(7, 9)
-    sizes.clear()
+    table_cache.clear()
     torch.set_default_dtype(dtype)
     try:
         made = make(7, 9)
@@ -59,35 +59,35 @@ def test_the_default_dtype_plays_no_part(make, dtype):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-def test_bytes_are_bounded_and_what_was_used_last_stays(monkeypatch):
+def test_bytes_are_bounded_and_recently_used_entries_stay(monkeypatch):
     make = MAKERS['scan']
     make(8, 8)
-    one = sizes.cached_bytes()
-    monkeypatch.setattr(sizes, 'MAX_BYTES', 3 * one)
-    sizes.clear()
+    one = table_cache.cached_bytes()
+    monkeypatch.setattr(table_cache, 'MAX_BYTES', 3 * one)
+    table_cache.clear()
     first, second = make(8, 8), make(4, 16)
     for size in range(1, 30):
         assert make(8, 8)[0] is first[0]  # used again and again
         make(size, 2)
-        assert sizes.cached_bytes() <= 3 * one
+        assert table_cache.cached_bytes() <= 3 * one
     assert make(4, 16)[0] is not second[0]
-    monkeypatch.setattr(sizes, 'MAX_BYTES', 1)
+    monkeypatch.setattr(table_cache, 'MAX_BYTES', 1)
     kept = make(9, 9)
     assert make(9, 9)[0] is kept[0]  # the newest stays, whatever its size
 
 
-def test_what_fills_the_cache_exactly_stays(monkeypatch):
+def test_entries_that_fill_the_cache_exactly_stay(monkeypatch):
     def get(key):
-        return sizes.of_size(lambda device, traced: (torch.zeros(10), ), 'cpu', key)[0]
+        return table_cache.cached(lambda device, traced: (torch.zeros(10), ), 'cpu', key)[0]
 
-    monkeypatch.setattr(sizes, 'MAX_BYTES', 80)
+    monkeypatch.setattr(table_cache, 'MAX_BYTES', 80)
     first, second = get('first'), get('second')
     assert get('first') is first and get('second') is second
     get('third')
-    assert sizes.cached_bytes() == 80 and get('first') is not first
-    monkeypatch.setattr(sizes, 'MAX_BYTES', 1)
+    assert table_cache.cached_bytes() == 80 and get('first') is not first
+    monkeypatch.setattr(table_cache, 'MAX_BYTES', 1)
     get('fourth')
-    assert sizes.cached_bytes() == 40
+    assert table_cache.cached_bytes() == 40
 
 
 def test_makers_are_told_of_tracing():
@@ -98,14 +98,14 @@ def test_makers_are_told_of_tracing():
         return (torch.zeros(1), )
 
     with FakeTensorMode():
-        sizes.of_size(make, 'cpu', 'x')
-    sizes.of_size(make, 'cpu', 'x')
+        table_cache.cached(make, 'cpu', 'x')
+    table_cache.cached(make, 'cpu', 'x')
     assert seen == [(torch.device('cpu'), True), (torch.device('cpu'), False)]
 
 
 def test_threads_get_the_same_values():
     expected = {size: MAKERS['scan'](size, 5) for size in range(1, 9)}
-    sizes.clear()
+    table_cache.clear()
     wrong = []
 
     def work():
@@ -122,7 +122,7 @@ def test_threads_get_the_same_values():
 
 
 class Cuda:
-    """Stands in for what the cache asks of CUDA; tensors stay on the CPU."""
+    """Replace the functions of CUDA that the cache calls; tensors stay on the CPU."""
 
     def __init__(self, monkeypatch):
         self.stream, self.capturing, self.recorded = 'first', False, []
@@ -132,7 +132,7 @@ class Cuda:
         monkeypatch.setattr(torch.Tensor, 'record_stream', lambda x, stream: self.recorded.append(stream))
 
     def get(self, key, device='cuda'):
-        return sizes.of_size(lambda device, traced: (device, torch.zeros(10))[1:], device, key)[0]
+        return table_cache.cached(lambda device, traced: (device, torch.zeros(10))[1:], device, key)[0]
 
 
 def test_a_device_without_an_index_is_the_current_one(monkeypatch):
@@ -160,5 +160,5 @@ def test_tables_in_a_captured_graph_stay(monkeypatch):
     cuda.capturing = True
     assert cuda.get('x') is table
     cuda.capturing = False
-    sizes.clear()
+    table_cache.clear()
     assert cuda.get('x') is table

@@ -179,10 +179,11 @@ def graph_of(model: nn.Module, shape: tuple[int, int], features: bool = False) -
     patch = getattr(backbone, 'patch_size', 1)
     if min(shape) < patch:
         raise ValueError(f'--shape {shape[0]} {shape[1]} is smaller than a patch of {patch}x{patch} pixels')
-    if features or isinstance(model, LocalMambaBackbone):
-        owner = model if isinstance(model, LocalMambaBackbone) or hasattr(model, 'extract_feat') else backbone
+    if features or model is backbone:
+        owner: Any = model if model is backbone or hasattr(model, 'extract_feat') else backbone
         with torch.no_grad():
-            return Features(owner, len(getattr(owner, 'extract_feat', owner)(torch.zeros(1, 3, *shape)))).eval()
+            maps = getattr(owner, 'extract_feat', owner)(torch.zeros(1, 3, *shape))
+        return Features(owner, len(maps)).eval()
     if hasattr(model, 'decode_head'):
         return Segmentor(model).eval()
     if hasattr(model, 'rpn_head') and hasattr(getattr(model, 'roi_head', None), 'bbox_roi_extractor') \

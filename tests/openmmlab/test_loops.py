@@ -10,22 +10,20 @@ from types import SimpleNamespace
 
 import job_task
 import pytest
+import resume_matrix
+import stop_under_checks
 import torch
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.runner import FlexibleRunner
 from processes import PYTHON, ROOT, finish, start
+from resume_matrix import Cell
 from search_task import Classifier, loader
 
 from mmlocalmamba.openmmlab.engine import EpochBasedTrainLoop, loops
 from mmlocalmamba.openmmlab.engine.checkpoints import BEFORE_VALIDATION_FILE, CheckpointHook
 from mmlocalmamba.openmmlab.engine.preemption import Preemption
-
-sys.path.insert(0, str(ROOT / 'tools/dev'))
-import resume_matrix
-import stop_under_checks
-from resume_matrix import Cell
 
 MATRIX = ROOT / 'tests/stress/resume_matrix.py'
 IN_PROCESS = Cell('epoch', 'killed', 'validation', 1, 3, 'plain')  # without workers

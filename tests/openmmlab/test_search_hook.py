@@ -462,7 +462,7 @@ def test_logits_that_differ_between_processes_stop_the_search(tmp_path, monkeypa
 
 
 def derive(*args):
-    return subprocess.run([sys.executable, str(ROOT / 'tools' / 'search' / 'derive_directions.py'), *map(str, args)],
+    return subprocess.run([sys.executable, str(ROOT / 'tools' / 'derive_directions.py'), *map(str, args)],
                           env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
 
 

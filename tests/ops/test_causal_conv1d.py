@@ -17,7 +17,7 @@ from mmlocalmamba.ops.stand_ins import (
 )
 
 BATCH, DIM = 2, 6
-# Of the norm of what is compared; gradients come in the inputs' dtype, too.
+# Relative to the norm of the expected tensor. Gradients have the dtype of their inputs.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 each_itype = pytest.mark.parametrize('itype', TOLERANCE, ids=str)
 each_width = pytest.mark.parametrize('width', [2, 3, 4])
@@ -25,7 +25,7 @@ each_activation = pytest.mark.parametrize('activation', [None, 'silu', 'swish'])
 
 
 def definition(x, weight, bias=None, activation=None, before=None):
-    """One step after the other, in float64; ``before`` are the steps before the first."""
+    """Compute one step after the other in float64; ``before`` holds the steps before the first."""
     x, weight = x.double(), weight.double()
     taps = weight.shape[1]
     x = torch.cat([x.new_zeros(*x.shape[:2], taps - 1) if before is None else before.double(), x], dim=-1)
@@ -54,7 +54,7 @@ def inputs(itype, length, width, has_bias, has_states, channel_last, dim=DIM):
 
 
 def check_gradients(leaves, ours, expected, tolerance):
-    """Of random weighted sums of the outputs."""
+    """Compare the gradients of a randomly weighted sum of the outputs."""
     names = list(leaves)
     weights = [torch.randn(y.shape, dtype=torch.float64) for y in expected]
     for name, grad, exact in zip(

@@ -1,4 +1,4 @@
-"""The native CPU kernel against the reference, on what its vectors, chunks and threads could get wrong."""
+"""The native CPU kernel against the reference, at the edges of its vectors, chunks and threads."""
 import itertools
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_selective_scan(groups):
     assert_same(run(inputs, selective_scan, backend='cpu'), exact, 1e-5)
 
 
-# What mamba_ssm's layout (B, D, L) becomes: rows lie apart, and steps side by side.
+# Strides of (B, K, L, D). mamba_ssm's layout (B, D, L) becomes 'columns': contiguous steps.
 LAYOUTS = {'rows': lambda x: x.contiguous(), 'columns': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
            'neither': lambda x: x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=2)[:, :, ::2, ::2]}
 
@@ -98,7 +98,7 @@ LAYOUTS = {'rows': lambda x: x.contiguous(), 'columns': lambda x: x.transpose(2,
                                          (1, 20, 2, torch.float32), (64, 1, 1, torch.float64),
                                          (7, 3, 33, torch.float32)])
 def test_any_layout(instruction_set, layouts, L, D, N, dtype):
-    """Of u, of delta, and of the others."""
+    """The layouts are those of u, of delta, and of the other tensors."""
     torch.manual_seed(0)
     kinds = [LAYOUTS[name] for name in layouts]
     exact = [torch.randn(2, 3, L, D).double(), torch.randn(2, 3, L, D).double(), -torch.rand(3, D, N).double(),
@@ -114,7 +114,7 @@ def test_any_layout(instruction_set, layouts, L, D, N, dtype):
             given = leaves
         y, last = directional_scan(*given, delta_softplus=True, in_scan_order=True, return_last_state=True,
                                    backend=backend)
-        # Gradients of y come in any layout, too.
+        # Gradients of y have any layout, too.
         total = (y * (kinds[2](dy.to(y.dtype)) if backend == 'cpu' else dy)).sum() + (last * dlast.to(y.dtype)).sum()
         results.append([y, last, *torch.autograd.grad(total, leaves)])
     names = 'y last u delta A B C D'.split()
@@ -123,7 +123,7 @@ def test_any_layout(instruction_set, layouts, L, D, N, dtype):
 
 @built
 def test_no_copy_of_mambas_layout():
-    """What is given as (B, D, L) comes out so, gradients too, and no tensor of its size is copied on the way."""
+    """Outputs and gradients of inputs (B, D, L) have that layout, and no tensor of that size is copied."""
     torch.manual_seed(0)
     u, delta, dy = (torch.randn(2, 66, 45) for _ in range(3))
     B, C = (torch.randn(2, 5, 45) for _ in range(2))

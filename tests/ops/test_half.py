@@ -1,5 +1,4 @@
-"""bfloat16 on the CPU: native kernels against float64, and against what plain PyTorch makes of the same under
-autocast."""
+"""bfloat16 on the CPU: native kernels against float64, and against plain PyTorch under autocast."""
 import platform
 
 import pytest
@@ -18,7 +17,7 @@ from mmlocalmamba.ops import directional_scan
 pytestmark = built
 TOKENS = {'linear': ('x', 'weight', 'bias'), 'conv': ('x', ), 'sum': ('y', 'z'), 'norm': ('x', ),
           'scan': ('u', 'delta', 'B', 'C')}
-# A sum of some terms that are as large and have lost their last 16 bits each.
+# Relative error of a sum of several terms of equal size, each rounded to 16 bits.
 LIMIT = 1e-2
 
 
@@ -48,7 +47,7 @@ def errors(found, exact):
 
 
 def check(function, inputs, tokens, mixed, monkeypatch):
-    """Exact are results of the values that were stored, in float64."""
+    """Compare with the results of the stored values in float64, and with the error of plain PyTorch."""
     leaves = stored(inputs, tokens, mixed)
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'reference')
     exact = results(function, {name: x.detach().double().requires_grad_() for name, x in leaves.items()})
@@ -57,7 +56,7 @@ def check(function, inputs, tokens, mixed, monkeypatch):
     ours = results(function, leaves, mixed)
     for name, error in errors(ours, exact).items():
         assert error < LIMIT, f'{name}: {error:.1e}'
-        # Half a unit of the last bit is what rounding the result alone may cost.
+        # Rounding the result costs up to half a unit of the last bit.
         assert error <= max(1.05 * plain[name], 2 ** -9), f'{name}: {error:.1e}, plain PyTorch {plain[name]:.1e}'
     for name, x in leaves.items():
         assert ours[name].dtype == x.dtype, name
@@ -84,7 +83,7 @@ assert all(leaf.grad.isfinite().all() for leaf in (x, weight, bias))
 
 @pytest.mark.skipif(platform.machine() != 'x86_64', reason='the variable names instruction sets of x86-64')
 def test_where_onednn_has_no_bfloat16():
-    """It raises there instead of taking a slower way."""
+    """oneDNN raises an error there, so the op computes the product in another way."""
     finish(start(*PYTHON, '-c', PRODUCT, ONEDNN_MAX_CPU_ISA='AVX2'))
 
 
@@ -116,7 +115,7 @@ def test_scan_equals_float64(instruction_set, case, mixed, monkeypatch):  # noqa
 
 @pytest.mark.parametrize('columns', [('u', ), ('delta', ), ('B', 'C'), ('u', 'delta', 'B', 'C')])
 def test_mambas_layout(instruction_set, columns, monkeypatch):  # noqa: F811
-    """Steps side by side, as u (B, D, L) has them."""
+    """Tensors with contiguous steps, as u (B, D, L)."""
     def function(**inputs):
         inputs = {name: x.mT.contiguous().mT if name in columns else x for name, x in inputs.items()}
         return directional_scan(**inputs, delta_softplus=True, in_scan_order=True)
@@ -136,7 +135,7 @@ def test_the_state_and_sums_over_steps_have_32_bits():
     assert last.item() == L and y[0, 0, -1].item() == L
     y.backward(ones)
     assert D.grad.item() == L and u.grad[0, 0, 0].item() == L
-    # Also those over directions.
+    # Sums over directions, too.
     x, weight = torch.ones(1, 1, 1, dtype=torch.bfloat16), torch.ones(600, 1, 1, requires_grad=True)
     tables = type(TABLES)(*(table.expand(600, -1).contiguous() for table in TABLES))
     x.requires_grad_()
@@ -185,7 +184,7 @@ def test_same_bits_whatever_the_threads(case, monkeypatch):
 
 
 class Record(torch.utils._python_dispatch.TorchDispatchMode):
-    """Our operators, as they are called."""
+    """Record the calls of our operators."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +221,7 @@ OWN = {
 @pytest.mark.parametrize('mixed', [True, False])
 @pytest.mark.parametrize('kind', OWN)
 def test_models_take_the_native_kernels(kind, mixed):
-    """In 16 bits, forward and backward, under autocast and with weights in 16 bits."""
+    """They run in 16 bits, forward and backward, under autocast and with weights in 16 bits."""
     kwargs = dict(ARCHS[kind])
     model = kind(kwargs.pop('arch'), directions=['h', 'w2_flip'], drop_path_rate=0., **kwargs)
     images = torch.randn(2, 3, 24, 20)
@@ -243,8 +242,10 @@ def test_models_take_the_native_kernels(kind, mixed):
 
 @pytest.mark.parametrize('kind', OWN)
 def test_models_are_as_exact_as_plain_pytorch(kind, monkeypatch):
-    """Outputs and gradients under autocast, on the images and backbones that test_properties.py draws; of all together,
-    since each error is a throw of the dice."""
+    """Compare errors of outputs and gradients under autocast, for the images and backbones of test_properties.py.
+
+    The sum of all errors is compared, since a single one is random.
+    """
     monkeypatch.setattr(test_properties, 'MAX_TOKENS', 24)
     sums = torch.zeros(2, 3, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""The operators as autograd and torch.func see them: derivatives that they have, and those that they refuse."""
+"""Derivatives of the operators by autograd and torch.func: those they have, and those they refuse."""
 import re
 from functools import partial
 
@@ -49,7 +49,7 @@ every_case = pytest.mark.parametrize('case', CASES)
 
 
 def positional(case):
-    """The function and its inputs, none of which requires gradients."""
+    """Return the function and its inputs without gradients, both by position."""
     function, inputs = CASES[case]()
     names = list(inputs)
     return lambda *x: function(**dict(zip(names, x, strict=True))), tuple(x.detach() for x in inputs.values())
@@ -78,7 +78,7 @@ def functional_jvp(function, x, tangent):
 
 @every_case
 def test_a_tangent_never_vanishes(case, backend):
-    """Forward-mode derivatives are right, or refused; each tensor alone, so that none hides behind another."""
+    """Forward-mode derivatives are right or refused. Each tensor is tested alone, so that none hides another."""
     function, inputs = positional(case)
     for i, x in enumerate(inputs):
         along = partial(replaced, function, inputs, i)
@@ -97,7 +97,7 @@ def test_a_tangent_never_vanishes(case, backend):
 
 @built
 def test_operators_refuse_tangents_themselves():
-    """An exported graph holds them, and knows nothing of backends."""
+    """An exported graph calls the operators without the dispatcher."""
     x, weight = randn(2, 3), randn(4, 3)
     with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match='no forward-mode'):
         torch.ops.mmlocalmamba.linear(x, forward_ad.make_dual(weight, weight), None)
@@ -108,7 +108,7 @@ def test_operators_refuse_tangents_themselves():
 @every_case
 @pytest.mark.slow
 def test_second_derivatives_of_the_reference(case, monkeypatch):
-    """Also when the environment names it: for all ops of a model."""
+    """The environment variable names the reference for all ops of a model."""
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'reference')
     function, inputs = positional(case)
     inputs = [x.requires_grad_() for x in inputs]
@@ -118,7 +118,7 @@ def test_second_derivatives_of_the_reference(case, monkeypatch):
 
 @every_case
 def test_the_way_out_of_a_missing_second_derivative(case, backend, monkeypatch):
-    """It is never a wrong number. The error names a remedy, and the remedy works, by the environment and by the
+    """A missing second derivative is an error that names a remedy, and the remedy works: as environment variable and as
     argument."""
     function, inputs = positional(case)
     inputs = [x.requires_grad_() for x in inputs]
@@ -128,7 +128,7 @@ def test_the_way_out_of_a_missing_second_derivative(case, backend, monkeypatch):
         grads = torch.autograd.grad((y * randn(*y.shape, seed=8)).sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(x.square().sum() for x in grads), inputs, allow_unused=True)
 
-    # What is plain PyTorch, and where backward passes are made of what has derivatives.
+    # These are plain PyTorch, or their backward passes consist of differentiable operations.
     able = backend == 'reference' or not case.startswith('scan') and (
         backend == 'chunked' or case.startswith(('linear', 'add_rms_norm')))
     if able:
@@ -150,7 +150,7 @@ def test_the_way_out_of_a_missing_second_derivative(case, backend, monkeypatch):
 
 @pytest.mark.parametrize('backbone', ['LocalVim', 'LocalVMamba'])
 def test_second_derivatives_of_a_model(backbone, monkeypatch):
-    """What the environment promises: a Hessian times a vector, against differences of gradients."""
+    """With the reference, a Hessian times a vector equals differences of gradients."""
     backbones = pytest.importorskip('mmlocalmamba.backbones')
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'reference')
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_second_derivatives_of_a_model(backbone, monkeypatch):
 
 @every_case
 def test_torch_func(case, backend):
-    """grad; grad for each sample; and a sum of samples is the gradient of their sum."""
+    """Test grad, grad of each sample under vmap, and vmap of the function."""
     function, inputs = positional(case)
     weights = randn(*function(*inputs).shape, seed=5)
     cotangent = weights.flatten()
@@ -215,7 +215,7 @@ def test_chunked_compiles_as_one_graph(grad):
 
 
 class Calls(TorchDispatchMode):
-    """Operators that run, and their arguments."""
+    """Record the operators that run, and their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ class Calls(TorchDispatchMode):
 @built
 @every_case
 def test_frozen_tensors_cost_no_gradient(case, monkeypatch):
-    """With any one tensor alone to be trained, operators are asked for its gradient alone, and it is the same."""
+    """If one tensor requires a gradient, the operators compute only this gradient, with the same value."""
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'cpu')
     function, inputs = positional(case)
     expected = torch.autograd.grad(function(*[x.requires_grad_() for x in inputs]).square().sum(), inputs)
@@ -253,7 +253,7 @@ def test_frozen_tensors_cost_no_gradient(case, monkeypatch):
 
 @built
 def test_backward_operators_read_nothing_out_of_bounds():
-    """Every tensor of another shape is an error, not a read behind its end."""
+    """A tensor of a wrong shape is an error, not a read beyond its end."""
     function, inputs = CASES['scattn_sum']()
     saved = torch.ops.mmlocalmamba.scattn_sum(*list(inputs.values())[:4], 1e-5, *list(inputs.values())[4:])
     y, z, norm_weight, norm_bias, reduce_weight, _, select_weight, _ = inputs.values()
@@ -275,7 +275,7 @@ def test_backward_operators_read_nothing_out_of_bounds():
 @built
 @pytest.mark.parametrize('row', [[0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 4, -1], [5, 4, 3, 2, 1, -1]], ids=str)
 def test_a_table_that_is_no_permutation_is_refused(row):
-    """It would leave rows of the output unwritten."""
+    """Such a table would leave rows of the output unwritten."""
     tables = ScanTables(torch.tensor([list(range(6)), row], dtype=torch.int32),
                         torch.arange(6, dtype=torch.int32).repeat(2, 1))
     x = torch.ones(1, 6, 3)

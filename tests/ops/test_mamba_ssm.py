@@ -1,4 +1,4 @@
-"""The adapter to mamba_ssm, tried on a stand-in that has its interface and our reference's arithmetic."""
+"""The adapter to mamba_ssm, tested on a stand-in with its interface and the arithmetic of our reference."""
 import sys
 from functools import partial
 from types import ModuleType
@@ -37,7 +37,7 @@ def mamba_ssm(monkeypatch):
 
 
 def outputs_only(inputs, backend, **kwargs):
-    """Outputs and gradients, none of them through the last state."""
+    """Return outputs and gradients, none of them through the last state."""
 
     def function(**arguments):
         y, last = directional_scan(**arguments)

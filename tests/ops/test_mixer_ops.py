@@ -1,4 +1,4 @@
-"""What stands around the scan in a mixer: native kernels against plain PyTorch in float64, outputs and gradients."""
+"""The ops around the scan in a mixer: native kernels against plain PyTorch in float64, outputs and gradients."""
 import pytest
 import torch
 from test_cpu import built, instruction_set  # noqa: F401  (a fixture)
@@ -97,7 +97,7 @@ def run(case, dtype, backend, monkeypatch):
 def test_equals_pytorch(instruction_set, case, dtype, rtol, monkeypatch):  # noqa: F811
     exact = run(case, torch.float64, 'reference', monkeypatch)
     ours = run(case, dtype, 'cpu', monkeypatch)
-    # The mean of normalised features is small beside what it is the sum of.
+    # The mean of normalised features is small compared with its summands.
     norm = {name: exact.pop(name) for name in list(exact) if 'norm.weight' in name}
     assert_same(ours, exact, rtol)
     assert_same(ours, norm, 100 * rtol)

@@ -1,3 +1,4 @@
+"""directional_scan and selective_scan: every backend against the reference, and the reference against definitions."""
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ from mmlocalmamba.directions import scan_tables
 from mmlocalmamba.ops import directional_scan, selective_scan
 from mmlocalmamba.ops.backends import chunked
 
-# Triton's interpreter is too slow for these; see test_ops_triton.py.
+# Triton's interpreter is too slow for these; see test_triton.py.
 ALL_BACKENDS = [name for name, reason in ops.available_backends(torch.empty(0)).items()
                 if reason is None and name != 'triton']
 BACKENDS = [name for name in ALL_BACKENDS if name != 'reference']
@@ -114,7 +115,7 @@ def complex_inputs(**kwargs):
 
 
 def with_real_states(function):
-    """For what compares real numbers only."""
+    """Wrap a function for gradcheck, which compares real numbers only."""
     def wrapped(*args, **kwargs):
         y, last = function(*args, **kwargs)
         return y, torch.view_as_real(last)
@@ -124,7 +125,7 @@ def with_real_states(function):
 
 @pytest.mark.parametrize('pad,shared,scan_order', [(True, True, False), (False, True, False), (True, False, True)])
 def test_complex_states(pad, shared, scan_order):
-    """Scanned beside their conjugates they give twice as much."""
+    """A scan of the states and their conjugates returns twice the output."""
     inputs, tables = complex_inputs(pad=pad, shared=shared, scan_order=scan_order, H=6, W=11)
     kwargs = dict(tables=tables, in_scan_order=scan_order, delta_softplus=True)
     pairs = {name: torch.cat([x, x.conj()], dim=-1) if x.is_complex() else x for name, x in inputs.items()}
@@ -142,7 +143,7 @@ def test_complex_states(pad, shared, scan_order):
 @pytest.mark.parametrize('rank', [None, 2])
 @pytest.mark.parametrize('block', [1, 10 ** 6])
 def test_gradcheck_of_complex_states(monkeypatch, rank, block):
-    """In one chunk and in several."""
+    """The scan has one chunk or several."""
     monkeypatch.setattr(chunked, '_BLOCK_ELEMENTS', block)
     monkeypatch.setattr(chunked, '_MIN_STEPS', 2)
     inputs, tables = complex_inputs(batch=1, H=2, W=3, D=2, N=2, rank=rank)

@@ -24,7 +24,7 @@ from mmlocalmamba.ops.stand_ins import (
     selective_state_update_ref,
 )
 
-# Of the norm of what is compared.
+# Relative to the norm of the expected tensor.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 each_itype = pytest.mark.parametrize('itype', TOLERANCE, ids=str)
 each_wtype = pytest.mark.parametrize('wtype', [torch.float32, torch.complex64], ids=str)
@@ -34,7 +34,7 @@ each_kind = pytest.mark.parametrize('variable_B,variable_C,groups', [
 
 
 def exact(x):
-    """In double precision, still of the graph."""
+    """Convert to double precision within the graph."""
     return None if x is None else x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
@@ -183,7 +183,7 @@ def test_second_derivatives_of_the_reference(wtype, variable):
     (dict(C=torch.ones(1, 2)), ValueError, r'C must have shape \(D, N\) = \(4, 2\), got \(1, 2\)'),
     (dict(B=torch.ones(1, 3, 2, 5)), ValueError, '4 channels cannot be split into 3 groups'),
     (dict(B=torch.ones(5)), ValueError, r'B must be \(D, N\), \(B, N, L\) or \(B, G, N, L\), got \(5,\)'),
-    (dict(A=-torch.ones(4, 2) + 0j), ValueError, 'B of a complex A must be complex or of length 2 L = 10, got'),
+    (dict(A=-torch.ones(4, 2) + 0j), ValueError, 'B of a complex A must be complex or have length 2 L = 10, got'),
     (dict(A=-torch.ones(4, 2) + 0j, B=torch.ones(4, 2)), TypeError, 'constant B must be complex like A'),
     (dict(B=torch.ones(4, 2) + 0j), TypeError, 'B is complex .* but A is real'),
     (dict(u=torch.ones(1, 4, 5) + 0j), NotImplementedError, 'u is complex'),
@@ -484,7 +484,7 @@ def test_stand_in_is_refused():
 
 
 def test_the_adapter_does_not_take_itself_for_mamba_ssm():
-    """Where it would call itself for ever."""
+    """The adapter would otherwise call itself without end."""
     result = run_python('from mmlocalmamba.ops import stand_ins\n'
                         'from mmlocalmamba.ops.backends import mamba_ssm as cuda\n'
                         "stand_ins.stand_in_for('mamba_ssm')\nprint(cuda._import()[1])")

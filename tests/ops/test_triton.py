@@ -26,7 +26,7 @@ ODD = dict(batch=1, H=3, W=5, D=5, N=3, directions=('v_flip', 'w2'))
 
 @pytest.fixture(autouse=True)
 def numpy_scalars(monkeypatch):
-    """numpy 2.4 turns arrays of one element into integers no longer, which Triton 3.6's interpreter relies on."""
+    """numpy 2.4 does not convert arrays of one element to integers, on which Triton 3.6's interpreter relies."""
     if DEVICE == 'cuda':
         return
     from triton.runtime import interpreter
@@ -41,19 +41,19 @@ def numpy_scalars(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What a kernel does not write is NaN."""
+    """Fill memory that kernels write with NaN."""
     monkeypatch.setattr(host, '_empty', lambda *shape, **options: torch.full(shape, torch.nan, **options))
 
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
-    """Short ones, so that short sequences have several."""
+    """Use short chunks, so that short sequences have several."""
     monkeypatch.setattr(library, 'CHUNK', 8)
 
 
 @pytest.fixture(params=['sequential', 'segments'])
 def plan(request, monkeypatch):
-    """One program for a whole sequence, or several."""
+    """Run one program for a whole sequence, or several."""
     if request.param == 'segments':
         monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
     else:
@@ -108,7 +108,7 @@ def test_ways_to_call(plan, kwargs):
 @pytest.mark.parametrize('forward,backward', list(zip(*tuning.CANDIDATES.values(), strict=True)), ids=str)
 @pytest.mark.slow
 def test_every_block_size(monkeypatch, forward, backward):
-    """In segments, which takes all kernels, and on channels that fill no block: three of 16, two of 32, one of 64."""
+    """Segments use all kernels. The channels fill no block: they are three of 16, two of 32 or one of 64."""
     monkeypatch.setattr(host, '_segment', lambda sequences, blocks, steps, *_: (-(-steps // 8), 8))
     with tuning.forced('forward', forward), tuning.forced('backward', backward):
         compare(H=1, W=11, D=37, directions=('w2_flip', ), rank=2)
@@ -116,7 +116,7 @@ def test_every_block_size(monkeypatch, forward, backward):
 
 @pytest.mark.slow
 def test_tuning(monkeypatch, tuning_file, capsys):
-    """With a clock of our own: a candidate that fails and one that computes wrongly win no race, others do."""
+    """The clock is simulated: a candidate that fails and one that computes wrongly are left out."""
     choices = {kernel: candidates[:4] for kernel, candidates in tuning.CANDIDATES.items()}
     wrong, broken = choices['forward'][1], choices['backward'][3]
     monkeypatch.setattr(tuning, 'CANDIDATES', choices)
@@ -184,7 +184,7 @@ def test_low_precision_inputs_keep_a_float32_state(dtype, rtol):
 
 
 def test_mixed_precision():
-    """As under autocast: activations in 16 bits, parameters in 32."""
+    """Activations have 16 bits and parameters 32, as under autocast."""
     inputs, tables = directional_inputs(**ODD, rank=2, dtype=torch.bfloat16)
     exact = run({name: x.double() for name, x in inputs.items()}, directional_scan, backend='reference', tables=tables)
     parameters = ('A', 'D', 'delta_bias', 'dt_weight')
@@ -301,8 +301,8 @@ def operator(name, x):
 @pytest.mark.parametrize('wanted', [[True, False, False, False, False, True, True], [False, True, True] + [False] * 4,
                                     [False] * 3 + [False, True, False, False], [False] * 7], ids=str)
 @pytest.mark.slow
-def test_gradients_that_nobody_wants(wanted):
-    """They come out empty, the others as ever."""
+def test_unwanted_gradients(wanted):
+    """Unwanted gradients are empty, and the others do not change."""
     inputs, tables = directional_inputs(**{**ODD, 'H': 1}, rank=2, dtype=torch.float32)
     inputs = {name: x.detach().to(DEVICE) for name, x in inputs.items()}
     tensors, src = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')], tables.src.to(DEVICE)
@@ -427,7 +427,7 @@ gpu = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
 @pytest.mark.parametrize('H,W,D,N,rank,batch', [(28, 28, 384, 16, 12, 4), (200, 333, 40, 16, None, 1),
                                                 (13, 31, 200, 1, 5, 3), (9, 9, 130, 64, None, 2)])
 def test_real_sizes_without_races(monkeypatch, H, W, D, N, rank, batch):
-    """Against the chunked backend in float64, and the same bits three times."""
+    """Compare with the chunked backend in float64, and three runs with each other bit by bit."""
     monkeypatch.setattr(library, 'CHUNK', 32)
     inputs, tables = directional_inputs(batch=batch, H=H, W=W, D=D, N=N, rank=rank, dtype=torch.float32)
     inputs = {name: x.detach().to(DEVICE) for name, x in inputs.items()}

@@ -1,4 +1,4 @@
-"""The file with the block sizes of the Triton kernels. What needs the kernels themselves is in test_ops_triton.py."""
+"""The file with the block sizes of the Triton kernels. Tests of the kernels themselves are in test_triton.py."""
 import json
 import warnings
 
@@ -149,7 +149,7 @@ def test_bad_arguments(monkeypatch, capsys, arguments):
 
 
 def test_a_device_without_index_is_the_current_one(monkeypatch):
-    """Two GPUs, one after the other the current one."""
+    """Of two GPUs, first one and then the other is the current one."""
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, device))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'GPU {device}')
     for index in (0, 1):

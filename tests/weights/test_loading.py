@@ -302,7 +302,7 @@ def test_a_localvmamba_starts_from_a_vmamba(tmp_path, log, source):
 def test_a_partial_start_is_for_what_it_is_named_for(tmp_path):
     for weights in (official_of(SMALL['LocalVMamba']())[0], vmamba(scattn=True).state_dict(),
                     vmamba(directions=['h', 'h_flip', 'v', 'v_flip']).state_dict()):
-        with pytest.raises(RuntimeError, match="partial='vmamba' starts a LocalVMamba from a VMamba, .* this is not one"):
+        with pytest.raises(RuntimeError, match="'vmamba' starts a LocalVMamba from a VMamba, .* this is not one"):
             load(SMALL['LocalVMamba'](), tmp_path, weights, partial='vmamba')
     weights = float32(random_weights(vmamba_shapes(8, [1, 2], N=3)))
     del weights['patch_embed.norm.bias']
