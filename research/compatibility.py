@@ -75,7 +75,7 @@ CHOSEN = {
 }
 # A fast sample of all kinds of methods, for research/tests/test_compatibility.py.
 SAMPLE = ['mmdet/atss', 'mmdet/yolof', 'mmdet/mask2former', 'mmdet/panoptic_fpn', 'mmdet/rtmdet', 'mmseg/deeplabv3plus',
-          'mmseg/fastfcn', 'mmseg/sem_fpn', 'mmpretrain/resnet', 'mmpretrain/simsiam']
+          'mmseg/segformer', 'mmseg/sem_fpn', 'mmpretrain/resnet', 'mmpretrain/simsiam']
 SIDE = {'mmdet': 128, 'mmseg': 128, 'mmpretrain': 64}
 _OBJECT = 36
 _FEWER = dict(num=32, max_per_img=20, num_points=256, nms_pre=200)
