@@ -179,7 +179,7 @@ class _PlainDict:
         return OrderedDict()
 
 
-# What pickles may name beside tensors and numpy's arrays: name -> callable that takes its place.
+# Callables that pickles may name beside those of tensors and numpy's arrays: name -> callable used in its place.
 _REPLACED: dict[str, Callable] = {'yacs.config.CfgNode': _PlainDict,
                                   'mmengine.logging.history_buffer.HistoryBuffer': _History,
                                   'builtins.getattr': _getattr_of_history}

@@ -110,7 +110,7 @@ def test_model_index():
 
 
 def test_mim_search_and_download_read_the_metadata():
-    """What `mim search` filters and prints, and what `mim download` looks up: weights and configuration."""
+    """`mim search` filters and prints the metadata, and `mim download` looks up weights and configuration in it."""
     search = pytest.importorskip('mim.commands.search')
     table = search.convert2df(search.load(str(ROOT / 'model-index.yml')))
     assert sorted(table['config']) == CONFIGS

@@ -154,7 +154,7 @@ def gates(parser, args):
 def add_model_arguments(parser):
     parser.add_argument('config', help='configuration file of any task')
     parser.add_argument('checkpoint', nargs='?',
-                        help="weights, ours or the authors' (default: the configuration's `pretrained`, or random)")
+                        help="weights, ours or the authors' (default: the configuration's init_cfg, or random)")
     parser.add_argument('--images', nargs='+', required=True, metavar='PATH', help='image files, or folders of them')
     parser.add_argument('--count', type=int, default=8, metavar='N',
                         help='take at most N of the images, evenly spaced (default: 8)')

@@ -57,7 +57,7 @@ def test_vim_pooled(kwargs):
 @pytest.mark.parametrize('window_pad', ['zero', 'none'])
 @pytest.mark.parametrize('build', [vmamba, vim])
 def test_mixers_get_the_tables_of_their_directions(build, window_pad):
-    """Of incomplete windows, at a size of which two windows leave pads."""
+    """Incomplete windows, at a size at which two windows leave pads."""
     model, seen = build(window_pad=window_pad, directions=[['h', f'w{index + 2}'] for index in range(3)]
                         if build is vim else FOUR), []
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What every backbone of this package keeps: one file that each registered architecture and kind of use passes."""
+"""The contract of every backbone: each registered architecture and kind of use passes this one file."""
 import copy
 import pickle
 

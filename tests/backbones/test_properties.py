@@ -1,4 +1,4 @@
-"""What holds for a backbone of any kind on any image: hypothesis draws both."""
+"""Properties of a backbone of any kind on any image: hypothesis draws both."""
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
@@ -104,7 +104,7 @@ def test_outputs_and_gradients(kind):
 
 
 def mixes_rows():
-    """Whether NaN in a row of a product in 16 bits reach another: oneDNN's do on processors with AMX, where rows are no
+    """Return True if NaN in a row of a product in 16 bits reach another row: oneDNN's do on processors with AMX, where rows are no
     multiple of 64 bytes (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
     rows = torch.ones(74, 48, dtype=torch.bfloat16)
     rows[37] = float('nan')
@@ -113,7 +113,7 @@ def mixes_rows():
 
 @pytest.mark.parametrize('kind', [LocalVMamba, LocalVim])
 def test_items_of_a_batch_are_independent(kind):
-    """Whatever another item of the batch holds, NaN as well, changes no bit of an output or a gradient."""
+    """No value of another item of the batch, NaN included, changes a bit of an output or a gradient."""
     mixed = mixes_rows()
 
     @settings(max_examples=20, **SETTINGS)

@@ -76,7 +76,7 @@ def by_mim(config, checkpoint, folder):
 
 
 def by_its_script(config, checkpoint, folder):
-    """What `mim test` runs, in this process: a new one takes half a minute."""
+    """Run the script of `mim test` in this process: a new one takes half a minute."""
     script = Path(importlib.util.find_spec('mmpretrain').origin).parent / '.mim' / 'tools' / 'test.py'
     arguments = [script, config, checkpoint, '--out', folder / 'scores.pkl', '--out-item', 'pred',
                  '--work-dir', folder / 'work', '--cfg-options', f'experiment_name={folder.name}']
@@ -146,7 +146,7 @@ def average_of(runner):
 
 
 def load(runner):
-    """What training does before its first step."""
+    """Do what a training does before its first step."""
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     runner.call_hook('before_run')
     runner.load_or_resume()
@@ -184,7 +184,7 @@ def test_load_from_takes_the_authors_files(tmp_path, key, ema):
 
 
 class Wrapper(nn.Module):
-    """Of another library: MMEngine does not know it."""
+    """A wrapper of another library, which MMEngine does not know."""
 
     def __init__(self, module):
         super().__init__()

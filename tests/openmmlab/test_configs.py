@@ -384,7 +384,7 @@ def files(tmp_path_factory):
 
 
 def image_info(cfg, folder):
-    """What a dataset hands to its pipeline."""
+    """Return a sample as a data set hands it to its pipeline."""
     info = dict(img_path=str(folder / 'image.png'), img_id=0, height=90, width=120)
     if cfg.default_scope == 'mmpretrain':
         return dict(info, gt_label=0)

@@ -70,7 +70,7 @@ def load_from(path):
 
 
 def own_configuration(path):
-    """Of somebody who has MMEngine's checkpoint hook, and ours for load_from."""
+    """A configuration with MMEngine's checkpoint hook, and ours for load_from."""
     runner = job_task.build(work_dir(path), epochs=1, load_from=str(path))
     runner._hooks = [hook for hook in runner.hooks if type(hook).__name__ != 'CheckpointHook']
     runner.train()

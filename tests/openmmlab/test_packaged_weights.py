@@ -48,7 +48,7 @@ def test_load_from(configuration):
 
 @pytest.mark.slow
 def test_in_a_new_process(tmp_path):
-    """What reads the name comes with the configuration alone."""
+    """The configuration alone brings the reader of the name."""
     program = f"""
 from mmpretrain import ImageClassificationInferencer
 infer = ImageClassificationInferencer({str(ROOT / 'configs/localvim-nano_digits.py')!r}, pretrained={NANO!r},

@@ -149,7 +149,7 @@ def test_bad_arguments(monkeypatch, capsys, arguments):
 
 
 def test_a_device_without_index_is_the_current_one(monkeypatch):
-    """Of two GPUs, first one and then the other is the current one."""
+    """Two GPUs are current in turn."""
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, device))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'GPU {device}')
     for index in (0, 1):

@@ -157,7 +157,7 @@ def saved_bytes(kind, **options):
 
 @pytest.mark.parametrize('kind', MIXERS)
 def test_sampling_saves_memory(kind):
-    """What a step keeps for its backward pass, with 32 candidates."""
+    """Return the bytes that a step with 32 candidates keeps for its backward pass."""
     full = saved_bytes(kind, sampling='full')
     assert saved_bytes(kind, sampling='single_path', samples=2) < full / 6
     assert saved_bytes(kind, sampling='partial_channel', reduction=4) < full / 2

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # {room: (files to mutate, tests that see the mutants)}. The tests are fast, and know most about the files.
 ROOMS = dict(
     directions=(['directions.py', 'table_cache.py'], [
-        'test_directions.py', 'test_more_directions.py', 'test_table_cache.py']),
+        'test_directions.py', 'test_table_cache.py']),
     layers=(['layers'], [
         'layers/test_layers.py', 'backbones/test_backbones.py', 'backbones/test_contract.py', 'ops/test_mixer_ops.py',
         'weights/test_loading.py']),

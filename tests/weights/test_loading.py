@@ -35,7 +35,7 @@ def vmamba(**kwargs):
 
 @pytest.fixture
 def log(monkeypatch):
-    """What is logged while weights are loaded, by the logger of the run and not by print: (message, level)."""
+    """Messages that are logged while weights are loaded: (message, level)."""
     lines = []
 
     class Keep(logging.Handler):
@@ -331,7 +331,7 @@ def test_network_failures_are_no_damage(error):
 
 
 def tables_in_their_file(side, resized):
-    """What the authors' code keeps in a file: cosines and sines of a model whose grid has this side."""
+    """Return cosines and sines as the authors' code stores them for a model whose grid has this side."""
     cos, sin = rotary_tables(14, 14, 16, 14, torch.device('cpu')) if resized else \
         rotary_tables(side, side, 16, 14, torch.device('cpu'))
     if resized:
