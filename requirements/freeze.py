@@ -10,7 +10,7 @@ import re
 import sys
 from importlib.metadata import distributions
 
-LEFT_OUT = re.compile(r'torch|torchvision|triton|(nvidia|cuda)-.*|pip|mmlocalmamba')
+LEFT_OUT = re.compile(r'torch|torchvision|triton|(nvidia|cuda)-.*|pip|mmlocalmamba.*')
 
 
 def minimum_python(requires):

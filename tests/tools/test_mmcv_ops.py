@@ -364,7 +364,8 @@ def test_a_training_ends_with_the_same_bits(tmp_path):
     for name, ext in dict(stand_in=STAND_IN, compiled='').items():
         work_dir = tmp_path / name
         changes = [f'{loader}.{option}' for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
-                   for option in (f'dataset.data_root={tmp_path}/data/coco/', 'num_workers=0', 'persistent_workers=False')]
+                   for option in (f'dataset.data_root={tmp_path}/data/coco/', 'num_workers=0',
+                                  'persistent_workers=False')]
         changes += [f'{part}.ann_file={tmp_path}/data/coco/annotations/instances_val.json'
                     for part in ('val_evaluator', 'test_evaluator')]
         printed = run(_TRAINING, ext, 'configs/mask-rcnn_localvmamba-nano_digits.py', '--work-dir', work_dir,
