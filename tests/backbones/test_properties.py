@@ -104,8 +104,11 @@ def test_outputs_and_gradients(kind):
 
 
 def mixes_rows():
-    """Return True if NaN in a row of a product in 16 bits reach another row: oneDNN's do on processors with AMX, where rows are no
-    multiple of 64 bytes (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
+    """Return True if NaN in a row of a product in 16 bits reach another row.
+
+    oneDNN's do on processors with AMX where rows are no multiple of 64 bytes
+    (https://github.com/uxlfoundation/oneDNN/issues/5717).
+    """
     rows = torch.ones(74, 48, dtype=torch.bfloat16)
     rows[37] = float('nan')
     return int((rows @ torch.ones(48, 16, dtype=torch.bfloat16)).isnan().any(1).sum()) > 1
