@@ -1,10 +1,10 @@
-// Arrays whose steps lie side by side and whose channels lie apart, as mamba_ssm has them: squares of lanes x lanes
-// elements are transposed in registers, so that no copy in the other order has to be written to memory.
+// Arrays with contiguous steps and strided channels, as in mamba_ssm: squares of lanes x lanes elements are transposed
+// in registers, so that no copy in the other order is written to memory.
 
 namespace mmlocalmamba {
 namespace {
 
-// Element (lane) of a and b that differ in one bit of their row and lane change places.
+// Swaps the elements of a and b that differ in one bit of their row and lane.
 template <typename T, int bit, int... lane>
 INLINE void exchange(V<T>& a, V<T>& b, std::integer_sequence<int, lane...>) {
   constexpr int W = kLanes<T>;
@@ -54,7 +54,7 @@ void store_columns(S* to, int64_t stride, int64_t steps, int lanes, const V<T>* 
   }
 }
 
-// A chunk of channels: no hardware prefetcher follows that many of them.
+// Prefetches a chunk of channels: they are too many for hardware prefetchers.
 template <bool for_writing, typename S>
 INLINE void prefetch_columns(const S* chunk, int64_t stride, int lanes) {
   for (int i = 0; i < lanes; ++i) {

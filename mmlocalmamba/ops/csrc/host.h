@@ -1,4 +1,4 @@
-// What the operators for the CPU share: instruction sets, threads, checks of arguments, sums in a fixed order.
+// Common parts of the operators for the CPU: instruction sets, threads, checks of arguments, sums in a fixed order.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -20,7 +20,7 @@ namespace mmlocalmamba {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The best that this machine has, or the one that the environment names.
+// Returns the best instruction set of this machine, or the one that the environment variable names.
 const InstructionSet& instruction_set();
 
 template <typename S>
@@ -32,7 +32,7 @@ inline const Kernels<double>& kernels<double>() { return instruction_set().f64; 
 template <>
 inline const Kernels<bfloat16>& kernels<bfloat16>() { return instruction_set().bf16; }
 
-// Calls run with an element of the type that tokens have.
+// Calls run with an element of the dtype of the tokens.
 template <typename Function>
 void dispatch(at::ScalarType tokens, Function run) {
   if (tokens == at::kFloat) return run(float());
@@ -45,12 +45,12 @@ inline void check_tokens(const Tensor& x, const char* name) {
                    name, " must be float32, float64 or bfloat16, got ", x.scalar_type());
 }
 
-// What is computed in for tokens of this type; see interface.h.
+// Returns the dtype that tokens of this dtype are computed in; see interface.h.
 inline at::ScalarType compute_type(at::ScalarType tokens) { return tokens == at::kBFloat16 ? at::kFloat : tokens; }
 inline at::ScalarType compute_type(const Tensor& tokens) { return compute_type(tokens.scalar_type()); }
 inline at::TensorOptions compute_options(const Tensor& tokens) { return tokens.options().dtype(compute_type(tokens)); }
 
-// Decaying states end as denormal numbers, which take some processors a hundred times longer: they count as zero here.
+// Decaying states become denormal numbers, which are a hundred times slower on some processors: they are zero here.
 class FlushDenormals {
 #if defined(__x86_64__)
  public:
@@ -80,7 +80,7 @@ inline Tensor with_contiguous_channels(const Tensor& x) {
   return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-// Whether rows are contiguous, and channels are not: (B, K, L, D) as a view of (B, K, D, L). Also in ops/library.py.
+// True if rows are contiguous and channels are not: (B, K, L, D) as a view of (B, K, D, L). Also in ops/library.py.
 inline bool in_columns(const Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 && x.stride(-2) == 1; }
 
 inline Strides strides(const Tensor& x) {
@@ -89,10 +89,10 @@ inline Strides strides(const Tensor& x) {
                       : Strides{x.stride(0), x.stride(1), x.stride(2), channel};
 }
 
-// What an operator returns for a gradient that nobody wants.
+// Returns an empty tensor for a gradient that is not wanted.
 inline Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
 
-// Elements to read, null if x is undefined.
+// Returns the elements to read; null if x is undefined.
 template <typename S>
 const S* data(const Tensor& x) {
   if (!x.defined()) return nullptr;
@@ -103,7 +103,7 @@ const S* data(const Tensor& x) {
   }
 }
 
-// Elements to write, null if x is undefined.
+// Returns the elements to write; null if x is undefined.
 template <typename S>
 S* memory(const Tensor& x) {
   if (!x.defined()) return nullptr;
@@ -120,10 +120,10 @@ inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, at::
   TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
 }
 
-// The table of K directions: a row holds every token once, and pads (-1). Otherwise outputs would stay unwritten.
+// Checks the table of K directions: if a row does not hold every token once (and pads, -1), outputs stay unwritten.
 Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens);
 
-// Sum over the first dimension in ascending order, whatever the number of threads; float32 or float64.
+// Sums over the first dimension in ascending order, whatever the number of threads; float32 or float64.
 Tensor ordered_sum(const Tensor& x);
 
 }  // namespace mmlocalmamba

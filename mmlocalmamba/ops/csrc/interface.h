@@ -1,4 +1,4 @@
-// What the kernels (one translation unit per instruction set) and their caller share. Plain data only: a kernel's
+// The interface of the kernels (one translation unit per instruction set) and their caller. Plain data only: a kernel's
 // translation unit must not instantiate inline library code, or the linker could take its copy for older machines.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace mmlocalmamba {
 // Steps between two saved states. Their memory is states * steps / kChunk; the backward pass recomputes a chunk into
 // buffers of kChunk steps, which must stay in cache.
 constexpr int64_t kChunk = 32;
-// Vectors of channels that one work item scans side by side, so that whole cache lines of u and delta are used and
+// Vectors of channels that one work item scans together, so that whole cache lines of u and delta are used and
 // the rows of B and C are fetched once. A constant: sums over channels do not depend on the number of threads.
 constexpr int64_t kBlocks = 4;
 
@@ -18,8 +18,8 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// What is computed in where elements are stored as S: parameters, states, sums over more than one step, and whatever the
-// kernels keep for themselves have this type; tokens, and gradients of tokens that are written once, have S.
+// The type of the computation where tokens are stored as S: that of parameters, states, sums over more than one step
+// and the kernels' own memory. Tokens, and gradients of tokens that are written once, have the type S.
 template <typename S>
 struct ComputeType {
   using type = S;
@@ -64,11 +64,11 @@ struct ScanProblem {
   const S *dy;
   Strides dy_strides;
   const T *dlast;         // (B, K, N, D) or null
-  S *ddelta;              // (B, K, rows, D), where delta is given in full, or null: not wanted
-  T *dproduct;            // the same, where it is a product, whose factors' gradients are products of this; or null
+  S *ddelta;              // (B, K, rows, D), if delta is given in full; null: not wanted
+  T *dproduct;            // the same if delta is a product: the factors' gradients are products of this; or null
   Strides ddelta_strides; // of ddelta or dproduct
   T *dA;                  // (B, K, D, N), or null
-  S *du;                  // (B, K, rows, D), where directions have a u of their own, or null
+  S *du;                  // (B, K, rows, D), if each direction has its own u, or null
   // Sums over directions, and over the items of a sequence: either in place, which needs the summands to be computed
   // one after the other, or as parts (B, K, rows, D) and (items, B, K, rows, N) to be summed later. Or null.
   T *du_sum;
@@ -127,8 +127,8 @@ struct SCAttnSumProblem {
 };
 
 // The residual stream between two blocks, token by token: sum = turn(x + residual), out = sum * weight / rms(sum).
-// Neighbouring channels (a, b) are turned to (a cos - b sin, b cos + a sin). The stream, R, may be wider than what comes
-// from a block and goes into the next.
+// Neighbouring channels (a, b) are turned to (a cos - b sin, b cos + a sin). The stream, R, may be wider than the
+// output of a block and the input of the next.
 template <typename S, typename R, typename T = Compute<S>>
 struct AddRMSNormProblem {
   int64_t batch, tokens, channels;

@@ -35,14 +35,14 @@ bool has_bf16() {
 }
 
 Tensor weight_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  if (weight.dim() == 3) {  // a product for each direction, whose rows lie together
+  if (weight.dim() == 3) {  // a product for each direction, whose rows are contiguous
     TORCH_CHECK_VALUE(!bias && x.dim() == 4 && x.size(1) == weight.size(0),
                       "x must be (B, K, T, I) and weight (K, O, I) without bias, got ", x.sizes(), " and ", weight.sizes());
     std::vector<Tensor> y;
     for (int64_t k = 0; k < weight.size(0); ++k) y.push_back(weight_product(x.select(1, k), weight[k], std::nullopt));
     return at::stack(y).transpose(0, 1);
   }
-  // oneDNN would not ask.
+  // oneDNN would not check these shapes.
   TORCH_CHECK_VALUE(weight.dim() == 2 && x.dim() >= 2 && x.size(-1) == weight.size(1) &&
                         (!bias || bias->sizes() == at::IntArrayRef({weight.size(0)})),
                     "x must be (..., I), weight (O, I) and bias (O,), got ", x.sizes(), ", ", weight.sizes(), " and ",

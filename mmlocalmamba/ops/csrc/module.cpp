@@ -1,4 +1,4 @@
-// The Python module: importing it registers the operators that ops/cpu.py declares.
+// The Python module: importing it registers the operators that ops/library.py declares.
 
 #include <Python.h>
 #include <torch/version.h>
@@ -29,7 +29,7 @@ std::vector<const InstructionSet*> supported() {
 }  // namespace
 
 const InstructionSet& instruction_set() {
-  // getenv is not safe beside a setenv, and threads of a kernel must not pay for it: callers ask before they fork.
+  // getenv is not safe while another thread calls setenv, so callers use it before they start the threads of a kernel.
   TORCH_INTERNAL_ASSERT(!at::in_parallel_region());
   static const std::vector<const InstructionSet*> sets = supported();
   const char* wanted = std::getenv("MMLOCALMAMBA_CPU_ISA");
@@ -65,7 +65,7 @@ Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens) {
                     tokens);
   std::vector<char> permutes(directions);
   at::parallel_for(0, directions, 1 + (1 << 16) / (steps + 1), [&](int64_t begin, int64_t end) {
-    std::vector<char> found(tokens + 1);  // where pads go, too
+    std::vector<char> found(tokens + 1);  // the last place is for pads
     for (int64_t k = begin; k < end; ++k) {
       std::fill(found.begin(), found.end(), 0);
       int64_t pads = 0;
@@ -74,7 +74,7 @@ Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens) {
         pads += token < 0;
         found[token < 0 ? tokens : token] = 1;
       }
-      // As many as there are tokens, and none is missing: none is there twice.
+      // There are as many as tokens and none is missing, so none is there twice.
       permutes[k] = steps - pads == tokens && std::count(found.begin(), found.begin() + tokens, 1) == tokens;
     }
   });

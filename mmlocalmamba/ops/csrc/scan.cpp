@@ -15,7 +15,7 @@ int64_t items_of_sequence(const ScanProblem<S>& p) {
   return ceil_div(p.channels, kernels<S>().scan.channels);
 }
 
-// Runs over all items, in parallel but for the dimensions named, along which a thread goes in ascending order.
+// Runs over all items in parallel, except along the named dimensions: there, one thread goes in ascending order.
 template <typename S, typename Function>
 void for_each_item(const ScanProblem<S>& p, bool backward, Function run, bool directions_in_order = false,
                    bool items_in_order = false) {
@@ -33,7 +33,7 @@ void for_each_item(const ScanProblem<S>& p, bool backward, Function run, bool di
   });
 }
 
-// Owns what a ScanProblem points to.
+// Owns the memory that a ScanProblem points to.
 struct ScanArguments {
   Tensor u, delta, A, B, C, D, bias, dt_weight, table;
   int64_t batch, directions, steps, rows, tokens, channels, states, dt_rank;
@@ -80,7 +80,7 @@ struct ScanArguments {
     if (bias_) check(*bias_, "delta_bias", {directions, channels}, computed), bias = bias_->contiguous();
   }
 
-  // Rows may be contiguous instead of channels where they are the steps.
+  // If rows are steps, they may be contiguous instead of channels.
   Tensor readable(const Tensor& x) const { return !table.defined() && in_columns(x) ? x : with_contiguous_channels(x); }
 
   // Uninitialised (B, K, size, D), laid out like x.
@@ -156,8 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     const OptionalTensor& delta_bias, const OptionalTensor& dt_weight, const Tensor& checkpoints_, bool delta_softplus,
     bool in_scan_order, std::array<bool, 7> wanted) {
   const ScanArguments a(u, delta, A, B, C, D, src, tokens, delta_bias, dt_weight, delta_softplus, in_scan_order);
-  // Gradients that one step alone has are written as they are stored; what is a sum over steps, directions or channels
-  // has the precision that is computed in.
+  // Gradients of a single step are written in the dtype of the tokens. Sums over steps, directions or channels have the
+  // dtype of the computation.
   const auto options = u.options(), sums = compute_options(u);
   const at::ScalarType type = u.scalar_type(), computed = compute_type(u);
   const int64_t batch = a.batch, K = a.directions, N = a.states, width = a.channels;
@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
   check(checkpoints, "checkpoints", {batch, K, a.checkpoints(), N, width}, computed);
 
   Tensor du, ddelta, dA, dB, dC, dD = at::empty({batch, K, width}, sums), dbias = at::empty_like(dD);
-  // With a factor of delta, all rows of a direction lie together, for the products that follow.
+  // With a factor of delta, the rows of each direction are contiguous, for the products that follow.
   if (wanted[1]) {
     ddelta = dt_weight ? at::empty({K, batch, a.rows, width}, sums).transpose(0, 1) : a.like(a.delta, a.rows, options);
   }
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> directional_s
     using S = decltype(element);
     using T = Compute<S>;
     ScanProblem<S> p = a.problem<S>();
-    // Sums in place save memory, above all the time to have it mapped; the order of summation is the same.
+    // Sums in place save memory and, above all, the time to map it. The order of summation is the same.
     const int64_t items = items_of_sequence(p), enough = 4 * at::get_num_threads();
     const bool shared = u.dim() == 3;
     p.dB_in_parts = batch * (shared ? 1 : K) < enough;

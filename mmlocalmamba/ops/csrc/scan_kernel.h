@@ -11,7 +11,7 @@ struct ChunkScratch {
   int64_t *read, *write;  // rows of the chunk's steps, -1: none
   T *B, *C;               // (step, state), zeros for pads
   T *factor;              // (step, rank): low-rank delta, zeros for pads
-  V<T> *weight;           // (block, rank): what makes delta of it
+  V<T> *weight;           // (block, rank): weight that delta is the product with
   V<T> *A;                // (block, state), times log2(e)
   V<T> *A_largest;        // (block): the largest magnitude of these
   V<T> *h;                // (block, state): state, in the backward pass its gradient
@@ -57,8 +57,8 @@ INLINE int64_t token(const ScanProblem<S>& p, Item item, int64_t step) {
   return p.table ? p.table[item.direction * p.steps + step] : step;
 }
 
-// Tables jump through memory in ways that no hardware prefetcher follows, so the rows of the chunk that comes next are
-// asked for one by one. A step outside the sequence asks for nothing.
+// No hardware prefetcher follows the jumps of a table through memory, so the rows of the next chunk are prefetched one
+// by one. A step outside the sequence prefetches nothing.
 struct Next {
   int64_t read = -1, write = -1;
 
@@ -111,8 +111,8 @@ void load_A(const ScanProblem<S>& p, Item item, const Channels<T>& channels, con
   }
 }
 
-// Calls f(near), known when it is compiled: whether exp2_near will do for all exponents of a chunk. Where one is not a
-// number, so is the result, either way.
+// Calls f(near) with a constant that is true if exp2_near is exact enough for all exponents of a chunk. If an exponent
+// is NaN, the result is NaN in both cases.
 template <typename T, typename Function>
 INLINE void with_exp2(const ChunkScratch<T>& c, int64_t block, int64_t steps, Function f) {
   if constexpr (kHasTable<T>) {
@@ -168,7 +168,7 @@ INLINE void load_steps(const ScanProblem<S>& p, const ChunkScratch<T>& c, Item i
   }
 }
 
-// Of delta + bias of a chunk; `slope`: null, or where the derivatives go.
+// Computes step sizes from delta + bias of a chunk; `slope`: null, or the place for the derivatives.
 template <typename T>
 INLINE void softplus_steps(V<T>* dt, int64_t steps, V<T>* slope) {
   side_by_side(steps, [&](int64_t first, auto count) __attribute__((always_inline)) {
@@ -179,7 +179,7 @@ INLINE void softplus_steps(V<T>* dt, int64_t steps, V<T>* slope) {
   });
 }
 
-// Where the state before chunk number `chunk` >= 1 is kept.
+// Returns the place of the state before chunk number `chunk` >= 1.
 template <typename S, typename T = Compute<S>>
 INLINE T* checkpoint(const ScanProblem<S>& p, Item item, int64_t chunk, int64_t channel) {
   const int64_t saved = (p.steps + kChunk - 1) / kChunk - 1;
@@ -262,7 +262,7 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
         if (delta_columns && !p.dt_rank) prefetch_columns<false>(delta + ahead, p.delta_strides.channel, lanes);
         if (y_columns) prefetch_columns<true>(y + ahead, p.y_strides.channel, lanes);
       }
-      // Known when it is compiled: with few states a test for each step shows.
+      // A compile-time constant: with few states, a test in each step would cost time.
       const auto open_steps = [&](auto any_columns) __attribute__((always_inline)) {
         for (int64_t t = 0; t < steps; ++t) {
           const int64_t row = c.read[t];
@@ -311,7 +311,7 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
 // States that one sweep handles: the products that it sums over lanes, two a state, fill one vector.
 template <typename T>
 constexpr int kBackwardStates = kLanes<T> / 2;
-// And when fewer are left, before they go one by one.
+// The same for the rest, if fewer are left; then they go one by one.
 template <typename T>
 constexpr int kBackwardTail = kBackwardStates<T> > 2 ? 2 : 1;
 
@@ -350,7 +350,7 @@ INLINE V<T> sum_lanes(V<T>* x) {
   return x[0];
 }
 
-// Forward again through a chunk, keeping what the way back needs.
+// Runs forward through a chunk again, and keeps the values for the backward pass.
 template <typename T, int count, bool near>
 void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* dt, const V<T>* dtu,
                const V<T>* start, V<T>* decay, V<T>* decayed) {

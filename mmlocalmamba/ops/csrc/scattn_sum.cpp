@@ -62,8 +62,8 @@ struct Attention {
     check(select_bias, "select_bias", {channels}, type);
   }
 
-  // The mean over tokens from its parts, the reduced features before GELU, and the gate. They are vectors for each
-  // image and direction: too small for calls of products that would have to be set up.
+  // Computes the mean over tokens from its parts, the reduced features before GELU, and the gate. These are vectors for
+  // each image and direction: too small for calls of a matrix product.
   template <typename T>
   void gate(const SCAttnSumArguments& a, const Tensor& parts, Tensor& average, Tensor& reduced, Tensor& gate) const {
     const auto& product = kernels<T>().scattn_sum.product;
@@ -89,7 +89,7 @@ struct Attention {
   }
 };
 
-// Returns out, and what the backward pass needs: the mean of the normalised features over tokens (B, K, D), mean and
+// Returns out, and the inputs of the backward pass: the mean of the normalised features over tokens (B, K, D), mean and
 // inverse deviation of each token, SCAttn's features before GELU, and the gate.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scattn_sum(
     const Tensor& y, const OptionalTensor& z, const Tensor& norm_weight, const Tensor& norm_bias, double eps,

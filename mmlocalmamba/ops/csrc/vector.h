@@ -145,8 +145,8 @@ struct Constants<double> {
 #define SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, Bits<T>{__VA_ARGS__})
 #endif
 
-// Polynomials without their constant term, divided by the argument, of vectors side by side: the chain of one is long, and
-// what waits for it would fill the processor's queues.
+// Polynomials without their constant term, divided by the argument, of several vectors together: the chain of one is so
+// long that the instructions that wait for it would fill the processor's queues.
 template <typename T, int count, int terms>
 INLINE void polynomials(const V<T> (&x)[count], const T (&coefficients)[terms], V<T> (&p)[count]) {
 #pragma GCC unroll 16
@@ -231,8 +231,8 @@ INLINE void exp2(V<T> (&x)[count]) {
 
 // The same for |x| <= kNear (and NaN), by a table: 2^x = 2^n 2^r, where n is a multiple of 1/lanes. The fraction of n is
 // looked up among the lanes of a register, and r is so small that three terms do. This takes half the multiplications,
-// of which a processor does fewest at a time. Off by at most one unit in the last place, and exact at 0: what hardly
-// decays is kept.
+// of which a processor does fewest at a time. The error is at most one unit in the last place,
+// and 0 at 0: a state that hardly decays is kept.
 constexpr float kNear = 125;
 
 #ifdef ISA_PERMUTE
@@ -307,7 +307,7 @@ INLINE void exp2(V<T> (&x)[count]) {
 #endif
 
 #ifndef ISA_AVX512
-// How the exponent becomes n + r, and what then makes 2^n 2^r of it.
+// Two ways to split the exponent into n + r and to compute 2^n 2^r.
 template <typename T>
 struct Fraction {
   static constexpr T round = Constants<T>::round, least = T(-0.51);
@@ -347,11 +347,11 @@ INLINE void exp(V<T> (&x)[count]) {
 }
 #endif
 
-// How many to take side by side in a loop that keeps much else in registers, and in one that does not.
+// Vectors to compute together in a loop that has many other values in registers, and in one that has few.
 constexpr int kSideBySide = ISA_BYTES == 64 ? 4 : 2;
 constexpr int kAlone = 4;
 
-// y where x is not a number.
+// The larger of both; y where x is NaN.
 template <typename T>
 INLINE V<T> larger(V<T> x, V<T> y) {
   return x > y ? x : y;
@@ -384,7 +384,7 @@ INLINE void softplus(V<T> (&x)[count], V<T>* derivative) {
   }
 }
 
-// Keeps exp finite, where the logistic function is 0 or 1 already.
+// Keeps exp finite; the logistic function is 0 or 1 there already.
 template <typename T>
 INLINE V<T> bounded(V<T> x) {
   const V<T> limit = splat(Constants<T>::highest * Constants<T>::ln2 - 1);
@@ -417,7 +417,7 @@ INLINE void silu(V<T> (&x)[count], V<T>* derivative) {
   }
 }
 
-// Calls f(first, count), with a count that is known when it is compiled, for `total` vectors in a row.
+// Calls f(first, count) for `total` consecutive vectors, with a count that is a compile-time constant.
 template <typename Function>
 INLINE void side_by_side(int64_t total, Function f) {
   int64_t i = 0;
