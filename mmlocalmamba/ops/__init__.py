@@ -198,7 +198,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str |
     if x.dim() < 2 or autocasts(x):
         return unfused.linear(x, weight, bias)
     fused, _ = fused_op('linear', backend, [x, weight, bias], [])
-    return (fused or unfused.linear)(x, weight, bias)
+    return (unfused.linear if fused is None else fused)(x, weight, bias)
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables,
@@ -216,7 +216,7 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: Sca
         (B, K, T, D) in scan order, as ``directional_scan(in_scan_order=True)`` takes it.
     """
     fused, (weight, bias) = fused_op('directional_conv', backend, [x], [weight, bias])
-    return (fused or unfused.directional_conv)(x, weight, bias, tables)
+    return (unfused.directional_conv if fused is None else fused)(x, weight, bias, tables)
 
 
 def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, reduce_weight: Tensor,
@@ -240,7 +240,7 @@ def scattn_sum(y: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tens
     """
     fused, weights = fused_op('scattn_sum', backend, [y, z], [norm_weight, norm_bias, reduce_weight, reduce_bias,
                                                               select_weight, select_bias])
-    run: Callable[..., Tensor] = fused or unfused.scattn_sum
+    run: Callable[..., Tensor] = unfused.scattn_sum if fused is None else fused
     return run(y, z, *weights[:2], eps, *weights[2:])
 
 
@@ -266,4 +266,4 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     if residual is not None and residual.dtype != compute_dtype(x):
         tokens.append(residual)
     fused, (weight, cos, sin) = fused_op('add_rms_norm', backend, tokens, [weight, cos, sin])
-    return (fused or unfused.add_rms_norm)(x, residual, weight, eps, cos, sin)
+    return (unfused.add_rms_norm if fused is None else fused)(x, residual, weight, eps, cos, sin)

@@ -214,6 +214,23 @@ def test_chunked_compiles_as_one_graph(grad):
     torch.testing.assert_close(*results)
 
 
+@every_case
+@pytest.mark.slow
+def test_every_op_compiles_as_one_graph(case, backend):
+    """Also without gradients, and with the gradients of eager code."""
+    torch._dynamo.reset()
+    function, inputs = positional(case)
+    compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    inputs = [x.requires_grad_() for x in inputs]
+    results = []
+    for run in (function, compiled):
+        y = run(*inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
+
+
 class Calls(TorchDispatchMode):
     """Record the operators that run, and their arguments."""
 
