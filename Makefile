@@ -1,4 +1,5 @@
-# STACK: openmmlab (default) or onedl. PYTHON: the interpreter that the environment is built on.
+# STACK: openmmlab (default) or onedl. PYTHON: the interpreter that the environment is built on. MMCV: torchvision or
+# compiled, see tools/install.sh.
 STACK ?= openmmlab
 PYTEST_ARGS ?=
 # The number of processes that run tests. Each takes a core and about 2 GB of memory. 0 runs the tests in pytest's own
@@ -29,7 +30,7 @@ WEB_CHECKPOINT := work_dirs/localvmamba-nano_digits/epoch_40.pth
 # they wait starve the data loader: an iteration takes 5.2 s instead of 0.36 s on 2 cores.
 OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
-export STACK PYTHON OMP_NUM_THREADS OMP_WAIT_POLICY
+export STACK PYTHON MMCV OMP_NUM_THREADS OMP_WAIT_POLICY
 
 .PHONY: help install demo test test-all coverage image-test slurm-test audit smoke docs web-demo web-demo-test lint \
 	clean
@@ -50,7 +51,7 @@ help:
 	@echo "make web-demo-test   build the browser demo and test it in a headless Chromium (npm, chromium)"
 	@echo "make lint      run ruff and mypy"
 	@echo "make clean     remove everything that these commands made"
-	@echo "STACK=onedl after a command takes the OneDL stack instead of OpenMMLab."
+	@echo "STACK=onedl after a command takes the OneDL stack instead of OpenMMLab, MMCV=compiled compiles all of mmcv's ops."
 
 install:
 	@bash tools/install.sh

@@ -131,6 +131,3 @@ def clear() -> None:
     """Drop all entries, except for those of captured CUDA graphs."""
     with _lock:
         _entries.clear()
-
-
-of_size = cached  # until mmlocalmamba.layers.rope calls it cached

@@ -30,6 +30,8 @@ def main():
         if minimum > (3, 10):
             line += '; python_version >= "{}.{}"'.format(*minimum)
         lines.add(line)
+        if name in ('mmcv', 'mmcv-lite'):  # MMCV=compiled or not: the same version
+            lines.update({f'mmcv=={package.version}', f'mmcv-lite=={package.version}'})
     print('# Written by requirements/freeze.py, with Python '
           f'{sys.version_info.major}.{sys.version_info.minor}.')
     print('\n'.join(sorted(lines)))

@@ -148,9 +148,10 @@ def test_mim_finds_the_package():
 @pytest.mark.parametrize('stack', STACKS)
 def test_pins_and_constraints_agree(stack):
     constraints = requirements(f'constraints-{stack}')
-    for name in (stack, f'mim-{stack}', 'build', 'dev', 'deploy'):
+    for name in (stack, f'mim-{stack}', f'mmcv-{stack}', 'build', 'dev', 'deploy'):
         for package, version in requirements(name).items():
             assert constraints[package] == version, f'{package} in {name}.txt'
+    assert constraints.get('mmcv-lite') == constraints.get('mmcv')  # two builds of one version
     # Both of these are bound to the build of torch.
     assert not [name for name in constraints if re.match(r'torch|triton|nvidia|cuda', name)]
 
@@ -158,6 +159,8 @@ def test_pins_and_constraints_agree(stack):
 @pytest.mark.parametrize('arguments, message', [
     (['PYTHON=/no/such/python'], 'is not a Python >= 3.10'),
     (['STACK=mmdet'], 'It is openmmlab or onedl'),
+    (['MMCV=lite'], 'It is torchvision or compiled'),
+    (['MMCV=torchvision', 'FORCE_CUDA=1'], 'Leave one of the two out'),
 ])
 def test_install_script_says_what_is_wrong(arguments, message):
     done = subprocess.run(

@@ -16,6 +16,12 @@ Usage: tools/install.sh [--no-venv] [--reinstall-torch] [--no-dev] [--until=STEP
 
 Environment:
   STACK       openmmlab (default; into .venv) or onedl (into .venv-onedl)
+  MMCV        torchvision: mmcv without its compiled ops, torchvision stands in for
+              NMS, RoIAlign and deformable convolutions, the other ops refuse.
+              compiled: mmcv with all its ops; takes 7 to 15 minutes.
+              Default: compiled where there are a GPU and nvcc, because training on
+              a GPU uses more of mmcv's ops; elsewhere what is installed already,
+              else torchvision
   VENV_DIR    another folder for the virtual environment
   PYTHON      the interpreter (default: python3.11 or python3, if it is >= 3.10)
   FORCE_CUDA  1 requires mmcv's CUDA ops even where there is no GPU;
@@ -54,9 +60,36 @@ case $STACK in
 esac
 wanted=requirements/$STACK.txt
 constraints=requirements/constraints-$STACK.txt
-mmcv=$(grep -E '^(onedl-)?mmcv==' "$wanted")
+mmcv=$(grep -E '^[a-z-]*mmcv' "requirements/mmcv-$STACK.txt")
+stand_in=requirements/mmcv_torchvision
+
+has_gpu_and_nvcc() {
+    { command -v nvcc || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; } >/dev/null &&
+        command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+}
+
+# `chosen` is the kind that is installed, `accepted` are the kinds that need no change.
+case ${MMCV:-} in
+    torchvision | compiled) chosen=$MMCV accepted=$MMCV ;;
+    '') if [ "${FORCE_CUDA:-}" = 1 ] || has_gpu_and_nvcc; then
+            chosen=compiled accepted=compiled
+        else
+            chosen=torchvision accepted='torchvision compiled'
+        fi ;;
+    *) fail "MMCV=$MMCV is unknown" "It is torchvision or compiled." ;;
+esac
+[ "$chosen" != torchvision ] || [ "${FORCE_CUDA:-}" != 1 ] ||
+    fail "FORCE_CUDA=1 asks for mmcv's CUDA ops, and MMCV=torchvision has none" "Leave one of the two out."
 log=$(mktemp "${TMPDIR:-/tmp}/mmlocalmamba-install.XXXXXX")
-trap '[ -s "$log" ] || rm -f "$log"' EXIT
+work=  # a folder for what is built
+progress=  # a process that tells how far the compiler is
+clean_up() {
+    local status=$?
+    [ -z "$progress" ] || kill "$progress" 2>/dev/null || true
+    [ -z "$work" ] || rm -rf "$work"
+    [ $status != 0 ] && [ -s "$log" ] || rm -f "$log"
+}
+trap clean_up EXIT
 
 # ---- the interpreter -------------------------------------------------------
 
@@ -116,7 +149,6 @@ step() {
         fi
     fi
     if [ "$name" = "$until" ]; then
-        rm -f "$log"
         say "Ready: $("$python" -c 'import sys; print(sys.prefix)')"
         exit
     fi
@@ -128,8 +160,25 @@ quietly() {
     shift
     "$@" >"$log" 2>&1 || {
         tail -n 40 "$log" >&2
-        fail "this step failed (output: $log)" "$advice" "Then run the same command again; it skips finished steps."
+        local reason
+        reason=$(missing)
+        fail "${reason:-this step failed} (output: $log)" "$advice" \
+            "Then run the same command again; it skips finished steps."
     }
+}
+
+# Say in a line what the output of a failed command complains about.
+missing() {
+    local file
+    if grep -qiE 'no space left on device|disk quota exceeded' "$log"; then
+        say "the disk is full: $(df -Ph "${venv%/*}" "${TMPDIR:-/tmp}" | awk 'NR > 1 {print $4 " left on " $6}' |
+            sort -u | paste -sd, | sed 's/,/, /g')"
+    elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|Network is unreachable|ProxyError|SSLError' "$log"
+    then
+        say "the package index cannot be reached"
+    elif file=$(grep -oE 'No matching distribution found for [^ ]+' "$log"); then
+        say "the package index has no file of ${file##* } for $("$python" -V 2>&1) on this machine"
+    fi
 }
 
 network='Check the network, or set PIP_INDEX_URL or PIP_FIND_LINKS to a place that has the packages.'
@@ -165,57 +214,118 @@ PY
             pip_install "torch==$version" torchvision
 }
 
-# Succeed if the right version of mmcv is installed and its ops run, on the GPU too if there is one. There is none while
-# an image is built.
+# mmcv_works KIND...: Succeed if the right version of mmcv is installed, if it is of one of these kinds, and if NMS and
+# RoIAlign run, on the GPU too if there is one. There is none while an image is built. Print what is installed.
 mmcv_works() {
-    "$python" - "${mmcv#*==}" >"$log" 2>&1 <<'PY'
+    "$python" - "${mmcv#*==}" "$stand_in/mmcv/_ext.py" "$@" 2>"$log" <<'PY'
 import os
 import sys
+from pathlib import Path
 
 import mmcv
 import torch
-from mmcv.ops import get_compiling_cuda_version, nms
+from mmcv import _ext
+from mmcv.ops import RoIAlign, get_compiling_cuda_version, nms
 
-assert mmcv.__version__ == sys.argv[1], f'mmcv {mmcv.__version__}'
+version, stand_in, *kinds = sys.argv[1:]
+compiled = not _ext.__file__.endswith('.py')
+assert mmcv.__version__ == version, f'mmcv {mmcv.__version__} is installed, not {version}'
+assert ('compiled' if compiled else 'torchvision') in kinds, f'{_ext.__file__} is not of the kind {kinds[0]}'
+assert compiled or Path(_ext.__file__).read_bytes() == Path(stand_in).read_bytes(), f'{_ext.__file__} is outdated'
 if os.environ.get('FORCE_CUDA') == '1':
     assert get_compiling_cuda_version() != 'not available', 'mmcv has no CUDA ops'
 for device in ['cpu'] + ['cuda'] * torch.cuda.is_available():
     boxes = torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.]], device=device)
     kept, _ = nms(boxes, torch.tensor([0.9, 0.8], device=device), 0.5)
     assert len(kept) == 1, kept
+    rois = torch.cat([boxes.new_zeros(2, 1), boxes], 1)
+    assert (RoIAlign(2)(torch.ones(1, 1, 12, 12, device=device), rois) == 1).all()
+print(f'mmcv {version} with its compiled ops' if compiled else
+      f'mmcv {version} without compiled ops. torchvision stands in for: {", ".join(_ext.STANDS_IN)}.\n'
+      '        Other ops of mmcv refuse when they are called; MMCV=compiled installs them.')
 PY
 }
 
+remove_mmcv() {
+    # All kinds own the same folder, so one must go before another comes.
+    "$python" -m pip uninstall --yes --quiet mmcv mmcv-lite onedl-mmcv mmlocalmamba-mmcv-torchvision >/dev/null 2>&1 ||
+        true
+}
+
 install_mmcv() {
-    if [ $use_venv = no ] && mmcv_works; then return; fi
+    local found
+    # shellcheck disable=SC2086
+    if found=$(mmcv_works $accepted); then
+        say "        keeps $found"
+        return
+    fi
+    remove_mmcv
+    work=$(mktemp -d "${TMPDIR:-/tmp}/mmlocalmamba-mmcv.XXXXXX")
+    if [ "$chosen" = compiled ]; then install_compiled_mmcv; else install_mmcv_without_ops; fi
+    rm -rf "$work"
+    mmcv_works "$chosen" >/dev/null || {
+        tail -n 20 "$log" >&2
+        fail "mmcv is installed, but NMS and RoIAlign do not run" \
+            "Check that torch works: $python -c 'import torch, torchvision; print(torch.__version__)'" \
+            "With a GPU and MMCV=compiled, nvcc must have the same CUDA major version as torch."
+    }
+}
+
+install_mmcv_without_ops() {
+    case $STACK in
+        openmmlab) quietly "$network" pip_install --constraint "$constraints" "mmcv-lite==${mmcv#*==}" ;;
+        # It has no lite package. pip's isolated build has no torch, and then this package leaves its ops out. No cache,
+        # because a cached wheel may have ops.
+        onedl)
+            quietly "$network" pip_install --no-deps --no-binary "${mmcv%%==*}" --no-cache-dir "$mmcv"
+            quietly "$network" pip_install --constraint "$constraints" "$mmcv" ;;
+    esac
+    cp -R "$stand_in" "$work/stand-in"  # setuptools leaves files beside the sources
+    quietly "The error above comes from $stand_in." \
+        pip_install --no-deps --no-build-isolation --no-cache-dir "$work/stand-in"
+}
+
+install_compiled_mmcv() {
     local name=${mmcv%%==*}
     # Take a ready wheel if pip finds one. It may have been built for another torch.
     if pip_install --only-binary "$name" --constraint "$constraints" "$mmcv" >"$log" 2>&1; then
-        if mmcv_works; then
-            say "        using a ready wheel"
+        if mmcv_works compiled >/dev/null; then
+            say "        uses a ready wheel"
             return
         fi
         say "        the ready wheel does not work with this torch"
     fi
-    say "        compiling mmcv and its ops: 7 to 10 minutes on 2 cores, longer for a GPU"
-    # No cache, because a cached wheel may have been built for another torch.
+    local compiler
+    read -r compiler _ <<<"${CXX:-g++}"
+    command -v "$compiler" >/dev/null ||
+        fail "there is no C++ compiler ($compiler), which MMCV=compiled needs" \
+            "Debian, Ubuntu: apt-get install g++. Or take MMCV=torchvision, which compiles nothing."
     # nproc obeys OMP_NUM_THREADS, which says nothing about the number of compilers.
-    CFLAGS="${CFLAGS:--g0 -O2}" MMCV_WITH_OPS=1 \
-        MAX_JOBS=${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)} quietly \
+    local jobs=${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}
+    say "        compiles mmcv and its ops with $jobs processes: 7 to 15 minutes on 2 cores, longer for a GPU"
+    tell_progress &
+    progress=$!
+    # No cache, because a cached wheel may have been built for another torch.
+    TMPDIR=$work CFLAGS="${CFLAGS:--g0 -O2}" MMCV_WITH_OPS=1 MAX_JOBS=$jobs quietly \
         "mmcv needs gcc and g++, and for a GPU an nvcc of torch's CUDA version. If memory runs out, set MAX_JOBS=1." \
         pip_install --no-build-isolation --no-binary "$name" --no-cache-dir --force-reinstall --no-deps "$mmcv"
+    kill "$progress" 2>/dev/null || true
+    progress=
     quietly "$network" pip_install --constraint "$constraints" "$mmcv"
-    mmcv_works || {
-        tail -n 20 "$log" >&2
-        fail "mmcv was compiled, but 'from mmcv.ops import nms' does not run" \
-            "Check that torch works: $python -c 'import torch; print(torch.__version__)'" \
-            "With a GPU, nvcc must have the same CUDA major version as torch."
-    }
+}
+
+# Count the object files of the build every half minute. torch writes build.ninja, which names them all.
+tell_progress() {
+    local start=$SECONDS all
+    while sleep 30 >/dev/null 2>&1; do
+        all=$(find "$work" -name build.ninja -exec grep -hc '^build .*\.o:' {} + 2>/dev/null | tail -n 1)
+        say "        compiles mmcv: $(find "$work" -name '*.o' 2>/dev/null | wc -l) of ${all:-?} files," \
+            "$((SECONDS - start)) s"
+    done
 }
 
 install_rest() {
-    # The list names mmcv too, which is already installed. There is no build isolation, because each source package
-    # would otherwise fetch its own build tools.
+    # There is no build isolation, because each source package would otherwise fetch its own build tools.
     local lists=(-r "$wanted")
     if [ $dev = yes ]; then
         lists+=(-r requirements/dev.txt)
@@ -230,12 +340,15 @@ install_rest() {
 }
 
 verify() {
-    mmcv_works || {
+    local found
+    # shellcheck disable=SC2086
+    found=$(mmcv_works $accepted) || {
         tail -n 20 "$log" >&2
-        fail "'from mmcv.ops import nms' does not run" \
+        fail "NMS and RoIAlign of mmcv do not run" \
             "mmcv was built for another torch, or another package replaced it." \
-            "Remove mmcv ($python -m pip uninstall -y ${mmcv%%==*}; rm -rf $venv/.stamps) and run this again."
+            "Remove its stamp (rm -f $venv/.stamps/mmcv) and run this again."
     }
+    say "        $found"
     quietly "The error above names the package that fails to load." \
         "$python" -c 'import mmpretrain, mmdet, mmseg, mim'
 }
@@ -248,7 +361,7 @@ install_package() {
 # ---- go --------------------------------------------------------------------
 
 if [ $use_venv = yes ]; then
-    say "Installing the $STACK stack into ${venv##*/}: 2 to 4 minutes in total, 7 to 10 more if mmcv must be compiled."
+    say "Installing the $STACK stack into ${venv##*/}: 2 to 4 minutes in total"
     # The path is part of the key, because the scripts of a moved environment do not start.
     venv_key="$(digest) $venv"
     step venv "$venv_key" "virtual environment ${venv##*/} ($("$python" -V))" "5 s" make_venv
@@ -257,18 +370,21 @@ else
     say "Installing the $STACK stack into the environment of $(command -v "$python")"
 fi
 
+case $chosen in
+    torchvision) about="$mmcv without compiled ops; torchvision stands in for them" time="10 to 30 s" ;;
+    compiled) about="$mmcv with its compiled ops" time="10 s from a wheel, 7 to 15 minutes when compiled on 2 cores" ;;
+esac
 stack_files=(requirements/common.txt requirements/*"$STACK".txt requirements/dev.txt requirements/deploy.txt)
+mmcv_key="$mmcv ${MMCV:-$chosen or what is there} $(digest requirements/torch.txt "$stand_in/mmcv/_ext.py")"
 step torch "$(digest requirements/torch.txt)" \
     "torch and torchvision" "60 to 100 s, several GB with CUDA" install_torch
 step build "$(digest requirements/build.txt)" \
     "build tools: setuptools, wheel, ninja, psutil" "5 s" \
     quietly "$network" pip_install -r requirements/build.txt
-step mmcv "$mmcv $(digest requirements/torch.txt)" \
-    "$mmcv with its ops" "10 s from a wheel, 7 to 10 minutes when compiled on 2 cores" install_mmcv
+step mmcv "$mmcv_key" "$about" "$time" install_mmcv
 step stack "$(digest "${stack_files[@]}") $dev" \
     "MMEngine, mmpretrain, mmdet, mmsegmentation, mim, test tools" "1 to 2 minutes" install_rest
-step verify "$mmcv $(digest requirements/torch.txt "${stack_files[@]}")" \
-    "check: from mmcv.ops import nms; the packages load" "10 s" verify
+step verify "$mmcv_key $(digest "${stack_files[@]}")" "check: NMS and RoIAlign of mmcv run; the packages load" "10 s" verify
 # The build of this package depends on its metadata, its native sources and torch.
 mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.cu' -o -name '*.h' | sort)
 # `make clean` may have removed the links that an editable install puts into the source tree.

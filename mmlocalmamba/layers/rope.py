@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.table_cache import of_size
+from mmlocalmamba.table_cache import cached
 
 _THETA = 10000.
 
@@ -38,7 +38,7 @@ def rotary_tables(H: int, W: int, channels: int, size: int, device: str | torch.
     Returns:
         cos, sin: float32 (H*W, channels). Shared and cached: do not write to them.
     """
-    return of_size(lambda device, traced: _make(H, W, channels, size, device), device, 'rotary', H, W, channels, size)
+    return cached(lambda device, traced: _make(H, W, channels, size, device), device, 'rotary', H, W, channels, size)
 
 
 def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[int, int],
@@ -58,7 +58,7 @@ def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[
             tables = tuple(resize_pos_embed(table[None], old, new)[0] for table in tables)
         return tables
 
-    return of_size(make, device, 'resized rotary', H, W, channels, size, grid)
+    return cached(make, device, 'resized rotary', H, W, channels, size, grid)
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], tokens: int = 0) -> Tensor:

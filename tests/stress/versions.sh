@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests of directions, operators and backbones with other versions of Python and torch, and with MMCV=yes a
+# Run the tests of directions, operators and backbones with other versions of Python and torch, and with TRAIN=yes a
 # training of each task, too. The script prints a row of docs/install.md for each.
 #
 #     tests/stress/versions.sh                                            # all rows
@@ -7,8 +7,8 @@
 #
 # Each row has its own environment in $FOLDER, of 1 to 6 GB, which is removed before the next row. The output is in
 # $FOLDER-*.log. Interpreters are pythonX.Y or those of pyenv. If a row's interpreter or packages are missing, the row
-# says so and the script continues. MMCV=yes compiles mmcv if there is no ready wheel, which takes 10 minutes a row.
-# MMCV=only does that and the trainings, and nothing else.
+# says so and the script continues. TRAIN=only does the trainings and nothing else. MMCV=compiled compiles mmcv for them
+# (tools/install.sh), which takes 10 minutes a row.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
@@ -67,12 +67,12 @@ row() {
     # Remove the sources, so that the tests import the installed package.
     rm -rf "$FOLDER/source/mmlocalmamba"
     # shellcheck disable=SC2086
-    [ "${MMCV:-no}" = only ] || scans=$(outcome "$FOLDER/source" $alone)
-    if [ "${MMCV:-no}" != only ] && $pip mmengine==0.10.7 mmcv-lite==2.1.0 >>"$log" 2>&1; then
+    [ "${TRAIN:-no}" = only ] || scans=$(outcome "$FOLDER/source" $alone)
+    if [ "${TRAIN:-no}" != only ] && $pip mmengine==0.10.7 mmcv-lite==2.1.0 >>"$log" 2>&1; then
         # shellcheck disable=SC2086
         bones=$(outcome "$FOLDER/source" $backbones)
     fi
-    if [ "${MMCV:-no}" != no ]; then
+    if [ "${TRAIN:-no}" != no ]; then
         "$FOLDER/venv/bin/python" -m pip uninstall --yes --quiet mmcv-lite >>"$log" 2>&1
         git archive HEAD mmlocalmamba | tar -x -C "$FOLDER/source"
         if (cd "$FOLDER/source" && export PATH="$FOLDER/venv/bin:$PATH" &&
