@@ -5,9 +5,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from test_models import USE
 
 from mmlocalmamba import files
 
@@ -223,3 +227,39 @@ def test_pip_installs_the_sdist_where_no_torch_is(sdist, tmp_path):
     pip_install(sdist, tmp_path / 'there', PYTHONPATH=str(tmp_path / 'without'))
     assert not list((tmp_path / 'there').rglob('*.so'))
     assert use(tmp_path / 'there').startswith('(1, 256, 1, 1) the extension is not built')
+
+
+def declared(names):
+    """Return names of the distributions that these need, themselves included."""
+    found, left = set(), list(names)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name in found:
+            continue
+        found.add(name)
+        left += [requirement.name for requirement in map(Requirement, metadata.requires(name) or ())
+                 if requirement.marker is None or requirement.marker.evaluate(dict(extra=''))]
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_with_its_declared_dependencies_alone(wheel, tmp_path):
+    """A virtual environment that holds nothing else builds, trains, loads by name and searches."""
+    links, env = tmp_path / 'links', tmp_path / 'env'
+    links.mkdir()
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', env], check=True)
+    for name in declared(['torch', 'numpy', 'safetensors']):
+        for file in metadata.files(name) or ():
+            top = file.parts[0]
+            source = Path(metadata.distribution(name).locate_file(top))
+            if top not in ('..', '__pycache__') and source.exists() and not (links / top).exists():
+                (links / top).symlink_to(source)
+    packages, = env.glob('lib/python*/site-packages')
+    (packages / 'links.pth').write_text(f'{links}\n')
+    pip_install(wheel.filename, packages)
+    code = ('import importlib.util\n'
+            "assert not any(map(importlib.util.find_spec, ('mmengine', 'mmcv', 'timm', 'matplotlib', 'pytest')))\n")
+    done = subprocess.run([env / 'bin/python', '-W', 'ignore', '-c', code + USE, str(tmp_path)], cwd=tmp_path, text=True,
+                          capture_output=True, env={key: value for key, value in os.environ.items()
+                                                    if key != 'PYTHONPATH'})
+    assert done.returncode == 0 and done.stdout == '(2, 10) 16\n', done.stderr[-3000:]
