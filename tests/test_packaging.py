@@ -260,6 +260,6 @@ def test_the_wheel_with_its_declared_dependencies_alone(wheel, tmp_path):
     code = ('import importlib.util\n'
             "assert not any(map(importlib.util.find_spec, ('mmengine', 'mmcv', 'timm', 'matplotlib', 'pytest')))\n")
     variables = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
-    done = subprocess.run([env / 'bin/python', '-W', 'ignore', '-c', code + USE, str(tmp_path)], cwd=tmp_path, text=True,
-                          capture_output=True, env=variables)
+    done = subprocess.run([env / 'bin/python', '-W', 'ignore', '-c', code + USE, str(tmp_path)], cwd=tmp_path,
+                          env=variables, text=True, capture_output=True)
     assert done.returncode == 0 and done.stdout == '(2, 10) 16\n', done.stderr[-3000:]
