@@ -3,7 +3,10 @@
 ``tune`` times the Triton scan kernels on this GPU and stores the fastest block sizes."""
 import argparse
 import platform
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import torch
 
@@ -22,7 +25,9 @@ _STACK = {
     'mmdet': ('mmdet', 'onedl-mmdetection'),
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
     'mamba_ssm': ('mamba-ssm', ),
+    'transformers': ('transformers', ),
 }
+_ALL_OPS = 'MMCV=compiled tools/install.sh installs all ops'
 
 
 def _installed(distributions: tuple[str, ...]) -> str:
@@ -35,11 +40,41 @@ def _installed(distributions: tuple[str, ...]) -> str:
     return ', '.join(found) or 'not installed'
 
 
+def _mmcv_ops() -> str | None:
+    """Say where the ops of mmcv come from; None without mmcv. mmcv itself, which takes seconds, is not imported."""
+    mmcv = find_spec('mmcv')
+    if mmcv is None:
+        return None
+    for folder in map(Path, mmcv.submodule_search_locations or ()):
+        if any((folder / f'_ext{suffix}').is_file() for suffix in EXTENSION_SUFFIXES):
+            return 'compiled'
+        if (folder / '_ext.py').is_file():
+            spec = spec_from_file_location('_ext', folder / '_ext.py')
+            assert spec is not None and spec.loader is not None
+            stand_in = module_from_spec(spec)
+            try:
+                spec.loader.exec_module(stand_in)
+            except Exception as error:  # torchvision is missing, or does not fit torch
+                return f'FAIL: torchvision stands in for them, but {type(error).__name__}: {error}'
+            return (f'not compiled. torchvision stands in for {", ".join(stand_in.STANDS_IN)}; the others refuse.\n'
+                    f'{"":14}{_ALL_OPS}')
+    return f"none: mmdet's detectors do not run. {_ALL_OPS}; MMCV=torchvision, those that torchvision has"
+
+
+def _multimodal_problem() -> str | None:
+    from mmlocalmamba.openmmlab import multimodal  # it may import mmpretrain
+    return multimodal.problem()
+
+
 def doctor() -> bool:
     """Print the report. Return False if a backend fails or computes wrong results."""
     print(f'mmlocalmamba {__version__}, Python {platform.python_version()}, {platform.platform()}')
     for name, distributions in _STACK.items():
-        print(f'  {name:12}{_installed(distributions)}')
+        print(f'  {name:11} {_installed(distributions)}')
+        if name == 'mmcv' and (found := _mmcv_ops()):
+            print(f'  {"mmcv ops":12}{found}')
+    if find_spec('transformers') and (found := _multimodal_problem()):
+        print(f'  {"":12}{found}.')
     devices = ['cpu']
     if torch.cuda.is_available():
         devices.append('cuda')

@@ -91,7 +91,10 @@ def test_the_core_needs_torch_numpy_and_safetensors(path):
 
 @pytest.mark.parametrize('path', [path for path in MODULES if room(name_of(path)) == DOOR], ids=name_of)
 def test_the_openmmlab_door_imports_no_task_package(path):
-    assert not {name.split('.')[0] for name in imports(path)} & {'mmdet', 'mmseg', 'mmpretrain', 'timm'}
+    packages = {'mmdet', 'mmseg', 'mmpretrain', 'timm'}
+    if name_of(path) == 'mmlocalmamba.openmmlab.multimodal':  # it repairs the import of mmpretrain
+        packages.remove('mmpretrain')
+    assert not {name.split('.')[0] for name in imports(path)} & packages
 
 
 def test_research_is_imported_by_nobody():

@@ -356,6 +356,10 @@ verify() {
 install_package() {
     quietly "The error above comes from this project's setup.py." \
         pip_install --no-deps --no-build-isolation --editable .
+    local problem
+    problem=$("$python" -c 'from mmlocalmamba.openmmlab import multimodal; print(multimodal.problem() or "")' \
+        2>/dev/null | tail -n 1) || true
+    [ -z "$problem" ] || say "        note: $problem."
 }
 
 # ---- go --------------------------------------------------------------------

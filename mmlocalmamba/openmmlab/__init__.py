@@ -2,3 +2,6 @@
 
 Configurations name what is registered here as ``mmlocalmamba.NAME``.
 """
+from mmlocalmamba.openmmlab import multimodal
+
+multimodal.leave_out()

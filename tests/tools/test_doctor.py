@@ -1,9 +1,13 @@
 import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 
 import pytest
 import torch
+from processes import ROOT
 
 from mmlocalmamba import __main__ as main
 from mmlocalmamba import ops
@@ -70,6 +74,33 @@ def test_block_sizes_and_their_origin(monkeypatch, capsys, tuning_file):
     tuning.save({tuning.Key(tuning.gpu(device), 'backward', 16, 'float32'): backward})
     assert main.doctor()
     assert f'  backward, d_state 16, float32: {backward} ({tuning_file})' in capsys.readouterr().out
+
+
+# ---- mmcv ----
+
+def test_it_says_where_the_ops_of_mmcv_come_from(monkeypatch, tmp_path):
+    (tmp_path / 'mmcv').mkdir()
+    (tmp_path / 'mmcv/__init__.py').write_text("raise ImportError('the doctor need not import it')\n")
+    monkeypatch.setattr(sys, 'path', [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, 'mmcv', raising=False)
+    assert main._mmcv_ops().startswith('none: ') and 'MMCV=compiled tools/install.sh' in main._mmcv_ops()
+
+    stand_in = tmp_path / 'mmcv/_ext.py'
+    shutil.copy(ROOT / 'requirements/mmcv_torchvision/mmcv/_ext.py', stand_in)
+    if find_spec('torchvision'):
+        assert 'torchvision stands in for nms, softnms, roi_align (avg)' in main._mmcv_ops()
+        assert 'the others refuse' in main._mmcv_ops()
+    stand_in.write_text("import torch\nraise RuntimeError('operator torchvision::nms does not exist')\n")
+    assert main._mmcv_ops().startswith('FAIL: ') and 'nms does not exist' in main._mmcv_ops()
+
+    # A compiled module goes before a file of the same name.
+    (tmp_path / f'mmcv/_ext{EXTENSION_SUFFIXES[0]}').touch()
+    assert main._mmcv_ops() == 'compiled'
+
+
+def test_there_may_be_no_mmcv(monkeypatch):
+    monkeypatch.setattr(main, 'find_spec', lambda name: None)
+    assert main._mmcv_ops() is None
 
 
 def test_unknown_command():
