@@ -1,12 +1,15 @@
 """requirements/mmcv_torchvision: what stands in for mmcv's compiled ops equals them, and the rest refuses.
 
-The file is loaded by its path and compared with the compiled module, which the installed mmcv may have. Where there is
-none, torchvision's public functions are the reference, as far as they are the same ops.
+Both modules are loaded by their paths, whatever the installed mmcv has. Where no compiled one is at hand, torchvision's
+public functions are the reference, as far as they are the same ops.
 """
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tempfile
+import zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -26,22 +29,38 @@ def load(name, path):
 
 
 def compiled_file():
+    """Return the compiled module of the installed mmcv, or of a ready wheel; None if there is none."""
     spec = importlib.util.find_spec('mmcv')
-    folders = [Path(folder) for folder in spec.submodule_search_locations] if spec else []
-    return next((path for folder in folders for suffix in EXTENSION_SUFFIXES
-                 if (path := folder / f'_ext{suffix}').is_file()), None)
+    for folder in spec.submodule_search_locations if spec else ():
+        for suffix in EXTENSION_SUFFIXES:
+            if (path := Path(folder) / f'_ext{suffix}').is_file():
+                return path
+    tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
+    for folder in (ROOT.parent / 'shared/wheels', *map(Path, os.environ.get('PIP_FIND_LINKS', '').split())):
+        for wheel in folder.glob(f'mmcv-2.1.0-{tag}-*.whl'):
+            with zipfile.ZipFile(wheel) as archive:
+                name = next(name for name in archive.namelist() if re.fullmatch(r'mmcv/_ext\..*', name))
+                return Path(archive.extract(name, tempfile.mkdtemp(prefix='mmcv-compiled-')))
+    return None
 
 
-COMPILED = compiled_file()
+def load_compiled():
+    """Return the module, or None where it does not fit the installed torch."""
+    path = compiled_file()
+    try:
+        return path and load('_ext', path)
+    except ImportError:
+        return None
+
+
 ours = load('stand_in_ext', STAND_IN)
-needs_compiled = pytest.mark.skipif(COMPILED is None, reason='mmcv is not compiled here')
+compiled = load_compiled()
+needs_compiled = pytest.mark.skipif(compiled is None, reason='no compiled mmcv is at hand')
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def theirs():
-    if COMPILED is None:
-        pytest.skip('mmcv is not compiled here')
-    return importlib.import_module('mmcv._ext')
+    return compiled or pytest.skip('no compiled mmcv is at hand')
 
 
 def same(a, b):
@@ -189,7 +208,7 @@ def test_roi_align_is_that_of_torchvision():
 
 @pytest.mark.parametrize('modules', ['stand-in', pytest.param('compiled', marks=needs_compiled)])
 def test_roi_align_takes_one_dtype(modules):
-    module = ours if modules == 'stand-in' else importlib.import_module('mmcv._ext')
+    module = ours if modules == 'stand-in' else compiled
     x = torch.randn(2, 6, 20, 25, dtype=torch.float64)
     with pytest.raises(RuntimeError, match='[Ff]loat|type'):
         roi_align(module, x, rois_of('random', torch.float32), 0.25, 0, True)
@@ -293,7 +312,6 @@ def test_deformable_convolutions(theirs, op, shape, offsets, dtype):
 # ---- the rest ----
 
 def test_the_others_refuse():
-    from mmcv.ops import nms_match, roi_pool  # noqa: F401  as mmcv.ops asks for its names when it is imported
     for name in ('roi_pool_forward', 'nms_rotated', 'ms_deform_attn_forward', 'an_op_of_a_later_mmcv'):
         op = getattr(ours, name)
         with pytest.raises(NotImplementedError, match=f'{name} is an op of mmcv .* MMCV=compiled tools/install.sh'):
@@ -311,19 +329,17 @@ def test_every_name_of_the_compiled_module_is_there(theirs):
 
 # ---- in mmcv and mmdet ----
 
-# Runs a script with the stand-in (argument 1) or with the compiled module.
+# Puts the module of a file (argument 1) in the place of mmcv's.
 _WITH_EXT = """
+import importlib.util
 import sys
-if sys.argv[1]:
-    import importlib.util
-    spec = importlib.util.spec_from_file_location('mmcv._ext', sys.argv[1])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    import mmcv
-    sys.modules['mmcv._ext'] = mmcv._ext = module
+import mmcv
+import torch
+spec = importlib.util.spec_from_file_location('mmcv._ext', sys.argv[1])
+mmcv._ext = sys.modules['mmcv._ext'] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mmcv._ext)
 """
 _BATCHED_NMS = _WITH_EXT + """
-import torch
 from mmcv.ops import batched_nms
 torch.manual_seed(0)
 boxes = torch.rand(3000, 4) * 500
@@ -351,7 +367,7 @@ def run(code, *arguments):
 @needs_compiled
 @pytest.mark.slow
 def test_batched_nms():
-    assert run(_BATCHED_NMS, STAND_IN) == run(_BATCHED_NMS, '')
+    assert run(_BATCHED_NMS, STAND_IN) == run(_BATCHED_NMS, compiled.__file__)
 
 
 @needs_compiled
@@ -361,7 +377,7 @@ def test_a_training_ends_with_the_same_bits(tmp_path):
     subprocess.run([sys.executable, 'tools/dataset_converters/digits.py', tmp_path / 'data', '--scale', 'tiny'],
                    cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     weights = {}
-    for name, ext in dict(stand_in=STAND_IN, compiled='').items():
+    for name, ext in dict(stand_in=STAND_IN, compiled=compiled.__file__).items():
         work_dir = tmp_path / name
         changes = [f'{loader}.{option}' for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
                    for option in (f'dataset.data_root={tmp_path}/data/coco/', 'num_workers=0',
@@ -370,7 +386,7 @@ def test_a_training_ends_with_the_same_bits(tmp_path):
                     for part in ('val_evaluator', 'test_evaluator')]
         printed = run(_TRAINING, ext, 'configs/mask-rcnn_localvmamba-nano_digits.py', '--work-dir', work_dir,
                       '--cfg-options', 'train_cfg.max_epochs=1', 'randomness.seed=0', *changes)
-        assert f'ops from {STAND_IN if ext else COMPILED}' in printed and 'coco/segm_mAP' in printed
+        assert f'ops from {ext}' in printed and 'coco/segm_mAP' in printed
         weights[name] = torch.load(work_dir / 'epoch_1.pth', weights_only=True)['state_dict']
     assert weights['stand_in'].keys() == weights['compiled'].keys() and len(weights['compiled']) > 100
     for name, value in weights['compiled'].items():
