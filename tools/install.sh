@@ -141,6 +141,7 @@ step() {
     else
         say "[$name] $text ($time)"
         local start=$SECONDS
+        rm -f "$stamp"  # a step that fails may have undone what was there
         "$@"
         say "[$name] done in $((SECONDS - start)) s"
         if [ $use_venv = yes ]; then
