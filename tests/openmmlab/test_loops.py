@@ -357,7 +357,7 @@ print('iterations', runner.iter)
 
 @pytest.mark.slow
 def test_training_without_what_windows_has_not(tmp_path):
-    assert 'iterations 6' in finish(start(*PYTHON, '-c', WINDOWS, tmp_path, ROOT / 'tests'))
+    assert 'iterations 6' in finish(start(*PYTHON, '-c', WINDOWS, tmp_path, ROOT / 'tests/helpers'))
 
 
 # ---- the launcher ----
