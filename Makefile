@@ -33,7 +33,7 @@ OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON MMCV OMP_NUM_THREADS OMP_WAIT_POLICY
 
 .PHONY: help install demo test test-all coverage image-test slurm-test audit smoke docs web-demo web-demo-test lint \
-	clean
+	wheels clean
 
 help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
@@ -50,6 +50,7 @@ help:
 	@echo "make web-demo  build the browser demo in docs/demo/_build (npm; trains a classifier first, 2 to 4 minutes)"
 	@echo "make web-demo-test   build the browser demo and test it in a headless Chromium (npm, chromium)"
 	@echo "make lint      run ruff and mypy"
+	@echo "make wheels    write the source distribution and both wheels into dist/ (CONTRIBUTING.md)"
 	@echo "make clean     remove everything that these commands made"
 	@echo "STACK=onedl after a command takes the OneDL stack instead of OpenMMLab, MMCV=compiled compiles all of mmcv's ops."
 
@@ -135,6 +136,17 @@ lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+# With this environment's torch the wheel has the native kernel. pip's isolated build has no torch: that wheel is pure.
+wheels: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/publish.txt
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist
+	@PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist dist/*-linux_*.whl
+	@rm dist/*-linux_*.whl
+	@$(BIN)/python -m build --wheel --outdir dist
+	@ls -l dist
+
 clean:
-	rm -rf .venv .venv-onedl .venv-docs .venv-audit build docs/_build $(WEB)/_build $(WEB)/node_modules \
+	rm -rf .venv .venv-onedl .venv-docs .venv-audit build dist docs/_build $(WEB)/_build $(WEB)/node_modules \
 		$(DEMO_DATA) $(DEMO_DIR) mmlocalmamba/.mim mmlocalmamba/ops/*.so

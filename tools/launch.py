@@ -56,7 +56,7 @@ def pass_on(number, frame):
 def main():
     if len(sys.argv) == 1 or sys.argv[1] in ('-h', '--help'):
         print(__doc__)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in {signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)}:  # Windows has no SIGUSR1
         signal.signal(number, pass_on)
     sys.argv[1:1] = ['--signals-to-handle', 'SIGINT,SIGHUP,SIGQUIT']  # SIGTERM is handled here
     # With a shared store, which outlives the processes, restarted processes would read the addresses of those that

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Run the tests of directions, operators and backbones with other versions of Python and torch, and with TRAIN=yes a
-# training of each task, too. The script prints a row of docs/install.md for each.
+# Try other versions of Python and torch, and print a row of docs/install.md for each.
 #
-#     tests/stress/versions.sh                                            # all rows
+#     tests/stress/versions.sh                                            # the core, in all rows
 #     tests/stress/versions.sh "3.12 2.8.0 0.23.0" "3.11 2.14.1 0.29.1"   # Python, torch, torchvision
+#
+# The core: a wheel is built and installed with pip; both backbones train a step, are saved, loaded and searched, with
+# the native kernel. TESTS=yes runs the tests of directions, operators and backbones, too. TRAIN=yes installs the
+# OpenMMLab stack and trains, resumes and tests each task on tiny data. MMCV=compiled compiles mmcv for that
+# (tools/install.sh), which takes 10 minutes a row.
 #
 # Each row has its own environment in $FOLDER, of 1 to 6 GB, which is removed before the next row. The output is in
 # $FOLDER-*.log. Interpreters are pythonX.Y or those of pyenv. If a row's interpreter or packages are missing, the row
-# says so and the script continues. TRAIN=only does the trainings and nothing else. MMCV=compiled compiles mmcv for them
-# (tools/install.sh), which takes 10 minutes a row.
+# says so and the script continues.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
@@ -16,7 +19,7 @@ FOLDER=${FOLDER:-${TMPDIR:-/tmp}/mmlocalmamba-versions}
 rows=("$@")
 if [ ${#rows[@]} = 0 ]; then
     for torch in "2.6.0 0.21.0" "2.8.0 0.23.0" "2.11.0 0.26.0" "2.14.1 0.29.1"; do
-        for python in 3.10 3.11 3.12 3.13; do rows+=("$python $torch"); done
+        for python in 3.10 3.11 3.12 3.13 3.14; do rows+=("$python $torch"); done
     done
 fi
 WORKERS=${WORKERS:-$(env -u OMP_NUM_THREADS nproc)}
@@ -43,50 +46,74 @@ outcome() {
         tee -a "$log" | tail -n 1 | sed 's/ in .*//; s/, [0-9]* warnings*//'
 }
 
+# Print yes if the installed wheel works by itself, and by its native kernel.
+core() {
+    local folder=$FOLDER/core
+    mkdir -p "$folder"
+    (cd "$FOLDER/source/tests" && PYTHONPATH=helpers "$FOLDER/venv/bin/python" -c 'from test_models import USE; print(USE)') \
+        >"$folder/use.py" 2>>"$log"
+    echo 'from mmlocalmamba import ops; print("native kernel:", ops.available_backends(torch.zeros(1, 8, 16))["cpu"])' \
+        >>"$folder/use.py"
+    (cd "$folder" && "$FOLDER/venv/bin/python" -W ignore use.py "$folder") >"$folder/output" 2>&1
+    cat "$folder/output" >>"$log"
+    if ! grep -q '^native kernel' "$folder/output"; then
+        echo "no: $(tail -n 1 "$folder/output" | cut -c 1-100)"
+    elif grep -q '^native kernel: None' "$folder/output"; then
+        echo yes
+    else
+        echo "without the native kernel: $(grep '^native kernel' "$folder/output" | cut -c 16-115)"
+    fi
+}
+
 row() {
-    local python=$1 torch=$2 torchvision=$3 log="$FOLDER-python-$1-torch-$2.log" interpreter scans=- bones=- training=-
+    local python=$1 torch=$2 torchvision=$3 log="$FOLDER-python-$1-torch-$2.log" interpreter core=- scans=- bones=- training=-
     interpreter=$(find_python "$python")
     if [ -z "$interpreter" ]; then
-        echo "| $python | $torch, $torchvision | this Python is not installed | | |"
+        echo "| $python | $torch, $torchvision | this Python is not installed | | | |"
         return
     fi
     rm -rf "$FOLDER"
     mkdir -p "$FOLDER"
     "$interpreter" -m venv "$FOLDER/venv" || return
-    local pip="$FOLDER/venv/bin/python -m pip --disable-pip-version-check --quiet install"
-    if ! $pip "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja pytest pytest-xdist hypothesis numpy \
-        >"$log" 2>&1; then
-        echo "| $python | $torch, $torchvision | cannot be installed: $(grep -m 1 ERROR "$log" | cut -c 1-100) | | |"
+    local pip="$FOLDER/venv/bin/python -m pip --disable-pip-version-check --quiet"
+    if ! $pip install "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja pytest pytest-xdist hypothesis \
+        numpy >"$log" 2>&1; then
+        echo "| $python | $torch, $torchvision | cannot be installed: $(grep -m 1 ERROR "$log" | cut -c 1-100) | | | |"
         return
     fi
     git archive HEAD | tar -x -C "$FOLDER" --one-top-level=source
-    if ! $pip --no-deps --no-build-isolation "$FOLDER/source" >>"$log" 2>&1; then
-        echo "| $python | $torch, $torchvision | this package is not built | | |"
+    if ! { $pip wheel --no-deps --no-build-isolation --wheel-dir "$FOLDER/dist" "$FOLDER/source" &&
+        $pip install "$FOLDER"/dist/*.whl; } >>"$log" 2>&1; then
+        echo "| $python | $torch, $torchvision | this package is not built | | | |"
         return
     fi
     # Remove the sources, so that the tests import the installed package.
     rm -rf "$FOLDER/source/mmlocalmamba"
-    # shellcheck disable=SC2086
-    [ "${TRAIN:-no}" = only ] || scans=$(outcome "$FOLDER/source" $alone)
-    if [ "${TRAIN:-no}" != only ] && $pip mmengine==0.10.7 mmcv-lite==2.1.0 >>"$log" 2>&1; then
+    core=$(core)
+    if [ "${TESTS:-no}" = yes ]; then
         # shellcheck disable=SC2086
-        bones=$(outcome "$FOLDER/source" $backbones)
+        scans=$(outcome "$FOLDER/source" $alone)
+        # shellcheck disable=SC2086
+        if $pip install mmengine==0.10.7 mmcv-lite==2.1.0 >>"$log" 2>&1; then
+            bones=$(outcome "$FOLDER/source" $backbones)
+        else
+            bones="MMEngine cannot be installed"
+        fi
     fi
-    if [ "${TRAIN:-no}" != no ]; then
-        "$FOLDER/venv/bin/python" -m pip uninstall --yes --quiet mmcv-lite >>"$log" 2>&1
+    if [ "${TRAIN:-no}" = yes ]; then
         git archive HEAD mmlocalmamba | tar -x -C "$FOLDER/source"
         if (cd "$FOLDER/source" && export PATH="$FOLDER/venv/bin:$PATH" &&
             PYTHON="$FOLDER/venv/bin/python" bash tools/install.sh --no-venv && python tests/systems/smoke.py) >>"$log" 2>&1; then
             training=yes
         else
-            training="no: $(grep -E '[A-Z][A-Za-z]*Error|^fail ' "$log" | tail -n 1 | cut -c 1-100)"
+            training="no: $(grep -E '[A-Z][A-Za-z]*Error|^fail |^error' "$log" | tail -n 1 | cut -c 1-100)"
         fi
     fi
-    echo "| $python | $torch, $torchvision | $scans | $bones | $training |"
+    echo "| $python | $torch, $torchvision | $core | $scans | $bones | $training |"
 }
 
-echo "| Python | torch, torchvision | scans, ops | backbones | a training of each task |"
-echo "|---|---|---|---|---|"
+echo "| Python | torch, torchvision | the core | scans, ops | backbones | a training of each task |"
+echo "|---|---|---|---|---|---|"
 for wanted in "${rows[@]}"; do
     # shellcheck disable=SC2086
     row $wanted

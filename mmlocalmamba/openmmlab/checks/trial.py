@@ -2,7 +2,7 @@
 import argparse
 import io
 import random
-import resource
+import sys
 import tempfile
 import time
 import traceback
@@ -108,8 +108,12 @@ def _load_samples(report: _Report, name: str, dataset: Any, made_for: int | None
 def _peak(device: torch.device) -> str:
     if device.type == 'cuda':
         return f'{torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB of GPU memory'
-    # Linux reports KiB.
-    return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB of memory in this process'
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 'an unknown amount of memory in this process'
+    unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20  # macOS reports bytes, Linux KiB
+    return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB of memory in this process'
 
 
 def _synchronize(device: torch.device) -> float:
