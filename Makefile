@@ -66,6 +66,7 @@ demo: install | $(DEMO_DATA)
 	@echo "Training into $(DEMO_DIR): at most 8 minutes on 2 cores; remove the folder to start again"
 	@PATH="$(BIN):$$PATH" mim train $(MIM_DET) $(DEMO_CONFIG) --work-dir $(DEMO_DIR) --resume
 	@$(BIN)/python tools/demo.py $(DEMO_CONFIG) $(DEMO_DIR)
+	@echo "The other pages' commands need this environment: source $(VENV)/bin/activate"
 
 test: install
 	@$(PYTEST) -m "not slow" $(TESTS) $(PYTEST_ARGS)
