@@ -144,7 +144,7 @@ def test_the_rest_passes_without(door, tmp_path):
 _ELSEWHERE = """
 import importlib, os, signal, sys
 import torch
-for name in ('mmengine.runner', 'mmengine.model', 'mmcv.cnn', 'mmcv.transforms', 'pycocotools.coco', 'matplotlib', 'rich.progress'):
+for name in ('torch._dynamo', 'mmengine.runner', 'mmengine.model', 'mmcv.cnn', 'mmcv.transforms', 'pycocotools.coco', 'matplotlib', 'rich.progress'):
     try:
         importlib.import_module(name)
     except ImportError:
@@ -162,6 +162,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_where_posix_is_missing():
     pytest.importorskip('mmengine')
     names = [name_of(path) for path in MODULES if 'mmlocalmamba.ops.backends.triton.' not in name_of(path)]
