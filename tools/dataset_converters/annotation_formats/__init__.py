@@ -2,16 +2,16 @@
 from collections import Counter
 from xml.etree import ElementTree
 
-from .coco import is_coco, read_coco
-from .files import (
+from annotation_formats.coco import is_coco, read_coco
+from annotation_formats.files import (
     NAME_FILES,
     is_below,
     read_json,
     walk,
 )
-from .labelme import is_labelme, read_labelme
-from .voc import read_voc
-from .yolo import is_yolo, read_yaml, read_yolo
+from annotation_formats.labelme import is_labelme, read_labelme
+from annotation_formats.voc import read_voc
+from annotation_formats.yolo import is_yolo, read_yaml, read_yolo
 
 READERS = dict(yolo=read_yolo, voc=read_voc, labelme=read_labelme, coco=read_coco)
 

@@ -2,7 +2,7 @@
 import json
 import re
 
-from .files import (
+from annotation_formats.files import (
     Pictures,
     Source,
     Thing,

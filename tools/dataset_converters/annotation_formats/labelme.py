@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import (
+from annotation_formats.files import (
     Picture,
     Pictures,
     Source,

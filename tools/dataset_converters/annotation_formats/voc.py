@@ -2,7 +2,7 @@
 import math
 from xml.etree import ElementTree
 
-from .files import (
+from annotation_formats.files import (
     Pictures,
     Source,
     Thing,

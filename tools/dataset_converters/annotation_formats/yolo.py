@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from .files import (
+from annotation_formats.files import (
     NAME_FILES,
     Pictures,
     Source,
