@@ -137,13 +137,13 @@ def flat_polygons(segmentation):
 
 def area_of(points):
     """Return the area of a polygon, x1, y1, x2, y2, ..."""
-    x, y = np.reshape(points, (-1, 2)).T
-    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+    x, y = points[::2], points[1::2]
+    return abs(sum(x[index - 1] * y[index] - x[index] * y[index - 1] for index in range(len(x)))) / 2
 
 
 def cut(points, width, height):
     """Cut a polygon at the borders of a picture (Sutherland and Hodgman)."""
-    polygon = [tuple(pair) for pair in np.reshape(points, (-1, 2)).tolist()]
+    polygon = list(zip(points[::2], points[1::2]))
     for axis, limit, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
         result = []
         for start, end in zip(polygon[-1:] + polygon[:-1], polygon):
@@ -301,8 +301,8 @@ class Converter:
         if not polygons:
             self.log.note('objects without a usable polygon, which a detector with masks cannot learn', thing.where)
             return None, None, None
-        points = np.concatenate([np.reshape(values, (-1, 2)) for values in polygons])
-        (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+        left, top = (min(min(values[axis::2]) for values in polygons) for axis in (0, 1))
+        right, bottom = (max(max(values[axis::2]) for values in polygons) for axis in (0, 1))
         kept = source if untouched and 'id' in thing.entry else [_short(values) for values in polygons]
         return kept, sum(map(area_of, polygons)), _short([left, top, right - left, bottom - top])
 
