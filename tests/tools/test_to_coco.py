@@ -142,6 +142,19 @@ def test_a_file_of_names_beside_the_labels_or_above(place, tmp_path, convert):
     assert 'left out' not in said
 
 
+def test_several_sources_of_names(yolo, convert, tmp_path):
+    """The nearest counts; two in one place must agree."""
+    text(tmp_path / 'data.yaml', 'names: [dog, bird]')
+    assert ('a.JPG', 'fire engine') in objects(convert('data')[0])
+    text(yolo / 'data.yaml', 'names: [cat, fire engine]')
+    convert('data', '--overwrite')
+    text(yolo / 'data.yaml', 'names: [fire engine, cat]')
+    refused(convert, 'classes.txt name the classes differently', 'data', '--overwrite')
+    (yolo / 'classes.txt').unlink()
+    (yolo / 'data.yaml').unlink()
+    assert ('a.JPG', 'bird') in objects(convert('data', '--overwrite')[0])
+
+
 @pytest.mark.parametrize('splits', [
     'path: .\ntrain: images/train\nval: images/val', 'train: ../images/train\nval: ../images/val\ntest:',
     'path: /content/datasets/x\ntrain: images/train\nval: [images/val]', 'train: train.txt\nval: ./images/val', ''])

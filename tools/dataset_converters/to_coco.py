@@ -513,7 +513,8 @@ def main(args=None):
         raise SystemExit(f'{args.source} has the splits {", ".join(map(repr, files))}: name a folder instead of '
                          f'{args.out}, or one of them by --split')
     targets = {split: args.out if lists else args.out / f'{split or "annotations"}.json' for split in files}
-    print(*log.lines(), sep='\n')
+    for line in log.lines():
+        print(line)
     for split, (content, _) in files.items():
         print(summary(content, split))
     if not any(content['annotations'] for content, _ in files.values()):

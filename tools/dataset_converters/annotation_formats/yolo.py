@@ -57,14 +57,23 @@ def _yolo_description(root, args):
     return path, content
 
 
-def _yolo_names(root, label_folders):
-    """Return the names in a file beside the labels or above, and the file."""
-    places = [place for folder in [*label_folders, root] for place in [folder, *folder.parents]
+def _yolo_names(root, label_folders, described, content):
+    """Return the names of the classes and the file that has them.
+
+    These are data.yaml in ``root``, a file of names beside the labels or above, and one or the other above ``root``.
+    """
+    inside = [place for folder in [*label_folders, root] for place in [folder, *folder.parents]
               if folder == place or place.is_relative_to(root)]
-    for place in dict.fromkeys([*places, root / '..']):
-        for path in (*(place / name for name in NAME_FILES), *sorted(place.glob('*.names'))):
-            if path.is_file():
-                return names_in(path), path
+    own, above = (next((path for place in dict.fromkeys(places) for path in (
+        *(place / name for name in NAME_FILES), *sorted(place.glob('*.names'))) if path.is_file()), None)
+        for places in (inside, [root / '..']))
+    if described and (described.parent == root or not own):
+        names = _names_of_yaml(described, content)
+        if own and names_in(own) != names:
+            raise SystemExit(f'{described} and {own} name the classes differently: remove one, or give --classes')
+        return names, described
+    if own or above:
+        return names_in(own or above), own or above
     raise SystemExit(f'{root}: the class names are missing. Write them into {root / "classes.txt"}, one a line in the '
                      'order of their numbers, or give --classes')
 
@@ -157,10 +166,9 @@ def read_yolo(args, log):
     described, content = _yolo_description(root, args)
     if args.classes:
         names, names_file = args.classes, '--classes'
-    elif described:
-        names, names_file = _names_of_yaml(described, content), described
     else:
-        names, names_file = _yolo_names(root, dict.fromkeys(label.parent for label in labels.values() if label))
+        names, names_file = _yolo_names(
+            root, dict.fromkeys(label.parent for label in labels.values() if label), described, content)
     splits = _yolo_splits(described, content, root, log) if described else {}
     for path in splits:
         labels.setdefault(path, _yolo_label(path, root, args.images, texts))
