@@ -70,7 +70,7 @@ def resumption_remarks(runner: Any, checkpoint: dict[str, Any]) -> Iterator[str]
     before, now = train_cfg.get(key) if isinstance(train_cfg, dict) else None, getattr(runner, key)
     if before is not None and before != now:
         yield (f'the training that is resumed had {key}={before}, this one has {key}={now}. The learning rates follow '
-               "the checkpoint's schedule, not by param_scheduler. For a schedule of the new length, start anew with "
+               "the checkpoint's schedule, not param_scheduler. For a schedule of the new length, start anew with "
                'load_from=CHECKPOINT and without resume')
     old, new = _places(saved), _places(runner.cfg)
     if old and new and old != new:
