@@ -389,8 +389,8 @@ def load_pretrained(backbone: Any, checkpoint: str | None, strict: bool = True, 
         raise ValueError(f'partial must be one of {PARTIALS}, got {partial!r}')
     kind = type(backbone).__name__
     if checkpoint is None:
-        _LOGGER.warning('%s: no pre-trained weights were given (init_cfg.checkpoint=None), the backbone starts from '
-                        'scratch', kind)
+        # No warning: a checkpoint may follow, by load_from or --resume.
+        _LOGGER.info('%s: init_cfg names no checkpoint (None), so the backbone has its initial weights', kind)
         return
     try:
         contents = read(load_checkpoint(checkpoint, map_location), key, prefix)

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 
 import mmlocalmamba
 from mmlocalmamba.openmmlab import checks
+from mmlocalmamba.openmmlab.checks.resumption import saved_settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
@@ -91,10 +92,35 @@ def test_released_weights_are_named_where_they_fit():
         assert checkpoint.rsplit('/', 1)[-1] == (fits or ''), path.stem
 
 
-def test_from_scratch_is_said_last_at_start_up_and_at_the_end(configuration, messages):
-    runner(configuration('localvmamba-nano_digits')).train()
-    assert len(messages) == 2 and messages[0] == messages[1]
-    assert messages[0][0] == logging.WARNING and 'LocalVMamba starts from scratch' in messages[0][1]
+def log_of(training):
+    return next(Path(training.log_dir).glob('*.log')).read_text().splitlines()
+
+
+def keep(training):
+    """Save a checkpoint that --resume finds."""
+    training.save_checkpoint(training.work_dir, 'last.pth')
+    Path(training.work_dir, 'last_checkpoint').write_text(str(Path(training.work_dir, 'last.pth')))
+
+
+@pytest.mark.parametrize('init_cfg', [None, dict(type='Pretrained', checkpoint=None)])
+def test_from_scratch_is_the_last_line_of_the_log(init_cfg, configuration):
+    """MMEngine's log drops a warning that repeats. A resumed training does not start from scratch."""
+    options = {'model.backbone.init_cfg': init_cfg}
+    training = runner(configuration('localvmamba-nano_digits', **options))
+    training.train()
+    said = [line for line in log_of(training) if 'LocalVMamba starts from scratch' in line]
+    assert len(said) == 2 and log_of(training)[-1] == said[1] and all('WARNING' in line for line in said)
+    keep(training)
+    resumed = runner(configuration('localvmamba-nano_digits', resume=True, **options))
+    resumed.train()
+    assert not [line for line in log_of(resumed) if 'from scratch' in line]
+    assert 'nothing is trained: the training is already finished' in log_of(resumed)[-1]
+
+
+def test_resuming_where_nothing_is_starts_from_scratch(configuration):
+    training = runner(configuration('localvmamba-nano_digits', resume=True))
+    training.train()
+    assert 'LocalVMamba starts from scratch' in log_of(training)[-1]
 
 
 @pytest.mark.parametrize('name, key', [('localvmamba-nano_digits', 'max_epochs'),
@@ -102,12 +128,43 @@ def test_from_scratch_is_said_last_at_start_up_and_at_the_end(configuration, mes
 def test_resuming_what_is_finished_says_so(name, key, configuration, messages):
     training = runner(configuration(name))
     training.train()
-    training.save_checkpoint(training.work_dir, 'last.pth')
-    Path(training.work_dir, 'last_checkpoint').write_text(str(Path(training.work_dir, 'last.pth')))
+    keep(training)
     messages.clear()
     runner(configuration(name, resume=True)).train()
     assert len(messages) == 2
     assert 'nothing is trained' in messages[1][1] and f'raise train_cfg.{key}' in messages[1][1]
+
+
+@pytest.mark.slow
+def test_resuming_with_another_length_or_other_data_says_so(configuration, tiny_digits, tmp_path, messages):
+    def train(**options):
+        messages.clear()
+        cfg = configuration('localvmamba-nano_digits', **{'train_dataloader.batch_size': 40, **options})
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        cfg.default_hooks.checkpoint = dict(type='mmlocalmamba.CheckpointHook', interval=1)
+        Runner.from_cfg(cfg).train()
+        return [text for _, text in messages if 'that is resumed' in text]
+
+    assert not train(**{'train_cfg.max_epochs': 1})
+    longer, = train(resume=True, **{'train_cfg.max_epochs': 2})
+    assert 'had max_epochs=1, this one has max_epochs=2' in longer and "checkpoint's schedule" in longer
+    shutil.copytree(tiny_digits / 'imagenet', tmp_path / 'elsewhere/imagenet')
+    other, = train(resume=True, **{'train_cfg.max_epochs': 2, 'train_dataloader.dataset.data_root': str(
+        tmp_path / 'elsewhere')})
+    assert f"data_root='{tmp_path}/elsewhere'" in other and f"data_root='{tiny_digits}" in other
+    shutil.rmtree(tmp_path / 'elsewhere/imagenet/train/0')
+    (tmp_path / 'elsewhere/imagenet/train/0').mkdir()
+    with pytest.raises(ValueError, match='the checkpoint was written with .* samples in the dataset'):
+        train(resume=True, **{'train_cfg.max_epochs': 3, 'train_dataloader.dataset.data_root': str(
+            tmp_path / 'elsewhere')})
+
+
+def test_settings_of_a_checkpoint_are_read_without_executing_them(tmp_path):
+    text = (f"one = __import__('pathlib').Path({str(tmp_path / 'executed')!r}).touch()\n"
+            "two = dict(a=[1, -2.5, ('x', None)], b={'c': dict(d=True)})\n")
+    assert saved_settings(text) == dict(two=dict(a=[1, -2.5, ['x', None]], b=dict(c=dict(d=True))))
+    assert not list(tmp_path.iterdir())
+    assert saved_settings('x = (') == saved_settings(None) == saved_settings('print(1)') == {}
 
 
 # ---- classes ----

@@ -434,6 +434,17 @@ def test_pipelines(name, train_size, test_size, files):
         assert tuple(test(image_info(cfg, files))['inputs'].shape[-2:]) == test_size
 
 
+@pytest.mark.parametrize('name', ['upernet_localvmamba-nano_digits', 'upernet_localvim-t_8xb2-160k_ade20k-512x512'])
+@pytest.mark.parametrize('pipeline', ['train_pipeline', 'test_pipeline'])
+def test_pipelines_follow_reduce_zero_label_of_the_dataset(name, pipeline, files):
+    cfg = load(name)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        for reduced, expected in ((True, {*range(11), 255}), (False, {*range(12), 255})):
+            info = dict(image_info(cfg, files), reduce_zero_label=reduced)
+            labels = Compose(cfg[pipeline])(info)['data_samples'].gt_sem_seg.data
+            assert set(labels.unique().tolist()) | {255} == expected
+
+
 def test_rand_augment_ranges():
     """rand-m9-mstd0.5: not the increasing operations."""
     pipeline = load('localvim-t_8xb128_in1k').train_pipeline

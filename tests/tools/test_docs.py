@@ -20,8 +20,6 @@ OPTION = r'(?<![\w-])--[a-z][a-z_-]*'
 # Options of programs that are not installed here.
 DOCKER_AND_SLURM = {'--build-arg', '--build-context', '--cap-drop', '--ipc', '--read-only', '--shm-size', '--signal',
                     '--user'}
-# Options of globox, whose commands tests/tools/test_pages.py runs.
-GLOBOX = {'--img_ext'}
 # Folders of scripts. research/ may be missing.
 SCRIPTS = [name for name in ('tools', 'research', 'tests/stress', 'tests/systems', 'docs/demo')
            if (ROOT / name).is_dir()]
@@ -59,7 +57,7 @@ def test_named_files_exist(page):
     for name in re.findall(rf'(?<![\w/])(?:{folders})/[\w/{{}},-]+\.(?:py|sh|txt|csv)\b', text):
         for path in expand(name):
             assert (ROOT / path).is_file(), path
-    for pattern in re.findall(rf'(?:`|configs/)({CONFIG})', text):
+    for pattern in re.findall(rf'(?:`|configs/)(?!to_coco\.py)({CONFIG})', text):
         for name in expand(pattern):
             assert name in CONFIGS or '*' in name, f'configuration {name}'
 
@@ -137,7 +135,7 @@ def test_options_exist(page):
             for option in re.findall(OPTION, arguments):
                 assert option in known | {'--help'}, f'{name} has no {option}: {command}'
         if command.startswith('--') and 'research' in SCRIPTS:  # pages name options of its scripts
-            assert re.match(OPTION, command)[0] in every_option() | DOCKER_AND_SLURM | GLOBOX, command
+            assert re.match(OPTION, command)[0] in every_option() | DOCKER_AND_SLURM, command
         for target in re.findall(r'^(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z-]+)', command):
             assert re.search(rf'^{target}:', makefile, flags=re.M), command
 

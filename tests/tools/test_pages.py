@@ -11,9 +11,11 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 
 from mmlocalmamba.backbones import LocalVim
 from mmlocalmamba.weights import to_official
@@ -25,7 +27,7 @@ from smoke import command, is_onedl  # noqa: E402
 # {pages that a reader follows one after the other: files that must exist at the end}
 PAGES = {
     'own_classification': ['found_classes/*.png', 'work_dirs/my_classes/epoch_2.pth'],
-    'own_boxes': ['found/boxes/vis/*.png', 'data/converted/from_yolo.json', 'data/converted/from_voc.json'],
+    'own_boxes': ['found/boxes/vis/*.png', 'data/small/coco/annotations/from_yolo.json'],
     'own_masks': ['found/masks/vis/*.png'],
     'own_segmentation': ['found/pixels/vis/*.png'],
     'finetune': ['work_dirs/my_finetuning/epoch_2.pth', 'work_dirs/decay/epoch_2.pth'],
@@ -91,11 +93,36 @@ def run(tmp_path, monkeypatch):
     return block
 
 
+def boxes(path):
+    """Return [(file name, class, box)] of a COCO file."""
+    content = json.loads(path.read_text())
+    files = {row['id']: row['file_name'] for row in content['images']}
+    names = {row['id']: row['name'] for row in content['categories']}
+    return sorted((files[row['image_id']], names[row['category_id']], row['bbox']) for row in content['annotations'])
+
+
+def check_boxes(folder):
+    """The converted file has the boxes of the file of which the page makes YOLO's labels."""
+    annotations = folder / 'data/small/coco/annotations'
+    converted, source = boxes(annotations / 'from_yolo.json'), boxes(annotations / 'instances_val.json')
+    assert [row[:2] for row in converted] == [row[:2] for row in source]
+    np.testing.assert_allclose([row[2] for row in converted], [row[2] for row in source], atol=1e-2)
+
+
+def check_labels(folder):
+    """The labels are ADE20K's minus one; 0 is ignored."""
+    for path in (folder / 'data/small/ade/annotations').rglob('*.png'):
+        source = np.asarray(Image.open(path))
+        labels = np.asarray(Image.open(folder / 'data/small/labels' / path.parent.name / path.name))
+        assert (labels == np.where(source == 0, 255, source - 1)).all() and labels.min() == 0
+
+
+RESULTS = {'own_boxes': check_boxes, 'own_segmentation': check_labels}
+
+
 @pytest.mark.parametrize('pages', PAGES)
 @pytest.mark.slow
 def test_a_reader_gets_to_the_end(pages, run, tmp_path):
-    if pages == 'own_boxes':
-        pytest.importorskip('globox')
     released_file(tmp_path / 'local_vim_tiny.ckpt')
     blocks = [step for page in pages.split() for step in steps(ROOT / 'docs' / f'{page}.md')]
     if not (ROOT / 'research').is_dir() and any('research/' in text for _, _, text, _ in blocks):
@@ -104,6 +131,7 @@ def test_a_reader_gets_to_the_end(pages, run, tmp_path):
         run(*step)
     for pattern in PAGES[pages]:
         assert any(tmp_path.glob(pattern)), pattern
+    RESULTS.get(pages, lambda folder: None)(tmp_path)
 
 
 @pytest.mark.parametrize('package', ['mmdet', 'mmpretrain', 'mmseg'])

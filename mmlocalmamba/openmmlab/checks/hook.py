@@ -8,6 +8,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab.checks.model import FROM_SCRATCH, configuration_problems, problems
+from mmlocalmamba.openmmlab.checks.resumption import resumption_remarks
 from mmlocalmamba.registry import HOOKS
 
 
@@ -45,6 +46,11 @@ class TrainingChecksHook(Hook):
             raise ValueError(f'{message}\nIf this is intended, TrainingChecksHook(strict=False) only warns.')
         print_log(message, logger='current', level=logging.WARNING)
 
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        if isinstance(runner._train_loop, BaseLoop) and runner._resume:
+            for remark in resumption_remarks(runner, checkpoint):
+                print_log(remark, logger='current', level=logging.WARNING)
+
     def before_train(self, runner: Any) -> None:
         self.remarks = []
         backbone = find_backbone(runner.model)[1]
@@ -60,8 +66,8 @@ class TrainingChecksHook(Hook):
 
     def after_run(self, runner: Any) -> None:
         if isinstance(runner._train_loop, BaseLoop):
-            self._log_remarks()
+            self._log_remarks('as said before the training: ')
 
-    def _log_remarks(self) -> None:
-        for remark in self.remarks:
-            print_log(remark, logger='current', level=logging.WARNING)
+    def _log_remarks(self, opening: str = '') -> None:
+        for remark in self.remarks:  # MMEngine's log drops a warning that repeats
+            print_log(opening + remark, logger='current', level=logging.WARNING)
