@@ -18,7 +18,7 @@ from mmlocalmamba.files import write_whole
 
 CACHE_VARIABLE = 'MMLOCALMAMBA_CACHE'
 # The format of the file. Increase it when the kernels change so much that older timings are useless.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Choice(NamedTuple):
