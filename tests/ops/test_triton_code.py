@@ -23,9 +23,9 @@ FAST = {
     'stage 1': dict(),
     'stage 1, batch 3, 160x192': dict(batch=3, size=(40, 48), passes=['forward'], kernels=['scan_forward']),
     'N = 4': dict(N=4, passes=['forward']),
-    'N = 1': dict(N=1),
 }
 SLOW = {
+    'N = 1': dict(N=1),
     'stage 1, float32': dict(dtype='float32'),
     'stage 3': dict(size=(14, 14), width=768, rank=24),
     'LocalVim-T': dict(size=(14, 14), middle_token=True, width=384, rank=12, in_scan_order=True),
@@ -61,8 +61,9 @@ def check_against_record(compiled, names):
     if record['toolchain'] != compiled['toolchain']:
         pytest.skip(f'counts are recorded for {record["toolchain"]}, here is {compiled["toolchain"]}')
     for name in names:
-        for before in record[name]:
-            now = kernel(compiled[name], before['kernel'])
+        scans = [row for row in compiled[name] if row['kernel'] in gpu_code.SCANS]
+        for before, now in zip(record[name], scans, strict=True):
+            assert now['kernel'] == before['kernel']
             assert now['instructions'] <= 1.005 * before['instructions'], (name, before, now)
             assert now['programs'] >= before['programs'], (name, before, now)
             assert now['spilled'] <= before['spilled'], (name, before, now)

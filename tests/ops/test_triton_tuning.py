@@ -88,7 +88,7 @@ def entry(**changes):
     ([1, 2], 'TypeError'),
     (dict(format=2), "KeyError: 'choices'"),
     (dict(format=0, choices=[]), 'its format is 0, not 2'),
-    (dict(format=2, choices=[entry(channels=48)]), '48 channels, 1 warp, 2 steps, 16 programs is not a candidate'),
+    (dict(format=2, choices=[entry(channels=48)]), f'{FORWARD[1]._replace(channels=48)} is not a candidate'),
     (dict(format=2, choices=[entry(channels=None)]), 'is not a candidate of the forward kernel'),
     (dict(format=2, choices=[entry(warps='many')]), 'TypeError'),
     (dict(format=2, choices=[entry(), entry(kernel='sideways')]), "KeyError: 'sideways'"),
