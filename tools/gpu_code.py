@@ -209,7 +209,7 @@ def _count(target, name, flags, compiled):
         inner = [loop for loop in loops if loop != (first, last) and first <= loop[0] and loop[1] <= last]
         own = [code[i] for i in range(first, last + 1) if not any(a <= i <= b for a, b in inner)]
         # A loop that the compiler has unrolled has as many times the exponentials.
-        unrolled = max(1, own.count('MUFU.EX2') // int(flags['GROUP'] * per_step)) if not inner else 1
+        unrolled = max(1, own.count('MUFU.EX2') // max(1, int(flags['GROUP'] * per_step))) if not inner else 1
         steps = flags.get('CHUNK', library.CHUNK) if inner else flags['GROUP'] * unrolled
         for opcode in own:
             totals[_kind(opcode)] += 1 / (steps * per_step)
@@ -222,11 +222,11 @@ def traffic(launches):
     from mmlocalmamba.ops.backends.triton import kernels
     found = {}
     for name, _, args, _ in launches:
-        seen = set()  # a tensor that stands for a missing one is not read
+        own = {}  # a tensor that is given twice stands for a missing one the second time, or as delta or enter
         for parameter, x in zip(getattr(kernels, name).arg_names, args):
-            if isinstance(x, torch.Tensor) and id(x) not in seen:
-                seen.add(id(x))
-                found[f'{name}: {parameter}'] = x.numel() * x.element_size()
+            if isinstance(x, torch.Tensor) and own.get(id(x), ('delta', ))[0] in ('delta', 'enter'):
+                own[id(x)] = parameter, x.numel() * x.element_size()
+        found.update({f'{name}: {parameter}': size for parameter, size in own.values()})
     return found
 
 

@@ -161,7 +161,7 @@ def test_more_programs_than_are_launched_together(monkeypatch):
     compare(batch=2, H=2, W=3)
 
 
-def test_large_rank_is_multiplied_before(monkeypatch, plan):
+def test_large_rank_is_multiplied_before(monkeypatch):
     monkeypatch.setattr(host, '_MAX_RANK', 1)
     compare(rank=20, H=1)
 
@@ -185,10 +185,10 @@ def test_step_sizes_are_not_multiplied_by_pytorch(monkeypatch):
                        src=tables.src.to(DEVICE), tokens=tables.inv.shape[1], delta_softplus=True, in_scan_order=False)
 
 
-@pytest.mark.parametrize('name', ['B', 'C', 'u', 'delta'])
+@pytest.mark.parametrize('name', ['B', 'delta'])
 def test_nan_of_the_first_token_stays_there(name):
     """Pads read a row of zeros, not the first token. Its NaN is in outputs from its step on, not before."""
-    inputs, tables = directional_inputs(**{**ODD, 'directions': ('h', 'w2_flip')}, rank=2, dtype=torch.float32)
+    inputs, tables = directional_inputs(**{**ODD, 'H': 1, 'directions': ('h', 'w2_flip')}, rank=2, dtype=torch.float32)
     with torch.no_grad():
         inputs[name][..., 0, 0] = torch.nan
     results = [directional_scan(**{key: x.detach().to(device) for key, x in inputs.items()}, delta_softplus=True,

@@ -57,7 +57,7 @@ class Key(NamedTuple):
 CANDIDATES = {
     'forward': (
         Choice(32, 1, 4, 16),  # 128, 9.9: held to 128
-        Choice(64, 1, 4, 8),  # 255, 9.4, two channels per thread: B and C are read half as often
+        Choice(128, 1, 4, 8),  # 255, 9.4: two channels per thread (four with one state), B and C are read less often
         Choice(32, 1, 8, 12),  # 139, 9.5: fewer programs at once, more loads in flight
         Choice(32, 1, 4, 12),  # 134, 9.7: not held to 128
         Choice(32, 1, 4, 8),  # 134, 9.7: half as many segments, so fewer exponentials are computed twice
