@@ -233,7 +233,8 @@ def traffic(launches):
 def least_traffic(forward, which):
     """Return the bytes of tokens and outputs, which any implementation reads or writes; ``forward``: its launches."""
     moved = traffic(forward)
-    names = ('scan_pack: delta', 'scan_pack: B', 'scan_pack: C', 'scan_forward: u')
+    delta = 'step_sizes: delta' if 'step_sizes: delta' in moved else 'scan_pack: delta'
+    names = (delta, 'scan_pack: B', 'scan_pack: C', 'scan_forward: u')
     least = {name: moved[name] for name in names} | {'y': moved['scan_forward: y']}
     # The backward pass reads the tokens and the gradient of y, and writes the gradients of the tokens.
     return least if which == 'forward' else {**least, **{f'gradient of {name}': moved[name] for name in names}}

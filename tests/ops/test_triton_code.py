@@ -136,13 +136,15 @@ def test_the_command_prints_the_table(monkeypatch, capsys, tmp_path):
         kernel=launch[0], registers=128, programs=16, **(dict(instructions=8.) if launch[0] in gpu_code.SCANS else {})))
     table = tmp_path / 'code.csv'
     monkeypatch.setattr(sys, 'argv', ['benchmark_scan.py', '--compile', 'sm_90', '--dtype', 'bfloat16', '--batch', '64',
-                                      '--states', '16', '--shapes', 'stage 1', '--csv', str(table)])
+                                      '--states', '16', '--shapes', 'stage 1', 'stage 3', '--csv', str(table)])
     benchmark_scan.main()
     printed = capsys.readouterr().out
     # 64 images, 4 directions, 3136 steps, 192 channels, 16 states; 4 x 132 schedulers at 1.755 GHz.
     elements = 64 * 4 * 3136 * 192 * 16
     assert f'{8 * elements / 32 / (4 * 132 * 1.755e9) * 1e3:.3g}' in printed and 'a prediction' in printed
     assert 'scan_backward' in table.read_text()
+    # Step sizes of stage 3 are written in full: 64 images, 4 directions, 196 tokens, 768 channels, 4 bytes.
+    assert f'step_sizes: full {64 * 4 * 196 * 768 * 4 / 1e6:.0f}, ' in printed
 
 
 def write_record():
