@@ -33,7 +33,8 @@ while [[ ${1:-} == --* ]]; do
 done
 output=${1:-work_dirs/gpu} python=${2:-python3}
 command -v "$python" >/dev/null || { echo "There is no $python: name a Python as the second argument." >&2; exit 2; }
-export PYTHONPATH=$PWD/tests/ops:$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+unset TRITON_INTERPRET  # its interpreter would take the place of the GPU
 mkdir -p "$output" || exit 2
 output=$(cd "$output" && pwd)
 export MMLOCALMAMBA_CACHE=$output/tuning.json
