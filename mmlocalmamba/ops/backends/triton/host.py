@@ -31,8 +31,6 @@ _BACKWARD_PROGRAMS = 8192
 _MAX_RANK = 16
 # A segment has at least so many chunks, so that the carry along segments is short in comparison.
 _MIN_CHUNKS = 2
-
-
 # Rows and channels of a program of scan_pack and of step_sizes.
 _PACK = dict(BLOCK_T=64, num_warps=4)
 _STEP_SIZES = dict(BLOCK_T=64, BLOCK_D=64, BLOCK_R=16, num_warps=4)
@@ -52,9 +50,10 @@ def _repair_interpreter() -> None:
     from triton.runtime import interpreter
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, '__index__', lambda self: self.handle.data.item())
+    def patched(tensor, *scope):  # without a scope before Triton 3.6
+        patch(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, '__index__', lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
 
