@@ -9,9 +9,10 @@ With --dtype, all models run under autocast, and ours also in float32. --cpu-tim
 thread and takes the minimum of all calls; other jobs on the machine disturb it less. --csv extends a table of
 inferences on single images, and --plot draws time and memory of that table against the number of pixels.
 
-Weights are random, because speed does not depend on them. The other models come from mmpretrain; without it, only ours
-are measured. On a GPU with mamba_ssm, LocalVMamba-T is also measured with scans as in the authors' code: permuted
-copies and mamba_ssm's operator.
+Weights are random, because speed does not depend on them. The other models come from mmpretrain, or without it from
+timm; without both, only ours are measured. --training measures the training step alone, and --results writes every
+measurement as a table. On a GPU with mamba_ssm, LocalVMamba-T is also measured with scans as in the authors' code:
+permuted copies and mamba_ssm's operator.
 """
 import argparse
 import json
@@ -59,8 +60,8 @@ def builders(device):
     try:
         from mmpretrain.models.backbones import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
     except ImportError as error:
-        print(f'mmpretrain cannot be imported, so its models are skipped: {error}', file=sys.stderr)
-        return found
+        print(f'mmpretrain cannot be imported: {error}', file=sys.stderr)
+        return {**found, **from_timm()}
     found.update({
         'Swin-T': lambda size: SwinTransformer('tiny', img_size=size, drop_path_rate=0.),
         'ConvNeXt-T': lambda size: ConvNeXt('tiny', drop_path_rate=0.),
@@ -68,6 +69,21 @@ def builders(device):
         'ResNet-50': lambda size: ResNet(50),
     })
     return found
+
+
+def from_timm():
+    """Return {name: function((height, width)) -> feature maps} of timm's models, or none without timm."""
+    try:
+        import timm
+    except ImportError as error:
+        print(f'timm cannot be imported: {error}. Only our models are measured.', file=sys.stderr)
+        return {}
+    print(f'Swin-T, ConvNeXt-T and ResNet-50 are those of timm {timm.__version__}')
+    return {
+        'Swin-T': lambda size: timm.create_model('swin_tiny_patch4_window7_224', features_only=True, img_size=size),
+        'ConvNeXt-T': lambda size: timm.create_model('convnext_tiny', features_only=True),
+        'ResNet-50': lambda size: timm.create_model('resnet50', features_only=True),
+    }
 
 
 def autocast(images, dtype):
@@ -187,17 +203,21 @@ def main():
     parser.add_argument('--cpu-time', action='store_true',
                         help='measure the processor time of the calling thread; needs --threads 1')
     parser.add_argument('--inference', action='store_true', help='only measure inference on single images')
+    parser.add_argument('--training', action='store_true', help='only measure the training step, at the first size')
     parser.add_argument('--models', nargs='+', help='names of models (default: all)')
     parser.add_argument('--rounds', type=int, default=5, help='number of rounds; models take turns (default: 5)')
     parser.add_argument('--seconds', type=float, default=0.5,
                         help='seconds for each model in each round (default: 0.5)')
     parser.add_argument('--quick', action='store_true', help='only the first size, in one round')
     parser.add_argument('--json', help='file for the measurements')
+    parser.add_argument('--results', type=Path, help='table of all measurements; it is written anew after each size')
     parser.add_argument('--csv', type=Path, help='table of inferences on single images to extend')
     parser.add_argument('--plot', help='draw the table of --csv')
     args = parser.parse_args()
     if args.plot and not args.csv:
         parser.error('--plot draws a table: add --csv')
+    if args.training and args.inference:
+        parser.error('--training and --inference exclude each other')
     if args.cpu_time and args.threads != 1:
         parser.error('--cpu-time is the time of one thread: add --threads 1')
     if args.threads:
@@ -209,12 +229,15 @@ def main():
     print(f'{machine}\nbackbones, {args.dtype}; peak memory: beyond the model and its input\n')
     chosen = {name: build for name, build in builders(args.device).items() if not args.models or name in args.models}
     results = []
-    for size in args.sizes:
+    for size in args.sizes[:1] if args.training else args.sizes:
         models = {name: build(size).to(args.device) for name, build in chosen.items()}
-        results += compare(models, size, 1, False, args)
+        plan = [] if args.training else [(1, False)]
         if size == args.sizes[0] and not args.inference:
-            results += compare(models, size, args.batch, False, args)
-            results += compare(models, size, args.batch, True, args)
+            plan += [(args.batch, True)] if args.training else [(args.batch, False), (args.batch, True)]
+        for batch, training in plan:
+            results += compare(models, size, batch, training, args)
+            if args.results:
+                write_rows(args.results, list(dict.fromkeys(key for row in results for key in row)), results)
     if args.json:
         with open(args.json, 'w') as file:
             json.dump(dict(machine=machine, dtype=args.dtype, results=results), file, indent=1)

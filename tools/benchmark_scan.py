@@ -1,7 +1,8 @@
 """Compare time, memory and error of the selective scan with other implementations, in one run.
 
     python tools/benchmark_scan.py [--device cpu] [--quick] [--json FILE]
-    python tools/benchmark_scan.py --device cuda --dtype bfloat16 --batch 64
+    python tools/benchmark_scan.py --device cuda --dtype bfloat16 --batch 64 --csv scans.csv
+    python tools/benchmark_scan.py --compile sm_90 --dtype bfloat16 --batch 64
 
 The shapes are those of LocalVMamba-T's four stages and of LocalVim-T at 224x224 pixels. On a GPU, stage 1 at 512x512
 and 800x1333 pixels is added. The script compares all backends of mmlocalmamba.ops that run on the device, mambapy's
@@ -18,6 +19,10 @@ once, at rates measured in the same run.
 On a CPU, the lower bound of the native kernel's forward pass is the time of its eight multiplications per state, which
 are the operations with the lowest throughput, at the rate of oneDNN's matrix product in the same run. The script needs
 only torch.
+
+--compile needs no GPU and measures nothing. It compiles the Triton kernels for a compute capability and prints the
+registers and spilled bytes of a thread, the programs that a multiprocessor runs at once, and the instructions for an
+element (one state of one channel at one step). From these it predicts the least time on an H200.
 """
 import argparse
 import ctypes
@@ -27,10 +32,11 @@ import os
 import statistics
 import time
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
-from records import processor
+from records import processor, write_rows
 
 DIRECTIONS = ('h', 'v_flip', 'w2', 'w7_flip')
 # {name: (height and width of the token grid, class token in the middle, channels, rank of the step sizes)}
@@ -294,8 +300,8 @@ def ready_made(tensors, tables, u_as_well):
     return made
 
 
-def methods(device, tensors, low_rank, tables, size, middle_token):
-    """Return {name: (function, its tensors, threads)}, our fastest first."""
+def methods(device, tensors, low_rank, tables, size, middle_token, wanted=None):
+    """Return {name: (function, its tensors, threads)}, our fastest first. ``wanted``: parts of names, None: all."""
     from mmlocalmamba import ops
     from mmlocalmamba.ops import directional_scan
     usable = [name for name, reason in ops.available_backends(tensors['u'][:0]).items() if reason is None]
@@ -326,7 +332,10 @@ def methods(device, tensors, low_rank, tables, size, middle_token):
         found['torch associative_scan, compiled'] = (
             torch.compile(partial(unfused, partial(associative_scan, mode='pointwise'), tables=tables)), tensors,
             threads)
-    return found
+    chosen = {name: case for name, case in found.items() if wanted is None or any(part in name for part in wanted)}
+    if not chosen:
+        raise SystemExit(f'no method has one of {", ".join(wanted)} in its name: there are {"; ".join(found)}')
+    return chosen
 
 
 def forward(function, tensors):
@@ -399,11 +408,54 @@ def floors(tensors, y_bytes, tables, N, rates):
         (2 * exponentials, (3 * read + 2 * y_bytes) / rates[1])), strict=True))
 
 
+def compiled(args):
+    """Compile the kernels of each shape, print what they need, and return the rows of the table."""
+    import gpu_code
+    rows, bytes_moved = [], []
+    for name, N in product(args.shapes, args.states):
+        size, middle_token, width, rank = args.shapes[name]
+        in_scan_order = middle_token  # LocalVim convolves along the scan
+        passes, elements = gpu_code.launches(size, middle_token, width, rank, N, args.batch, DTYPES[args.dtype],
+                                             in_scan_order, DIRECTIONS)
+        for which, launches in passes.items():
+            moved = gpu_code.traffic(launches)
+            least = sum(gpu_code.least_traffic(passes['forward'], which).values())
+            bytes_moved.append([name, N, which, sum(moved.values()) / 1e6, least / 1e6, ', '.join(
+                f'{tensor} {size / 1e6:.0f}' for tensor, size in moved.items() if size > 0.01 * least)])
+            for launch in launches:
+                row = {'shape': name, 'N': N, 'pass': which, **gpu_code.count(args.compile, launch)}
+                if 'instructions' in row:
+                    row['H200, ms at least'] = gpu_code.least_ms(row['instructions'], elements)
+                rows.append(row)
+    print(f'{args.compile}, {gpu_code.toolchain()}, batch {args.batch}, {args.dtype}. Instructions for an element, by '
+          'kind. The last column is a prediction: the time if every scheduler issued an instruction at every clock of '
+          f'{gpu_code.CLOCK} GHz.\n')
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print_table(columns, [[row.get(column) for column in columns] for row in rows])
+    print('MB that kernels read and write, each tensor once a kernel, beside what any kernel has to: u, the factor of '
+          'the step sizes, B, C and y, and in the backward pass their gradients.\n')
+    print_table(['shape', 'N', 'pass', 'MB', 'least', 'of which'], bytes_moved)
+    return rows
+
+
+def run_once(args):
+    """Run each method once, forward and backward, for a profiler."""
+    for name, N in product(args.shapes, args.states):
+        size, middle_token, width, rank = args.shapes[name]
+        tensors, low_rank, tables = inputs(size, middle_token, width, rank, N, args.batch, args.device,
+                                           DTYPES[args.dtype])
+        found = methods(args.device, tensors, low_rank, tables, size, middle_token, args.methods)
+        for method, (function, own, _) in found.items():
+            y = forward(function, own)
+            forward_backward(function, own, torch.ones_like(y))
+            print(f'{name}, N = {N}: {method}', flush=True)
+
+
 def compare(name, N, args, rates):
     from mmlocalmamba.ops import directional_scan
     size, middle_token, width, rank = {**SHAPES, **LARGE_SHAPES}[name]
     tensors, low_rank, tables = inputs(size, middle_token, width, rank, N, args.batch, args.device, DTYPES[args.dtype])
-    found = methods(args.device, tensors, low_rank, tables, size, middle_token)
+    found = methods(args.device, tensors, low_rank, tables, size, middle_token, args.methods)
     dy = torch.randn(args.batch, *tables.inv.shape, width, device=args.device).to(DTYPES[args.dtype])
     exact = None
     if tables.inv.numel() * width * args.batch < args.check:  # float64 needs much time and memory
@@ -445,6 +497,16 @@ def compare(name, N, args, rates):
     return rows
 
 
+def save(args, rows, **about):
+    """Write the files that are asked for."""
+    from mmlocalmamba.files import write_whole
+    if args.json:
+        about = dict(**about, batch=args.batch, dtype=args.dtype, results=rows)
+        write_whole(args.json, json.dumps(about, indent=1) + '\n')
+    if args.csv:
+        write_rows(args.csv, list(dict.fromkeys(key for row in rows for key in row)), rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
@@ -459,10 +521,29 @@ def main():
     parser.add_argument('--seconds', type=float, default=0.3,
                         help='seconds for each method in each round (default: 0.3)')
     parser.add_argument('--quick', action='store_true', help='only two small shapes, in one round')
-    parser.add_argument('--json', help='file for the measurements')
+    parser.add_argument('--methods', nargs='+', metavar='PART',
+                        help='only methods that have one of these in their names, such as triton or mamba_ssm')
+    parser.add_argument('--once', action='store_true', help='run each method once and measure nothing, for a profiler')
+    parser.add_argument('--compile', metavar='TARGET', choices=['sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_100', 'sm_120'],
+                        help='compile the Triton kernels for a GPU that need not be here, such as sm_90, and count')
+    parser.add_argument('--json', help='file for the measurements; it is written anew after each shape')
+    parser.add_argument('--csv', help='the same as a table')
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.seconds = 1, 0.05
+    shapes = {**SHAPES, **LARGE_SHAPES} if args.device == 'cuda' or args.compile else SHAPES
+    if args.quick:
+        shapes, args.states = dict(list(SHAPES.items())[3:]), args.states[:1]
+    if args.shapes:
+        ends = tuple(args.shapes)
+        if not any(name.endswith(ends) for name in shapes):
+            parser.error(f'no shape ends in {" or ".join(ends)}: there are {"; ".join(shapes)}')
+        shapes = {name: shape for name, shape in shapes.items() if name.endswith(ends)}
+    args.shapes = shapes
+    if args.compile:
+        return save(args, compiled(args), target=args.compile)
+    if args.once:
+        return run_once(args)
 
     from mmlocalmamba import ops
     machine = describe_machine(args.device)
@@ -477,23 +558,14 @@ def main():
             f'{rate / 1e6:.0f} with {threads} thread{"s" * (threads > 1)}' for threads, rate in rates.items()) + '\n')
     else:
         rates = None
-    shapes = {**SHAPES, **LARGE_SHAPES} if args.device == 'cuda' else SHAPES
-    if args.quick:
-        shapes = dict(list(SHAPES.items())[3:])
-    if args.shapes:
-        shapes = {name: shape for name, shape in shapes.items() if name.endswith(tuple(args.shapes))}
     results = []
-    for name, (_, _, width, _) in shapes.items():
-        for N in args.states[:1] if args.quick else args.states:
-            rows = compare(name, N, args, rates)
-            results += rows
-            print(f'### {name}: L = {rows[0]["tokens"]}, D = {width}, N = {N}\n')
-            columns = ['method', *(key for key in rows[0] if key.startswith(('forward', 'error')))]
-            print_table(columns, [[row.get(column) for column in columns] for row in rows])
-    if args.json:
-        with open(args.json, 'w') as file:
-            json.dump(dict(machine=machine, batch=args.batch, dtype=args.dtype, rates=rates, results=results), file,
-                      indent=1)
+    for name, N in product(args.shapes, args.states):
+        rows = compare(name, N, args, rates)
+        results += rows
+        print(f'### {name}: L = {rows[0]["tokens"]}, D = {rows[0]["channels"]}, N = {N}\n')
+        columns = ['method', *(key for key in rows[0] if key.startswith(('forward', 'error')))]
+        print_table(columns, [[row.get(column) for column in columns] for row in rows])
+        save(args, results, machine=machine, rates=rates)
 
 
 if __name__ == '__main__':

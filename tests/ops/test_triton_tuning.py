@@ -82,18 +82,18 @@ def entry(**changes):
 
 @pytest.mark.parametrize('content,reason', [
     ('', 'JSONDecodeError'),
-    ('{"format": 1, "choices": [{"gpu', 'JSONDecodeError'),
+    ('{"format": 2, "choices": [{"gpu', 'JSONDecodeError'),
     (b'\xff\xfe', 'UnicodeDecodeError'),
     ('[' * 100000, 'RecursionError'),
     ([1, 2], 'TypeError'),
-    (dict(format=1), "KeyError: 'choices'"),
-    (dict(format=0, choices=[]), 'its format is 0, not 1'),
-    (dict(format=1, choices=[entry(channels=48)]), '48 channels, 1 warp, 2 steps, 16 programs is not a candidate'),
-    (dict(format=1, choices=[entry(channels=None)]), 'is not a candidate of the forward kernel'),
-    (dict(format=1, choices=[entry(warps='many')]), 'TypeError'),
-    (dict(format=1, choices=[entry(), entry(kernel='sideways')]), "KeyError: 'sideways'"),
-    (dict(format=1, choices=[entry(gpu=[])]), 'TypeError'),
-    (dict(format=1, choices=[dict(channels=32)]), "KeyError: 'gpu'"),
+    (dict(format=2), "KeyError: 'choices'"),
+    (dict(format=0, choices=[]), 'its format is 0, not 2'),
+    (dict(format=2, choices=[entry(channels=48)]), f'{FORWARD[1]._replace(channels=48)} is not a candidate'),
+    (dict(format=2, choices=[entry(channels=None)]), 'is not a candidate of the forward kernel'),
+    (dict(format=2, choices=[entry(warps='many')]), 'TypeError'),
+    (dict(format=2, choices=[entry(), entry(kernel='sideways')]), "KeyError: 'sideways'"),
+    (dict(format=2, choices=[entry(gpu=[])]), 'TypeError'),
+    (dict(format=2, choices=[dict(channels=32)]), "KeyError: 'gpu'"),
     (None, 'IsADirectoryError'),
 ], ids=lambda x: repr(x)[:40])
 def test_a_damaged_or_foreign_file_is_ignored(path, content, reason):
@@ -116,7 +116,7 @@ def test_a_damaged_or_foreign_file_is_ignored(path, content, reason):
 
 def test_numbers_are_those_of_the_candidates(path):
     path.parent.mkdir()
-    path.write_text(json.dumps(dict(format=1, choices=[entry(channels=32.0)])))
+    path.write_text(json.dumps(dict(format=2, choices=[entry(channels=32.0)])))
     assert type(choose().channels) is int
 
 

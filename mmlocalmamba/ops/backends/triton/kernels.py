@@ -3,7 +3,12 @@
 Conventions: a program owns a block of channels of one sequence (batch, direction), in one segment of its steps. Steps
 are processed in groups of GROUP: all loads of a group come before its arithmetic and its stores come after it, so that
 latencies overlap. A row of -1 is a pad or a step after the end: loads return zeros, and nothing is stored. States are
-float32. Offsets of rows and sequences have 64 bits, because tensors may have more than 2^31 elements.
+float32. Offsets of sequences have 64 bits, because tensors may have more than 2^31 elements. Offsets of rows within a
+sequence have 32 bits, which need fewer registers; with WIDE they have 64.
+
+scan_pack copies what all channels of a step share, the low-rank factor of its step size, B and C, into one row of
+``packed`` (sequences, 1 + rows, WIDTH), in float32: the factor padded to PACKED_R, then B and C, each padded to
+BLOCK_N. Row 0 of each sequence is zero, and pads read it. So these loads need no mask and are as wide as they can be.
 
 A, dt_weight and all states are stored with channels last. Triton chooses the elements of each thread by its loads of
 tiles of states. It would choose wide loads, although such a tile is loaded once and used often. Two arguments hide
@@ -41,29 +46,30 @@ def _softplus(x):
 
 
 @triton.jit
-def _rows(src, t, steps, IN_ORDER: tl.constexpr, HAS_SRC: tl.constexpr):
+def _rows(src, t, steps, IN_ORDER: tl.constexpr, HAS_SRC: tl.constexpr, WIDE: tl.constexpr):
     """Return the rows that step t reads and writes."""
     inside = t < steps
     if HAS_SRC:
-        write = tl.load(src + t, mask=inside, other=-1).to(tl.int64)
+        write = tl.load(src + t, mask=inside, other=-1)
     else:
-        write = tl.where(inside, t, -1).to(tl.int64)
+        write = tl.where(inside, t, -1)
     if IN_ORDER:
-        read = tl.where(inside, t, -1).to(tl.int64)
+        read = tl.where(inside, t, -1)
     else:
         read = write
+    if WIDE:
+        read, write = read.to(tl.int64), write.to(tl.int64)
     return read, write
 
 
 @triton.jit
-def _step(u, delta, read, inside, d, valid, bias, weight, u_row, delta_row, R: tl.constexpr, BLOCK_R: tl.constexpr,
-          SOFTPLUS: tl.constexpr):
+def _step(u, delta, packed, read, inside, d, valid, bias, weight, u_row, delta_row, R: tl.constexpr,
+          BLOCK_R: tl.constexpr, WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Return the input, the step size and the derivative of its softplus of one step, (BLOCK_D,) each."""
     mask = valid & (read >= 0)
     x = tl.load(u + read * u_row + d, mask=mask, other=0).to(tl.float32)
     if R:
-        r = tl.arange(0, BLOCK_R)
-        factor = tl.load(delta + read * delta_row + r, mask=(r < R) & (read >= 0), other=0).to(tl.float32)
+        factor = tl.load(packed + (read + 1) * WIDTH + tl.arange(0, BLOCK_R))
         dt = tl.sum(factor[:, None] * weight, axis=0) + bias
     else:
         dt = tl.load(delta + read * delta_row + d, mask=mask, other=0).to(tl.float32) + bias
@@ -75,9 +81,9 @@ def _step(u, delta, read, inside, d, valid, bias, weight, u_row, delta_row, R: t
 
 
 @triton.jit
-def _vector(x, read, n, row, N: tl.constexpr):
-    """Return B or C of one step, in the shape of n."""
-    return tl.load(x + read * row + n, mask=(n < N) & (read >= 0), other=0).to(tl.float32)
+def _vector(packed, read, n, at: tl.constexpr, WIDTH: tl.constexpr):
+    """Return B or C of one step, which begins at ``at`` in its row of ``packed``, in the shape of n."""
+    return tl.load(packed + (read + 1) * WIDTH + at + n)
 
 
 @triton.jit
@@ -102,6 +108,53 @@ def _weight(x, k, d, valid, channels, zero, R: tl.constexpr, BLOCK_R: tl.constex
     return value
 
 
+@triton.jit(do_not_specialize=['rows', 'delta_batch', 'delta_direction', 'delta_row', 'B_batch', 'B_direction', 'B_row',
+                               'C_batch', 'C_direction', 'C_row'])
+def scan_pack(delta, B, C, packed, K, rows, delta_batch, delta_direction, delta_row, B_batch, B_direction, B_row,
+              C_batch, C_direction, C_row, N: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+              PACKED_R: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Write ``packed``: the programs are (sequence, block of BLOCK_T rows)."""
+    sequence = tl.program_id(0).to(tl.int64)
+    b, k = sequence // K, sequence % K
+    to = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    row = to.to(tl.int64) - 1
+    inside = (row >= 0) & (row < rows)
+    packed += (sequence * (rows + 1) + to) * WIDTH
+    n = tl.arange(0, BLOCK_N)[None, :]
+    if R:
+        r = tl.arange(0, PACKED_R)[None, :]
+        value = tl.load(delta + b * delta_batch + k * delta_direction + row * delta_row + r, mask=inside & (r < R),
+                        other=0)
+        tl.store(packed + r, value.to(tl.float32), mask=row < rows)
+    value = tl.load(B + b * B_batch + k * B_direction + row * B_row + n, mask=inside & (n < N), other=0)
+    tl.store(packed + PACKED_R + n, value.to(tl.float32), mask=row < rows)
+    value = tl.load(C + b * C_batch + k * C_direction + row * C_row + n, mask=inside & (n < N), other=0)
+    tl.store(packed + PACKED_R + BLOCK_N + n, value.to(tl.float32), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=['rows', 'delta_batch', 'delta_direction', 'delta_row'])
+def step_sizes(delta, weight, full, K, rows, channels, delta_batch, delta_direction, delta_row, R: tl.constexpr,
+               BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Compute full (sequences, rows, channels) = delta (..., rows, R) times weight (K, R, channels), in float32.
+
+    The programs are (sequence, block of rows, block of channels). PyTorch's matrix product would round the factors to
+    10 bits where its user allows TF32, and step sizes are exponents.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    b, k = sequence // K, sequence % K
+    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    delta += b * delta_batch + k * delta_direction
+    weight += k * R * channels
+    value = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        left = tl.load(delta + row.to(tl.int64) * delta_row + r[None, :], mask=(row < rows) & (r < R)[None, :], other=0)
+        right = tl.load(weight + r[:, None] * channels + d, mask=(r < R)[:, None] & (d < channels), other=0)
+        value = tl.dot(left.to(tl.float32), right.to(tl.float32), value, input_precision='ieee')
+    tl.store(full + (sequence * rows + row) * channels + d, value, mask=(row < rows) & (d < channels))
+
+
 @triton.jit
 def _program(first_sequence, K, channels, BLOCK_D: tl.constexpr):
     """Return the indices of this program: block of channels, sequence, batch, direction, channels, valid channels."""
@@ -112,15 +165,14 @@ def _program(first_sequence, K, channels, BLOCK_D: tl.constexpr):
     return block, sequence, sequence // K, sequence % K, d, d < channels
 
 
-@triton.jit(do_not_specialize=['zero'])
-def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkpoints,
-                 K, steps, tokens, channels, segment, zero,
+@triton.jit(do_not_specialize=['rows', 'steps', 'tokens', 'zero'])
+def scan_forward(u, delta, packed, A, D, src, bias, weight, enter, y, last, checkpoints,
+                 K, rows, steps, tokens, channels, segment, zero,
                  u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
-                 B_batch, B_direction, B_row, C_batch, C_direction, C_row,
                  N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                 CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
-                 SEGMENTED: tl.constexpr):
+                 PACKED_R: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+                 HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
+                 SOFTPLUS: tl.constexpr, WIDE: tl.constexpr, SAVE: tl.constexpr, SEGMENTED: tl.constexpr):
     """Compute outputs and last states. Tiles are (BLOCK_N, BLOCK_D), channels in lanes: the sum over states needs no
     shuffle."""
     block, sequence, b, k, d, valid = _program(0, K, channels, BLOCK_D)
@@ -130,8 +182,7 @@ def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkp
     tile = n[:, None] * channels + d[None, :] + zero
     u += b * u_batch + k * u_direction
     delta += b * delta_batch + k * delta_direction
-    B += b * B_batch + k * B_direction
-    C += b * C_batch + k * C_direction
+    packed += sequence * (rows + 1) * WIDTH
     y += sequence * tokens * channels
     src += k * steps
     rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
@@ -150,11 +201,12 @@ def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkp
         xs, dts, Bs, Cs, ys, writes = (), (), (), (), (), ()
         for s in tl.static_range(GROUP):
             t = start + s
-            read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
-            x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
-                             SOFTPLUS)
+            read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC, WIDE)
+            x, dt, slope = _step(u, delta, packed, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
+                                 BLOCK_R, WIDTH, SOFTPLUS)
             xs, dts, writes = xs + (x, ), dts + (dt, ), writes + (write, )
-            Bs, Cs = Bs + (_vector(B, read, n, B_row, N), ), Cs + (_vector(C, read, n, C_row, N), )
+            Bs = Bs + (_vector(packed, read, n, PACKED_R, WIDTH), )
+            Cs = Cs + (_vector(packed, read, n, PACKED_R + BLOCK_N, WIDTH), )
         for s in tl.static_range(GROUP):
             h = tl.exp2(dts[s][None, :] * rate) * h + (dts[s] * xs[s])[None, :] * Bs[s][:, None]
             ys = ys + (tl.sum(h * Cs[s][:, None], axis=0) + skip * xs[s], )
@@ -164,15 +216,15 @@ def scan_forward(u, delta, A, B, C, D, src, bias, weight, enter, y, last, checkp
         tl.store(last + sequence * N * channels + tile, h, mask=mask)
 
 
-@triton.jit(do_not_specialize=['zero'])
-def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
-               K, steps, channels, segment, zero,
-               u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
-               vectors_batch, vectors_direction, vectors_row, y_batch, y_direction, y_row,
+@triton.jit(do_not_specialize=['rows', 'steps', 'zero'])
+def scan_local(u, delta, packed, A, grad_y, src, bias, weight, states, sizes,
+               K, rows, steps, channels, segment, zero,
+               u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row, y_batch, y_direction, y_row,
                N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-               GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
-               SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr):
-    """Compute what a segment alone adds to the state (vectors: B), or with REVERSE to its gradient (vectors: C).
+               PACKED_R: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+               HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
+               REVERSE: tl.constexpr):
+    """Compute what a segment alone adds to the state (from B), or with REVERSE to its gradient (from C).
 
     Also compute the sum of its step sizes, from which the decay of the entering state follows.
     """
@@ -183,7 +235,8 @@ def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
     tile = n[:, None] * channels + d[None, :] + zero
     u += b * u_batch + k * u_direction
     delta += b * delta_batch + k * delta_direction
-    vectors += b * vectors_batch + k * vectors_direction
+    packed += sequence * (rows + 1) * WIDTH
+    at: tl.constexpr = PACKED_R + (BLOCK_N if REVERSE else 0)
     grad_y += b * y_batch + k * y_direction
     src += k * steps
     rate = tl.load(A + k * N * channels + tile, mask=mask, other=0) * _LOG2E
@@ -194,33 +247,33 @@ def scan_local(u, delta, A, vectors, grad_y, src, bias, weight, states, sizes,
     first = part * segment
     stop = tl.minimum(first + segment, steps)
     for group in range(tl.cdiv(stop - first, GROUP)):
-        inputs, dts, rows = (), (), ()
+        inputs, dts, vectors = (), (), ()
         for s in tl.static_range(GROUP):
             if REVERSE:
                 t = first + (tl.cdiv(stop - first, GROUP) - group) * GROUP - 1 - s
             else:
                 t = first + group * GROUP + s
-            read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
-            x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R, BLOCK_R,
-                             SOFTPLUS)
+            read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC, WIDE)
+            x, dt, slope = _step(u, delta, packed, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
+                                 BLOCK_R, WIDTH, SOFTPLUS)
             if REVERSE:
                 x = tl.load(grad_y + write * y_row + d, mask=valid & (write >= 0), other=0).to(tl.float32)
             else:
                 x = dt * x
-            inputs, dts, rows = inputs + (x, ), dts + (dt, ), rows + (_vector(vectors, read, n, vectors_row, N), )
+            inputs, dts, vectors = inputs + (x, ), dts + (dt, ), vectors + (_vector(packed, read, n, at, WIDTH), )
         for s in tl.static_range(GROUP):
             decay = tl.exp2(dts[s][None, :] * rate)
             if REVERSE:
-                h = decay * (h + inputs[s][None, :] * rows[s][:, None])
+                h = decay * (h + inputs[s][None, :] * vectors[s][:, None])
             else:
-                h = decay * h + inputs[s][None, :] * rows[s][:, None]
+                h = decay * h + inputs[s][None, :] * vectors[s][:, None]
             size += dts[s]
     part = sequence * tl.num_programs(1) + part
     tl.store(states + part * N * channels + tile, h, mask=mask)
     tl.store(sizes + part * channels + d, size, mask=valid)
 
 
-@triton.jit(do_not_specialize=['zero'])
+@triton.jit(do_not_specialize=['segments', 'zero'])
 def scan_carry(states, sizes, A, leave, K, channels, segments, zero,
                N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr,
                HAS_LEAVE: tl.constexpr):
@@ -241,18 +294,18 @@ def scan_carry(states, sizes, A, leave, K, channels, segments, zero,
         h = tl.exp2(size[None, :] * rate) * h + local
 
 
-@triton.jit(do_not_specialize=['unit', 'zero'])
-def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkpoints,
+@triton.jit(do_not_specialize=['rows', 'steps', 'sequences', 'first_sequence', 'unit', 'zero'])
+def scan_backward(u, delta, packed, A, D, src, bias, weight, grad_y, leave, checkpoints,
                   starts, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
                   K, rows, steps, channels, segment, sequences, first_sequence, unit, zero,
-                  u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row,
-                  B_batch, B_direction, B_row, C_batch, C_direction, C_row, y_batch, y_direction, y_row,
+                  u_batch, u_direction, u_row, delta_batch, delta_direction, delta_row, y_batch, y_direction, y_row,
                   grad_delta_batch, grad_delta_direction,
                   N: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N1: tl.constexpr,
-                  BLOCK_N2: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-                  HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr,
-                  SOFTPLUS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, HAS_LEAVE: tl.constexpr, WANT_U: tl.constexpr,
-                  WANT_DELTA: tl.constexpr, WANT_A: tl.constexpr, WANT_VECTORS: tl.constexpr):
+                  BLOCK_N2: tl.constexpr, BLOCK_R: tl.constexpr, PACKED_R: tl.constexpr, WIDTH: tl.constexpr,
+                  CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+                  HAS_SRC: tl.constexpr, IN_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
+                  HAS_GRAD_Y: tl.constexpr, HAS_LEAVE: tl.constexpr, WANT_U: tl.constexpr, WANT_DELTA: tl.constexpr,
+                  WANT_A: tl.constexpr, WANT_VECTORS: tl.constexpr):
     """Compute the wanted gradients (WANT_VECTORS: of B and C), backwards through the chunks of CHUNK steps.
 
     In each chunk, the states at the starts of its groups are computed first, from the saved state at its own start, and
@@ -269,8 +322,7 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
     tile = n3 * channels + d[None, :, None] * unit
     u += b * u_batch + k * u_direction
     delta += b * delta_batch + k * delta_direction
-    B += b * B_batch + k * B_direction
-    C += b * C_batch + k * C_direction
+    packed += sequence * (rows + 1) * WIDTH
     src += k * steps
     grad_y += b * y_batch + k * y_direction
     grad_u += sequence * rows * channels
@@ -309,10 +361,10 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
             dts, inputs, Bs = (), (), ()
             for s in tl.static_range(GROUP):
                 t = start + group * GROUP + s
-                read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
-                x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
-                                     BLOCK_R, SOFTPLUS)
-                dts, inputs, Bs = dts + (dt, ), inputs + (dt * x, ), Bs + (_vector(B, read, n, B_row, N), )
+                read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC, WIDE)
+                x, dt, slope = _step(u, delta, packed, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
+                                     BLOCK_R, WIDTH, SOFTPLUS)
+                dts, inputs, Bs = dts + (dt, ), inputs + (dt * x, ), Bs + (_vector(packed, read, n, PACKED_R, WIDTH), )
             for s in tl.static_range(GROUP):
                 h = tl.exp2(dts[s][None, :, None] * rate) * h + inputs[s][None, :, None] * Bs[s][:, None, :]
         tl.debug_barrier()
@@ -323,16 +375,17 @@ def scan_backward(u, delta, A, B, C, D, src, bias, weight, grad_y, leave, checkp
             reads, xs, dts, slopes, dys, Bs, Cs = (), (), (), (), (), (), ()
             for s in tl.static_range(GROUP):
                 t = start + group * GROUP + s
-                read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC)
-                x, dt, slope = _step(u, delta, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
-                                     BLOCK_R, SOFTPLUS)
+                read, write = _rows(src, t, steps, IN_ORDER, HAS_SRC, WIDE)
+                x, dt, slope = _step(u, delta, packed, read, t < steps, d, valid, offset, factors, u_row, delta_row, R,
+                                     BLOCK_R, WIDTH, SOFTPLUS)
                 if HAS_GRAD_Y:
                     dy = tl.load(grad_y + write * y_row + d, mask=valid & (write >= 0), other=0).to(tl.float32)
                 else:
                     dy = tl.zeros((BLOCK_D, ), tl.float32)
                 reads, xs, dts = reads + (read, ), xs + (x, ), dts + (dt, )
                 slopes, dys = slopes + (slope, ), dys + (dy, )
-                Bs, Cs = Bs + (_vector(B, read, n, B_row, N), ), Cs + (_vector(C, read, n, C_row, N), )
+                Bs = Bs + (_vector(packed, read, n, PACKED_R, WIDTH), )
+                Cs = Cs + (_vector(packed, read, n, PACKED_R + BLOCK_N1 * BLOCK_N2, WIDTH), )
             decays, decayed = (), ()
             for s in tl.static_range(GROUP):
                 a = tl.exp2(dts[s][None, :, None] * rate)
@@ -395,7 +448,7 @@ def _tap(x, src, t, d, valid, steps, x_row, HAS_SRC: tl.constexpr):
                    other=0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'steps'])
 def conv_forward(x, weight, bias, src, out, grad, sums, batch, K, steps, channels, x_batch, x_row,
                  grad_batch, grad_direction, grad_row, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
                  BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SRC: tl.constexpr, BACKWARD: tl.constexpr,
@@ -432,7 +485,7 @@ def conv_forward(x, weight, bias, src, out, grad, sums, batch, K, steps, channel
     tl.store(out + to, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'steps', 'tokens'])
 def conv_backward(grad, weight, inverse, grad_x, batch, K, steps, tokens, channels, TAPS: tl.constexpr,
                   BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """Compute the gradient of the tokens from grad (K, batch, steps, channels), summed over directions in order."""

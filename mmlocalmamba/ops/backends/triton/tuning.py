@@ -18,7 +18,7 @@ from mmlocalmamba.files import write_whole
 
 CACHE_VARIABLE = 'MMLOCALMAMBA_CACHE'
 # The format of the file. Increase it when the kernels change so much that older timings are useless.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Choice(NamedTuple):
@@ -51,24 +51,24 @@ class Key(NamedTuple):
         return f'{self.kernel}, d_state {self.d_state}, {self.dtype}'
 
 
-# The first candidate of each kernel is built in. The comments give registers per thread at compute capability 9.0 with
-# 16 states (docs/benchmarks.md). ``programs`` follows from them.
+# The first candidate of each kernel is built in. The comments give registers per thread and instructions per element at
+# compute capability 9.0 with 16 states, from `tools/benchmark_scan.py --compile sm_90` (docs/benchmarks.md).
+# ``programs`` follows from the registers, or limits them: see _registers in host.py.
 CANDIDATES = {
     'forward': (
-        Choice(32, 1, 4, 16),  # 130 registers, 173 if it multiplies step sizes
-        Choice(32, 1, 2, 16),  # 128 in both cases: more programs at once, fewer loads in flight
-        Choice(32, 1, 8, 10),  # 192: fewer programs at once, more loads in flight
-        Choice(32, 1, 4, 8),  # half as many segments: fewer exponentials are computed twice, fewer programs
-        Choice(64, 1, 2, 8),  # 246, two channels per thread: wider loads, B and C are read half as often
-        Choice(64, 2, 4, 8),  # 173: warps share B and C in the cache
+        Choice(32, 1, 4, 16),  # 128, 9.9: held to 128
+        Choice(128, 1, 4, 8),  # 255, 9.4: two channels per thread (four with one state), B and C are read less often
+        Choice(32, 1, 8, 12),  # 139, 9.5: fewer programs at once, more loads in flight
+        Choice(32, 1, 4, 12),  # 134, 9.7: not held to 128
+        Choice(32, 1, 4, 8),  # 134, 9.7: half as many segments, so fewer exponentials are computed twice
+        Choice(64, 2, 4, 8),  # 128, 9.9: warps share B and C in the cache
+        Choice(32, 1, 2, 16),  # 128, 10.7: fewer loads in flight
     ),
     'backward': (
-        Choice(32, 1, 2, 8),  # 255, and 56 bytes spilled
-        Choice(32, 1, 1, 8),  # 252, nothing spilled, fewer loads in flight
-        Choice(16, 1, 2, 8),  # 247, half the states per thread; sums of B and C in twice as many parts
-        Choice(32, 2, 2, 4),  # 255, half the states per thread; sums across warps
-        Choice(64, 2, 1, 4),  # 255, half as many parts
-        Choice(64, 4, 2, 2),  # 255, half as many parts, half the states per thread
+        Choice(32, 1, 2, 8),  # 255, 38, and 48 bytes spilled
+        Choice(32, 1, 4, 8),  # 255, 39, and 584 bytes spilled: more loads in flight
+        Choice(32, 1, 1, 8),  # 251, 42: fewer loads in flight
+        Choice(64, 2, 1, 4),  # 248, 45: sums of B and C in half as many parts
     ),
 }
 
