@@ -1,4 +1,4 @@
-"""The functions of ``mamba_ssm`` (2.3). Import them from :mod:`mmlocalmamba.ops.stand_ins`."""
+"""The functions of ``mamba_ssm`` (2.3) and of its forks. Import them from :mod:`mmlocalmamba.ops.stand_ins`."""
 from typing import Any
 
 import torch
@@ -22,6 +22,71 @@ def selective_scan_ref(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
                        return_last_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Run :func:`mmlocalmamba.ops.selective_scan` step by step, with derivatives of any order."""
     return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, backend='reference')
+
+
+def inner_scan(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+               delta_proj_weight: Tensor, A: Tensor, B: Tensor | None = None, C: Tensor | None = None,
+               D: Tensor | None = None, delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None,
+               C_proj_bias: Tensor | None = None, delta_softplus: bool = True, b_rms_weight: Tensor | None = None,
+               c_rms_weight: Tensor | None = None, dt_rms_weight: Tensor | None = None, b_c_dt_rms_eps: float = 1e-6,
+               A_b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute a Mamba block between its first and its last projection.
+
+    Args: Those of :func:`mamba_inner_fn`, and
+        A_b: (D, N) of a second scan from the last step to the first, whose outputs are added, or None.
+
+    Returns:
+        The outputs (B, D, L) and the last states (B, D, N) of the scan from first to last step.
+
+    Raises:
+        ValueError: As :func:`mamba_inner_fn`.
+    """
+    width, rank = delta_proj_weight.shape
+    if xz.dim() != 3 or xz.shape[1] != 2 * width:
+        raise ValueError(f'xz must be (B, {2 * width}, L) for a delta_proj_weight of {tuple(delta_proj_weight.shape)}, '
+                         f'got {tuple(xz.shape)}')
+    expect_shape('conv1d_weight', conv1d_weight, (width, 1, conv1d_weight.shape[-1]), '(D, 1, W)')
+    rows = A.shape[-1] * (2 if A.is_complex() else 1)
+    expect_shape('x_proj_weight', x_proj_weight, (rank + rows * ((B is None) + (C is None)), width),
+                 '(R + rows of B and C, D)')
+    for name, given, bias, norm in (('B', B, B_proj_bias, b_rms_weight), ('C', C, C_proj_bias, c_rms_weight)):
+        if given is not None and (bias is not None or norm is not None):
+            raise ValueError(f'{name} is constant, so {name}_proj_bias and {name.lower()}_rms_weight must be None')
+        if A.is_complex() and norm is not None:
+            raise ValueError(f'{name.lower()}_rms_weight must be None if A is complex')
+
+    x: Any
+    x, z = xz.chunk(2, dim=1)
+    x = causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation='silu')
+    projected = linear(x.transpose(1, 2), x_proj_weight)  # (B, L, rows)
+
+    def variable(given: Tensor | None, start: int | None, stop: int | None, bias: Tensor | None,
+                 norm: Tensor | None) -> Tensor:
+        if given is not None:
+            return given
+        values = projected[..., start:stop]
+        if bias is not None:
+            values = values + bias.to(values.dtype)
+        if norm is not None:
+            values = _rms_norm(values, norm, b_c_dt_rms_eps)
+        if A.is_complex():
+            values = torch.view_as_complex(values.to(compute_dtype(values)).unflatten(-1, (-1, 2)).contiguous())
+        return values.transpose(1, 2)
+
+    B = variable(B, rank, rank + rows, B_proj_bias, b_rms_weight)
+    C = variable(C, -rows, None, C_proj_bias, c_rms_weight)
+    delta = linear(projected[..., :rank], delta_proj_weight)
+    if dt_rms_weight is not None:
+        delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
+    delta = delta.transpose(1, 2)
+    y: Any
+    y, last = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=True)
+    if A_b is not None:
+        back = (x if x.dim() < 3 else x.flip(-1) for x in (x, delta, B, C))
+        x, delta, B, C = back
+        y_b: Any = selective_scan(x, delta, A_b, B, C, D, z.flip(-1), delta_bias, delta_softplus)
+        y = y + y_b.flip(-1)
+    return y, last
 
 
 def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
@@ -61,44 +126,9 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
     """
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f'checkpoint_lvl must be 0 or 1, got {checkpoint_lvl}')
-    width, rank = delta_proj_weight.shape
-    if xz.dim() != 3 or xz.shape[1] != 2 * width:
-        raise ValueError(f'xz must be (B, {2 * width}, L) for a delta_proj_weight of {tuple(delta_proj_weight.shape)}, '
-                         f'got {tuple(xz.shape)}')
-    expect_shape('conv1d_weight', conv1d_weight, (width, 1, conv1d_weight.shape[-1]), '(D, 1, W)')
-    rows = A.shape[-1] * (2 if A.is_complex() else 1)
-    expect_shape('x_proj_weight', x_proj_weight, (rank + rows * ((B is None) + (C is None)), width),
-                 '(R + rows of B and C, D)')
-    for name, given, bias, norm in (('B', B, B_proj_bias, b_rms_weight), ('C', C, C_proj_bias, c_rms_weight)):
-        if given is not None and (bias is not None or norm is not None):
-            raise ValueError(f'{name} is constant, so {name}_proj_bias and {name.lower()}_rms_weight must be None')
-        if A.is_complex() and norm is not None:
-            raise ValueError(f'{name.lower()}_rms_weight must be None if A is complex')
-
-    x: Any
-    x, z = xz.chunk(2, dim=1)
-    x = causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation='silu')
-    projected = linear(x.transpose(1, 2), x_proj_weight)  # (B, L, rows)
-
-    def variable(given: Tensor | None, start: int | None, stop: int | None, bias: Tensor | None,
-                 norm: Tensor | None) -> Tensor:
-        if given is not None:
-            return given
-        values = projected[..., start:stop]
-        if bias is not None:
-            values = values + bias.to(values.dtype)
-        if norm is not None:
-            values = _rms_norm(values, norm, b_c_dt_rms_eps)
-        if A.is_complex():
-            values = torch.view_as_complex(values.to(compute_dtype(values)).unflatten(-1, (-1, 2)).contiguous())
-        return values.transpose(1, 2)
-
-    B = variable(B, rank, rank + rows, B_proj_bias, b_rms_weight)
-    C = variable(C, -rows, None, C_proj_bias, c_rms_weight)
-    delta = linear(projected[..., :rank], delta_proj_weight)
-    if dt_rms_weight is not None:
-        delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
-    y: Any = selective_scan(x, delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
+    y, _ = inner_scan(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
+                      B_proj_bias, C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight,
+                      b_c_dt_rms_eps)
     return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
@@ -113,6 +143,45 @@ def mamba_inner_ref(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | Non
     """
     return mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
                           out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
+
+
+def mamba_inner_fn_no_out_proj(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+                               delta_proj_weight: Tensor, A: Tensor, B: Tensor | None = None, C: Tensor | None = None,
+                               D: Tensor | None = None, delta_bias: Tensor | None = None,
+                               B_proj_bias: Tensor | None = None, C_proj_bias: Tensor | None = None,
+                               delta_softplus: bool = True) -> Tensor:
+    """Compute :func:`mamba_inner_fn` without the last projection, as Vim's fork of mamba_ssm.
+
+    Returns:
+        (B, D, L).
+    """
+    return inner_scan(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
+                      B_proj_bias, C_proj_bias, delta_softplus)[0]
+
+
+def bimamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+                     delta_proj_weight: Tensor, out_proj_weight: Tensor, out_proj_bias: Tensor | None, A: Tensor,
+                     A_b: Tensor, B: Tensor | None = None, C: Tensor | None = None, D: Tensor | None = None,
+                     delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None,
+                     C_proj_bias: Tensor | None = None, delta_softplus: bool = True) -> Tensor:
+    """Compute :func:`mamba_inner_fn` with a second scan from the last step to the first, as Vim's fork of mamba_ssm.
+
+    Both scans have the same convolution, projections and gate; the second has A_b (D, N). Their outputs are added
+    before the last projection.
+    """
+    y, _ = inner_scan(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
+                      B_proj_bias, C_proj_bias, delta_softplus, A_b=A_b)
+    return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+def bimamba_inner_ref(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+                      delta_proj_weight: Tensor, out_proj_weight: Tensor, out_proj_bias: Tensor | None, A: Tensor,
+                      A_b: Tensor, B: Tensor | None = None, C: Tensor | None = None, D: Tensor | None = None,
+                      delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None,
+                      C_proj_bias: Tensor | None = None, delta_softplus: bool = True) -> Tensor:
+    """Call :func:`bimamba_inner_fn`. The reference of Vim's fork always applies softplus; this function does not."""
+    return bimamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
+                            out_proj_bias, A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
