@@ -5,9 +5,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import linear, selective_scan
-from mmlocalmamba.ops.dispatch import check_dtypes, compute_dtype, expect_shape, without_autocast
+from mmlocalmamba.directions import ScanTables
+from mmlocalmamba.ops import directional_scan, linear, selective_scan
+from mmlocalmamba.ops.dispatch import (
+    check_dtypes,
+    compute_dtype,
+    expect_shape,
+    fused_op,
+    without_autocast,
+)
 from mmlocalmamba.ops.stand_ins.causal_conv1d import causal_conv1d_fn
+
+# No table: steps read the tokens in their order.
+_IN_ORDER: Any = ScanTables(None, None)  # type: ignore[arg-type]
 
 
 def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -56,9 +66,9 @@ def inner_scan(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_
             raise ValueError(f'{name.lower()}_rms_weight must be None if A is complex')
 
     x: Any
-    x, z = xz.chunk(2, dim=1)
-    x = causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation='silu')
-    projected = linear(x.transpose(1, 2), x_proj_weight)  # (B, L, rows)
+    x, z = xz.transpose(1, 2).chunk(2, dim=-1)  # (B, L, D)
+    x = _convolve(x, conv1d_weight, conv1d_bias)
+    projected = linear(x, x_proj_weight)  # (B, L, rows)
 
     def variable(given: Tensor | None, start: int | None, stop: int | None, bias: Tensor | None,
                  norm: Tensor | None) -> Tensor:
@@ -75,18 +85,47 @@ def inner_scan(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_
 
     B = variable(B, rank, rank + rows, B_proj_bias, b_rms_weight)
     C = variable(C, -rows, None, C_proj_bias, c_rms_weight)
-    delta = linear(projected[..., :rank], delta_proj_weight)
+    delta, dt_weight = projected[..., :rank], delta_proj_weight
     if dt_rms_weight is not None:
-        delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
-    delta = delta.transpose(1, 2)
-    y: Any
-    y, last = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=True)
+        delta, dt_weight = _rms_norm(linear(delta, delta_proj_weight), dt_rms_weight, b_c_dt_rms_eps), None
+    y, last = _scan_tokens(x, delta, A, B, C, D, delta_bias, delta_softplus, dt_weight)
+    gate = F.silu(z)
+    y = y * gate
     if A_b is not None:
-        back = (x if x.dim() < 3 else x.flip(-1) for x in (x, delta, B, C))
-        x, delta, B, C = back
-        y_b: Any = selective_scan(x, delta, A_b, B, C, D, z.flip(-1), delta_bias, delta_softplus)
-        y = y + y_b.flip(-1)
-    return y, last
+        x, delta = x.flip(1), delta.flip(1)
+        B, C = (matrix if matrix.dim() == 2 else matrix.flip(-1) for matrix in (B, C))
+        back, _ = _scan_tokens(x, delta, A_b, B, C, D, delta_bias, delta_softplus, dt_weight)
+        y = y + back.flip(1) * gate
+    return y.transpose(1, 2), last
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve tokens (B, L, D) causally, with weight (D, 1, W), and apply SiLU."""
+    fused, (weight, bias) = fused_op('directional_conv', None, [x], [weight[:, 0], bias])
+    if fused is None:
+        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation='silu').transpose(1, 2)
+    return fused(x, weight[None], None if bias is None else bias[None], _IN_ORDER)[:, 0]
+
+
+def _scan_tokens(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                 delta_bias: Tensor | None, delta_softplus: bool, dt_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scan tokens x (B, L, D), whose step sizes have a low-rank factor delta (B, L, R) if ``dt_weight`` is given.
+
+    Returns:
+        (B, L, D) and the last states (B, D, N).
+    """
+    y: Any
+    if B.dim() == 3 and C.dim() == 3 and not A.is_complex():
+        y, last = directional_scan(x[:, None], delta[:, None], A[None], B.mT[:, None], C.mT[:, None],
+                                   None if D is None else D[None], None,
+                                   None if delta_bias is None else delta_bias[None], delta_softplus, True,
+                                   None if dt_weight is None else dt_weight[None], True)
+        return y[:, 0], last[:, 0]
+    if dt_weight is not None:
+        delta = linear(delta, dt_weight)
+    y, last = selective_scan(x.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, None, delta_bias, delta_softplus,
+                             return_last_state=True)
+    return y.transpose(1, 2), last
 
 
 def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
