@@ -100,11 +100,12 @@ by_reference(model, torch.randn(2, 3, {'2, ' if options else ''}32, 32))
 
 
 def test_segmamba():
+    """Its encoder, which has all its layers."""
     run('''
 stand_ins.stand_in_for()
 sys.path.insert(0, str(clones / 'SegMamba/model_segmamba'))
-from segmamba import SegMamba
-model = SegMamba(in_chans=1, out_chans=2, depths=[1, 1, 1, 1], feat_size=[8, 8, 16, 16], hidden_size=16)
+from segmamba import MambaEncoder
+model = MambaEncoder(in_chans=1, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
 by_reference(model, torch.randn(1, 1, 32, 32, 32))
 ''', 'monai', repositories=['SegMamba'])
 
@@ -119,7 +120,7 @@ for name, contents in (('plans_handling.plans_handler', ['ConfigurationManager',
     vars(module).update(dict.fromkeys(contents, object))
 sys.path.insert(0, str(clones / 'U-Mamba/umamba/nnunetv2/nets'))
 from UMambaBot_2d import UMambaBot
-model = UMambaBot(1, 3, [8, 16, 32], torch.nn.Conv2d, [3, 3, 3], [1, 2, 2], [1, 1, 1], 2, [1, 1], conv_bias=True,
+model = UMambaBot(1, 3, [8, 16, 32], torch.nn.Conv2d, [[3, 3]] * 3, [[1, 1], [2, 2], [2, 2]], [1, 1, 1], 2, [1, 1],
                   norm_op=torch.nn.InstanceNorm2d, norm_op_kwargs={}, nonlin=torch.nn.LeakyReLU, nonlin_kwargs={})
 by_reference(model, torch.randn(1, 1, 32, 32))
 ''', 'dynamic_network_architectures', repositories=['U-Mamba'])
@@ -138,9 +139,9 @@ by_reference(model, torch.randn(1, 3, 64, 64), 1e-5)  # it converts A and D to f
 
 @pytest.mark.parametrize('place,forward_type,extension', [
     ('classification/models', 'v0', 'selective_scan_cuda'),
-    ('classification/models', 'v2', 'selective_scan_cuda_oflex'),
+    ('classification/models', 'v05', 'selective_scan_cuda_oflex'),
     ('classification', 'v05_noz', 'selective_scan_cuda_oflex'),
-    ('classification', 'v2', 'selective_scan_cuda'),
+    ('classification', 'v01', 'selective_scan_cuda'),
     ('', 'v0', 'selective_scan_cuda'),
     ('', 'v05_noz', 'selective_scan_cuda'),
 ])
@@ -163,8 +164,8 @@ for part in ('fwd', 'bwd'):
 ours = values(model, x)
 assert sorted(calls) == ['bwd', 'bwd', 'fwd', 'fwd'], calls
 scan = vmamba.selective_scan_fn
-def own_reference(*args, backend=None):
-    return scan(*args[:9], backend='torch')
+def own_reference(*args, **kwargs):
+    return scan(*args, **{{**kwargs, 'backend': 'torch'}})
 vmamba.selective_scan_fn = own_reference
 same(ours, values(model, x), 1e-4)
 print('compared', len(ours))
@@ -223,7 +224,14 @@ for name, p in other.named_parameters():
     for mark in ('_no_weight_decay', '_no_reinit'):
         assert hasattr(p, mark) == hasattr(mine, mark), (name, mark)
 x = torch.randn(2, {length}, 24)
-same(values(ours, x), values(other, x), 2e-5)
+def compare(ours, other):
+    both = values(ours, x), values(other, x)
+    if 'v1' in {options!r}:  # their gradient of the gate is of one scan, see BiMambaInnerFn: dz_b is not written
+        for found in both:
+            for name in [name for name in found if name == 'input' or name.endswith('in_proj.weight')]:
+                del found[name]
+    same(*both, 2e-5)
+compare(ours, other)
 if not any(kind in {options!r} for kind in ('v1', 'v2', 'v3', 'True')):  # token by token, by their PyTorch version
     theirs.selective_state_update = theirs.causal_conv1d_update = None
     for layer in layers:
@@ -255,7 +263,7 @@ else:
 other, ours = blocks
 assert [name for name, _ in other.named_parameters()] == [name for name, _ in ours.named_parameters()]
 assert all(torch.equal(x, ours.state_dict()[name]) for name, x in other.state_dict().items())
-same(values(ours, x), values(other, x), 2e-5)
+compare(ours, other)
 print('compared')
 ''', 'einops', 'triton', repositories=[mamba, conv])
 
@@ -268,7 +276,9 @@ def test_references_of_forks(mamba, conv):
 import inspect
 from mamba_ssm.ops import selective_scan_interface as scans
 from causal_conv1d import causal_conv1d_interface as convolutions
-scans.selective_scan_fn, scans.causal_conv1d_fn = scans.selective_scan_ref, convolutions.causal_conv1d_ref
+scans.selective_scan_fn = scans.selective_scan_ref
+scans.causal_conv1d_fn = lambda x, weight, bias, activation: convolutions.causal_conv1d_ref(
+    x, weight, bias, activation=activation)
 try:
     from mamba_ssm.ops.triton import layer_norm as norms
 except ImportError:
@@ -307,7 +317,8 @@ check('mamba_inner_ref', scans.mamba_inner_ref, *inner, *out, A, D=skip, delta_b
 if hasattr(scans, 'bimamba_inner_ref'):
     check('bimamba_inner_fn', scans.bimamba_inner_ref, *inner, *out, A, A_b, D=skip, delta_bias=bias)
     # Their fused functions, whose Python runs on our extensions.
-    check('bimamba_inner_fn', scans.bimamba_inner_fn, *inner, *out, A, A_b, D=skip, delta_bias=bias)
+    # Theirs has no gradient of out_proj_bias: its shape is wrong.
+    check('bimamba_inner_fn', scans.bimamba_inner_fn, *inner, out[0], None, A, A_b, D=skip, delta_bias=bias)
     check('mamba_inner_fn_no_out_proj', scans.mamba_inner_fn_no_out_proj, *inner, A, D=skip, delta_bias=bias)
 x, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
 weight, norm_bias = torch.randn(8), torch.randn(8)

@@ -437,6 +437,17 @@ def test_convolutions_with_states():
     assert torch.equal(stand_ins.causal_conv1d_update_function(x[..., 0], state, weight, bias, True, None, None), right)
 
 
+def test_gradients_of_several_sequences():
+    torch.manual_seed(0)
+    leaves = dict(x=randn(B, D, L), weight=randn(D, 4), bias=randn(D))
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, -1], [-1, 3, 3, 3, 3, 3, 4, 4, 4]])
+    (y, ), grads = gradients(lambda **x: stand_ins.causal_conv1d_fn(**x, seq_idx=seq_idx, activation='silu'), leaves)
+    dout = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    found = extensions.causal_conv1d_cuda.causal_conv1d_bwd(*leaves.values(), dout, seq_idx, None, True)
+    for name, grad in zip(leaves, found, strict=True):
+        close(grad, grads[name], 1e-12, name)
+
+
 def test_wrong_numbers_of_arguments():
     x, weight = torch.ones(1, 2, 3), torch.ones(2, 4)
     extension = extensions.causal_conv1d_cuda

@@ -26,7 +26,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | 
         return F.silu(y) if activation else y
 
 
-def _with_history(x: Tensor, width: int, initial_states: Tensor | None) -> Tensor:
+def with_history(x: Tensor, width: int, initial_states: Tensor | None) -> Tensor:
     """Return x (B, D, L) with the W - 1 steps before it: (B, D, L + W - 1)."""
     if initial_states is None:
         return F.pad(x, (width - 1, 0))
@@ -65,7 +65,7 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_
         seq_idx, activation = None, seq_idx
     _check_conv(x, weight, bias, activation)
     width = weight.shape[1]
-    whole = _with_history(x, width, initial_states)
+    whole = with_history(x, width, initial_states)
     if seq_idx is None:
         y = _convolve(whole, weight, bias, activation).to(x.dtype)
     elif return_final_states:

@@ -20,7 +20,7 @@ def _on_any_device(function: Callable[..., Any], operator: Any) -> Callable[...,
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         tensor, *options = (value for name, value in bound.arguments.items() if name != 'force_torch')

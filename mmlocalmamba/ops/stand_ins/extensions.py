@@ -2,7 +2,7 @@
 
 The extensions are ``selective_scan_cuda``, ``selective_scan_cuda_core``, ``selective_scan_cuda_oflex`` and
 ``causal_conv1d_cuda``. Arguments are given by position only, as there. A backward function computes the forward pass
-once more and differentiates it, so that what a forward function saves for it is not read.
+once more, so that what a forward function saves for it is not read.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mmlocalmamba.ops import selective_scan
 from mmlocalmamba.ops.dispatch import compute_dtype
-from mmlocalmamba.ops.stand_ins.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mmlocalmamba.ops.stand_ins.causal_conv1d import causal_conv1d_fn, causal_conv1d_update, with_history
 
 # Steps of a chunk, whose last states the CUDA kernels save.
 _CHUNK = 2048
@@ -76,7 +76,8 @@ def _scan_backward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
             more.append((out * silu).to(out.dtype))
         dout = (wide * silu).to(dout.dtype)
 
-    def scan(u, delta, A, B, C, D, delta_bias):
+    def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+             delta_bias: Tensor | None) -> Any:
         return selective_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
 
     return [*_gradients(scan, (u, delta, A, B, C, D, delta_bias), [dout]), *more]
@@ -113,7 +114,8 @@ def _core_backward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
                    /) -> list[Tensor | None]:
     """Return the gradients of u, delta, A, B, C, D and delta_bias."""
 
-    def scan(u, delta, A, B, C, D, delta_bias):
+    def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+             delta_bias: Tensor | None) -> Any:
         wide = u.to(torch.promote_types(u.dtype, dout.dtype))  # gradients of 32-bit outputs have 32 bits
         return _groups_scan(wide, delta, A, B, C, D, delta_bias, delta_softplus)
 
@@ -155,6 +157,33 @@ def _conv_forward(*args: Any) -> Tensor | None:
     return None
 
 
+def _conv_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, seq_idx: Tensor | None,
+                    initial: Tensor | None, dfinal: Tensor | None, silu: bool) -> list[Tensor | None]:
+    """Return the gradients of x, weight, bias and initial states. There is no autograd in causal_conv1d's operators."""
+    compute, (width, L) = torch.promote_types(compute_dtype(x), weight.dtype), (weight.shape[1], x.shape[-1])
+    whole, grad, taps = with_history(x, width, initial).to(compute), dout.to(compute), weight.to(compute)[..., None]
+    windows = [whole[..., tap:tap + L] for tap in range(width)]
+    same: list[Any] = [1] * width
+    if seq_idx is not None:
+        numbers = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], dim=-1)
+        same = [(numbers[:, tap:tap + L] == seq_idx)[:, None] for tap in range(width)]
+        windows = [window * mask for window, mask in zip(windows, same, strict=True)]
+        grad = grad.masked_fill((seq_idx < 0)[:, None], 0)
+    if silu:
+        y = sum(taps[:, tap] * window for tap, window in enumerate(windows))
+        y = y if bias is None else y + bias.to(compute)[:, None]
+        sigmoid = y.sigmoid()
+        grad = grad * sigmoid * (1 + y * (1 - sigmoid))
+    dwhole = torch.zeros_like(whole)
+    for tap in range(width):
+        dwhole[..., tap:tap + L] += taps[:, tap] * grad * same[tap]
+    if dfinal is not None:
+        dwhole[..., L:] += dfinal
+    dweight = torch.stack([(grad * window).sum((0, 2)) for window in windows], dim=-1).to(weight.dtype)
+    return [dwhole[..., width - 1:].to(x.dtype), dweight, None if bias is None else grad.sum((0, 2)).to(bias.dtype),
+            None if initial is None else dwhole[..., :width - 1].to(initial.dtype)]
+
+
 def _conv_backward(*args: Any) -> list[Tensor | None] | None:
     """Return the gradients of x, weight and bias, in the versions of :func:`_conv_forward` with 7 and 8 arguments also
     of the initial states. The arguments are x, weight, bias, dout and 6 (1.0), 7 (1.1), 10 or 12 in all; a gradient of
@@ -176,10 +205,7 @@ def _conv_backward(*args: Any) -> list[Tensor | None] | None:
     else:
         raise _wrong_number('causal_conv1d_bwd', args)
 
-    def convolve(x, weight, bias, initial):
-        return causal_conv1d_fn(x, weight, bias, seq_idx, initial, dfinal is not None, None, _activation(silu))
-
-    grads = _gradients(convolve, (x, weight, bias, initial), [dout] if dfinal is None else [dout, dfinal])
+    grads = _conv_gradients(x, weight, bias, dout, seq_idx, initial, dfinal, silu)
     if dx is not None and grads[0] is not None:
         grads[0] = dx.copy_(grads[0])
     if len(args) == 12:

@@ -150,7 +150,8 @@ class RMSNorm(nn.Module):
         device, dtype: Of the weight.
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device=None, dtype=None) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device: Any = None,
+                 dtype: Any = None) -> None:
         super().__init__()
         self.eps = eps
         self.drop = nn.Dropout(dropout_p) if dropout_p > 0 else None

@@ -70,7 +70,7 @@ class Mamba(nn.Module):
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2,
                  dt_rank: int | str = 'auto', dt_min: float = 0.001, dt_max: float = 0.1, dt_init: str = 'random',
                  dt_scale: float = 1.0, dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False,
-                 use_fast_path: bool = True, layer_idx: int | None = None, device=None, dtype=None,
+                 use_fast_path: bool = True, layer_idx: int | None = None, device: Any = None, dtype: Any = None,
                  bimamba_type: str = 'none', if_divide_out: bool = False, init_layer_scale: float | None = None,
                  nslices: int = 5, bimamba: bool | None = None) -> None:
         super().__init__()
@@ -103,14 +103,14 @@ class Mamba(nn.Module):
         dt = torch.exp(torch.rand(self.d_inner, **factory) * (high - low) + low).clamp(min=dt_init_floor)
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
-        self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        self.dt_proj.bias._no_reinit = True
         if bimamba_type == 'v1':
             self._add_states('_b', device, skip=False)
         for suffix in _DIRECTIONS[bimamba_type]:
             self._add_direction(suffix, conv_bias, factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
-    def _add_states(self, suffix: str, device, skip: bool = True) -> None:
+    def _add_states(self, suffix: str, device: Any, skip: bool = True) -> None:
         """Add A and D of a direction, which have 32 bits."""
         A = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=device).repeat(self.d_inner, 1)
         parameters = {f'A{suffix}_log': A.log()}
@@ -118,7 +118,7 @@ class Mamba(nn.Module):
             parameters[f'D{suffix}'] = torch.ones(self.d_inner, device=device)
         for name, value in parameters.items():
             parameter = nn.Parameter(value)
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+            parameter._no_weight_decay = True
             self.register_parameter(name, parameter)
 
     def _add_direction(self, suffix: str, conv_bias: bool, factory: dict[str, Any]) -> None:
@@ -199,7 +199,8 @@ class Mamba(nn.Module):
                                    self.dt_proj.bias, dt_softplus=True)
         return self.out_proj(y)[:, None], conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None,
+                                 **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the states of a batch before its first token: zeros (B, D, d_conv) and (B, D, N)."""
         conv, dt = self.conv1d.weight, self.dt_proj.weight
         return (conv.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype or conv.dtype),
@@ -251,7 +252,7 @@ class Block(nn.Module):
         return hidden_states, residual.to(compute_dtype(residual)) if self.residual_in_fp32 else residual
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None,
-                **mixer_kwargs) -> tuple[Tensor, Tensor]:
+                **mixer_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Run the block: hidden_states and residual (B, L, C) -> the mixer's or MLP's output, and the residual stream
         before it is added. The first block has no residual."""
         hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
@@ -261,7 +262,7 @@ class Block(nn.Module):
             hidden_states = self.mlp(hidden_states)
         return hidden_states, residual
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs):
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None, **kwargs: Any) -> Any:
         """Return the mixer's states."""
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
@@ -278,21 +279,21 @@ class BlockV1(Block):
 class GenerationMixin:
     """A name for models that inherit it. Text is not generated here."""
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs):
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError."""
         raise NotImplementedError('mmlocalmamba stands in for mamba_ssm and generates no text: install mamba_ssm')
 
 
-def load_config_hf(model_name: str):
+def load_config_hf(model_name: str) -> Any:
     """Raise NotImplementedError."""
     raise NotImplementedError('mmlocalmamba stands in for mamba_ssm and downloads nothing: download config.json of '
                               f'{model_name} and read it with json.load')
 
 
-def load_state_dict_hf(model_name: str, device=None, dtype=None):
+def load_state_dict_hf(model_name: str, device: Any = None, dtype: Any = None) -> Any:
     """Raise NotImplementedError."""
     raise NotImplementedError('mmlocalmamba stands in for mamba_ssm and downloads nothing: download the weights of '
                               f'{model_name} and read them with torch.load')

@@ -17,7 +17,7 @@ from mmlocalmamba.ops.dispatch import (
 from mmlocalmamba.ops.stand_ins.causal_conv1d import causal_conv1d_fn
 
 # No table: steps read the tokens in their order.
-_IN_ORDER: Any = ScanTables(None, None)  # type: ignore[arg-type]
+_IN_ORDER: Any = ScanTables(None, None)
 
 
 def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -103,7 +103,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve tokens (B, L, D) causally, with weight (D, 1, W), and apply SiLU."""
     fused, (weight, bias) = fused_op('directional_conv', None, [x], [weight[:, 0], bias])
     if fused is None:
-        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation='silu').transpose(1, 2)
+        y: Any = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation='silu')
+        return y.transpose(1, 2)
     return fused(x, weight[None], None if bias is None else bias[None], _IN_ORDER)[:, 0]
 
 
