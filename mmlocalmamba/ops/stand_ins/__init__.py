@@ -116,7 +116,7 @@ def _is_stand_in(module: ModuleType | None) -> bool:
 
 
 def _installed(package: str) -> bool:
-    return package in sys.modules or importlib.util.find_spec(package) is not None
+    return sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None
 
 
 def status() -> dict[str, str]:
