@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mmlocalmamba import __version__, ops
+from mmlocalmamba.ops import stand_ins
 from mmlocalmamba.ops.backends.triton import tuning
 from mmlocalmamba.ops.backends.triton.tune import AGREE, tune
 from mmlocalmamba.ops.self_test import LIMIT, LIMIT_BFLOAT16, convolution_error, self_test
@@ -102,6 +103,10 @@ def doctor() -> bool:
                 print(f'  {line}')
     if ops.cpu.instruction_sets():
         print(f'\nInstruction sets of the CPU kernels: {", ".join(ops.cpu.instruction_sets())}')
+    print("\nOther people's Mamba code: `python -m mmlocalmamba.ops.stand_ins SCRIPT` stands in for what is not "
+          'installed (docs/other_mamba_models.md):')
+    for name, state in stand_ins.status().items():
+        print(f'  {name:26}{state}')
     error = convolution_error()
     if not error <= LIMIT_BFLOAT16:
         print(f"\nWARNING: torch's convolutions in bfloat16 are wrong on this processor for some shapes (relative "

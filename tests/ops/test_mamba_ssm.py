@@ -1,12 +1,13 @@
-"""The adapter to mamba_ssm, tested on a stand-in with its interface and the arithmetic of our reference."""
+"""The adapter to mamba_ssm, tested on a stub with the interface of 2.3.2 and the arithmetic of our reference."""
 import sys
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import benchmark_scan as benchmark
 import pytest
 import torch
 from test_scan import assert_same, directional_inputs, run
+from test_stand_ins import SIGNATURES, signature
 
 from mmlocalmamba.ops import BACKENDS, available_backends, directional_scan, selective_scan
 from mmlocalmamba.ops.backends import mamba_ssm as cuda
@@ -16,19 +17,44 @@ from mmlocalmamba.ops.backends import mamba_ssm as cuda
 def mamba_ssm(monkeypatch):
     calls = []
 
+    class Scan(torch.autograd.Function):
+        """Refuses what the extension refuses, and returns what it returns, without a gradient of the last state."""
+
+        @staticmethod
+        def forward(ctx, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                    return_last_state=False):
+            (batch, width, L), N = u.shape, A.shape[1]
+            assert u.dtype in (torch.float32, torch.float16, torch.bfloat16) and A.dtype == torch.float32
+            assert u.dtype == delta.dtype == B.dtype == C.dtype and N <= 256 and width % B.shape[1] == 0
+            assert all(x is None or x.dtype == torch.float32 and x.shape == (width, ) for x in (D, delta_bias))
+            assert delta.shape == u.shape and A.shape == (width, N)
+            assert B.shape == C.shape == (batch, B.shape[1], N, L)
+            assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (u, delta, B, C))
+            calls.append(tuple(u.shape))
+            ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias)
+            ctx.delta_softplus = delta_softplus
+            y, last = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True, backend='reference')
+            return (y, last) if return_last_state else y
+
+        @staticmethod
+        def backward(ctx, dout, *_):
+            with torch.enable_grad():
+                leaves = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+                y = selective_scan(*leaves, ctx.delta_softplus, backend='reference')
+            grads = iter(torch.autograd.grad(y, [x for x in leaves if x is not None], dout))
+            return *(None if x is None else next(grads) for x in leaves), None, None
+
     def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                          return_last_state=False, cu_seqlens=None):
-        assert u.dtype == delta.dtype == B.dtype == C.dtype and z is cu_seqlens is None
-        assert all(x is None or x.dtype == torch.float32 for x in (A, D, delta_bias))
-        assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (u, delta, B, C))
-        calls.append(tuple(u.shape))
-        y, last = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True, backend='reference')
-        return (y, last.detach()) if return_last_state else y
+                          return_last_state=False):
+        return Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+    assert signature(selective_scan_fn) == SIGNATURES['selective_scan_fn']
 
     name = 'mamba_ssm.ops.selective_scan_interface'
     for part in ('mamba_ssm', 'mamba_ssm.ops', name):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     sys.modules[name].selective_scan_fn = selective_scan_fn
+    sys.modules[name].selective_scan_cuda = SimpleNamespace()
     # The stand-in needs no GPU.
     monkeypatch.setattr(BACKENDS['cuda'], 'unavailable', lambda u: cuda._import()[1])
     cuda._import.cache_clear()
@@ -101,3 +127,9 @@ def test_reasons(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mamba_ssm', None)
     assert 'mamba_ssm is not installed' in cuda._import()[1]
     cuda._import.cache_clear()
+
+
+def test_without_its_extension(mamba_ssm, monkeypatch):
+    """mamba_ssm after 2.3.2 is installed without it by default, and imports all the same."""
+    monkeypatch.setattr(sys.modules['mamba_ssm.ops.selective_scan_interface'], 'selective_scan_cuda', None)
+    assert cuda._import()[1] == 'mamba_ssm is installed without its extension selective_scan_cuda'

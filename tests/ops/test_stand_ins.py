@@ -2,13 +2,14 @@
 float64, outputs and gradients, with tolerances below theirs (6e-4 and 2e-3 absolute; 3e-3 and 5e-3; 3e-2 and 5e-2)."""
 import inspect
 import itertools
+import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT
 from test_causal_conv1d import close
 from test_causal_conv1d import definition as convolution
 from test_scan import ALL_BACKENDS
@@ -423,69 +424,233 @@ def test_reference_update_is_the_update():
 
 # ---- names ----
 
-@pytest.mark.parametrize('name,arguments', [
-    ('selective_scan_fn', 'u delta A B C D=None z=None delta_bias=None delta_softplus=False return_last_state=False'),
-    ('selective_scan_ref', 'u delta A B C D=None z=None delta_bias=None delta_softplus=False return_last_state=False'),
-    ('mamba_inner_fn', 'xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A '
-     'B=None C=None D=None delta_bias=None B_proj_bias=None C_proj_bias=None delta_softplus=True checkpoint_lvl=1 '
-     'b_rms_weight=None c_rms_weight=None dt_rms_weight=None b_c_dt_rms_eps=1e-06'),
-    ('mamba_inner_ref', 'xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A '
-     'B=None C=None D=None delta_bias=None B_proj_bias=None C_proj_bias=None delta_softplus=True'),
-    ('selective_state_update', 'state x dt A B C D=None z=None dt_bias=None dt_softplus=False '
-     'state_batch_indices=None'),
-    ('selective_state_update_ref', 'state x dt A B C D=None z=None dt_bias=None dt_softplus=False'),
-    ('causal_conv1d_fn', 'x weight bias=None seq_idx=None initial_states=None return_final_states=False '
-     'final_states_out=None activation=None'),
-    ('causal_conv1d_ref', 'x weight bias=None initial_states=None return_final_states=False final_states_out=None '
-     'activation=None seq_idx=None'),
-    ('causal_conv1d_update', 'x conv_state weight bias=None activation=None cache_seqlens=None '
-     'conv_state_indices=None'),
-    ('causal_conv1d_update_ref', 'x conv_state weight bias=None activation=None cache_seqlens=None'),
-])
-def test_signatures_are_the_packages(name, arguments):
-    ours = [p.name if p.default is p.empty else f'{p.name}={p.default}'
-            for p in inspect.signature(getattr(stand_ins, name)).parameters.values()]
-    assert ' '.join(ours) == arguments
+INNER = ('xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight {}B=None C=None D=None delta_bias=None '
+         'B_proj_bias=None C_proj_bias=None delta_softplus=True')
+NORM = 'x weight bias residual=None x1=None weight1=None bias1=None eps=1e-06 dropout_p=0.0 rowscale=None prenorm=False'
+MAMBA = ('d_model d_state=16 d_conv=4 expand=2 dt_rank=auto dt_min=0.001 dt_max=0.1 dt_init=random dt_scale=1.0 '
+         'dt_init_floor=0.0001 conv_bias=True bias=False use_fast_path=True layer_idx=None device=None dtype=None')
+# Of mamba_ssm 2.3.2, causal_conv1d 1.7 and, for the names that begin with bimamba or end with no_out_proj, Vim's fork.
+SIGNATURES = {
+    'selective_scan_fn': 'u delta A B C D=None z=None delta_bias=None delta_softplus=False return_last_state=False',
+    'selective_scan_ref': 'u delta A B C D=None z=None delta_bias=None delta_softplus=False return_last_state=False',
+    'mamba_inner_fn': INNER.format('out_proj_weight out_proj_bias A ') + ' checkpoint_lvl=1 b_rms_weight=None '
+    'c_rms_weight=None dt_rms_weight=None b_c_dt_rms_eps=1e-06',
+    'mamba_inner_ref': INNER.format('out_proj_weight out_proj_bias A '),
+    'mamba_inner_fn_no_out_proj': INNER.format('A '),
+    'bimamba_inner_fn': INNER.format('out_proj_weight out_proj_bias A A_b '),
+    'bimamba_inner_ref': INNER.format('out_proj_weight out_proj_bias A A_b '),
+    'selective_state_update': 'state x dt A B C D=None z=None dt_bias=None dt_softplus=False '
+    'state_batch_indices=None',
+    'selective_state_update_ref': 'state x dt A B C D=None z=None dt_bias=None dt_softplus=False',
+    'causal_conv1d_fn': 'x weight bias=None seq_idx=None initial_states=None return_final_states=False '
+    'final_states_out=None activation=None',
+    'causal_conv1d_ref': 'x weight bias=None initial_states=None return_final_states=False final_states_out=None '
+    'activation=None seq_idx=None',
+    'causal_conv1d_update': 'x conv_state weight bias=None activation=None cache_seqlens=None conv_state_indices=None',
+    'causal_conv1d_update_ref': 'x conv_state weight bias=None activation=None cache_seqlens=None',
+    'causal_conv1d_fwd_function': 'x weight bias seq_idx initial_states final_states_out silu_activation',
+    'causal_conv1d_bwd_function': 'x weight bias dout seq_idx initial_states dfinal_states dx return_dinitial_states '
+    'silu_activation',
+    'causal_conv1d_update_function': 'x conv_state weight bias silu_activation cache_seqlens conv_state_indices',
+    'layer_norm_fn': f'{NORM} residual_in_fp32=False is_rms_norm=False return_dropout_mask=False',
+    'rms_norm_fn': f'{NORM} residual_in_fp32=False return_dropout_mask=False',
+    'layer_norm_ref': f'{NORM} dropout_mask=None dropout_mask1=None upcast=False',
+    'rms_norm_ref': f'{NORM} dropout_mask=None dropout_mask1=None upcast=False',
+    'Mamba': f'{MAMBA} bimamba_type=none if_divide_out=False init_layer_scale=None nslices=5 bimamba=None',
+    'Block': 'dim mixer_cls mlp_cls norm_cls=LayerNorm fused_add_norm=False residual_in_fp32=False',
+    'RMSNorm': 'hidden_size eps=1e-05 dropout_p=0.0 device=None dtype=None',
+}
+
+
+def signature(function):
+    """As in SIGNATURES."""
+    return ' '.join(p.name if p.default is p.empty else f'{p.name}={getattr(p.default, "__name__", p.default)}'
+                    for p in inspect.signature(function).parameters.values())
+
+
+@pytest.mark.parametrize('name', SIGNATURES)
+def test_signatures_are_the_packages(name):
+    assert signature(getattr(stand_ins, name)) == SIGNATURES[name]
 
 
 def run_python(code):
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
 
 
 def test_stand_in():
-    """The page's example: a block written against the packages' names, which finds them here."""
-    page = (Path(__file__).parents[2] / 'docs/other_mamba_models.md').read_text()
+    """The page's examples find the packages' names here."""
+    page = (ROOT / 'docs/other_mamba_models.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', page, flags=re.S)
-    assert 'mamba_inner_fn' in ''.join(blocks)
+    assert 'stand_in_for()' in ''.join(blocks) and 'from mamba_ssm import Mamba' in ''.join(blocks)
     result = run_python('\n'.join(blocks) + '''
-import mamba_ssm.ops.selective_scan_interface as scans, mamba_ssm.ops.triton.selective_state_update as updates
-import causal_conv1d.causal_conv1d_interface, importlib.util
-from mmlocalmamba.ops import stand_ins
-assert scans.mamba_inner_ref is stand_ins.mamba_inner_ref
-assert updates.selective_state_update_ref is stand_ins.selective_state_update_ref
-assert causal_conv1d.causal_conv1d_interface.causal_conv1d_ref is stand_ins.causal_conv1d_ref
+import importlib.util
 assert importlib.util.find_spec('mamba_ssm.ops') is not None
-try:
-    import mamba_ssm.modules.mamba_simple
-except ModuleNotFoundError as error:
-    print(error)
+assert __import__('mamba_ssm').__version__ == '2.3.2'
+for line in ('from mamba_ssm import Mamba2', 'import mamba_ssm.models.mixer_seq_simple'):
+    try:
+        exec(line)
+    except ImportError as error:
+        print(error)
 ''')
     assert result.returncode == 0, result.stderr
-    assert "No module named 'mamba_ssm.modules'" in result.stdout
+    assert "cannot import name 'Mamba2' from 'mamba_ssm' (" in result.stdout
+    assert 'stand_ins/__init__.py' in result.stdout and "No module named 'mamba_ssm.models'" in result.stdout
+
+
+# What the repositories import, by the module.
+IMPORTS = {
+    'mamba_ssm': 'Mamba selective_scan_fn mamba_inner_fn',
+    'mamba_ssm.modules.mamba_simple': 'Mamba Block',
+    'mamba_ssm.modules.block': 'Block',
+    'mamba_ssm.ops.selective_scan_interface': 'selective_scan_fn selective_scan_ref mamba_inner_fn mamba_inner_ref '
+    'mamba_inner_fn_no_out_proj bimamba_inner_fn bimamba_inner_ref',
+    'mamba_ssm.ops.triton.selective_state_update': 'selective_state_update selective_state_update_ref',
+    'mamba_ssm.ops.triton.layer_norm': 'RMSNorm layer_norm_fn rms_norm_fn layer_norm_ref rms_norm_ref',
+    'mamba_ssm.ops.triton.layernorm': 'RMSNorm layer_norm_fn rms_norm_fn layer_norm_ref rms_norm_ref',
+    'mamba_ssm.utils.generation': 'GenerationMixin InferenceParams',
+    'mamba_ssm.utils.hf': 'load_config_hf load_state_dict_hf',
+    'causal_conv1d': 'causal_conv1d_fn causal_conv1d_update',
+    'causal_conv1d.causal_conv1d_interface': 'causal_conv1d_fn causal_conv1d_ref causal_conv1d_update '
+    'causal_conv1d_update_ref',
+    'causal_conv1d.cpp_functions': 'causal_conv1d_fwd_function causal_conv1d_bwd_function '
+    'causal_conv1d_update_function',
+    'selective_scan_cuda': 'fwd bwd',
+    'selective_scan_cuda_core': 'fwd bwd',
+    'selective_scan_cuda_oflex': 'fwd bwd',
+    'causal_conv1d_cuda': 'causal_conv1d_fwd causal_conv1d_bwd causal_conv1d_update',
+}
+
+
+def test_one_line_stands_in_for_all():
+    imports = '\n'.join(f'from {module} import {", ".join(names.split())}' for module, names in IMPORTS.items())
+    result = run_python(f'''
+from mmlocalmamba.ops import stand_ins
+names = list(stand_ins.status())
+stood = stand_ins.stand_in_for()
+assert stood == names and set(stand_ins.status().values()) == {{'stood in for'}}
+assert stand_ins.stand_in_for('mamba_ssm') == stood  # once more, nothing changes
+{imports}
+from mamba_ssm.modules import block, mamba_simple
+assert mamba_simple.Block is not block.Block is stand_ins.Block
+for function in (GenerationMixin().generate, load_config_hf, load_state_dict_hf):
+    try:
+        function('state-spaces/mamba-130m')
+    except NotImplementedError as error:
+        print(error)
+''')
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('mmlocalmamba stands in for mamba_ssm and') == 3
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A mamba_ssm that is installed, and a program that prints where it finds its packages, and its arguments."""
+    (tmp_path / 'site/mamba_ssm').mkdir(parents=True)
+    (tmp_path / 'site/mamba_ssm/__init__.py').write_text("__version__ = 'mine'\n")
+    (tmp_path / 'repository').mkdir()
+    (tmp_path / 'repository/beside.py').write_text('VALUE = 5\n')
+    (tmp_path / 'repository/program.py').write_text('''
+import sys, beside, causal_conv1d, mamba_ssm, selective_scan_cuda
+assert __name__ == '__main__'
+print(mamba_ssm.__version__, causal_conv1d.__version__, beside.VALUE, sys.argv[1:])
+''')
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(tmp_path / 'site')]))
+    return tmp_path
+
+
+def test_installed_packages_stay(installed):
+    result = run_python('''
+import warnings
+from mmlocalmamba.ops.stand_ins import stand_in_for, status
+warnings.simplefilter('error')
+assert status()['mamba_ssm'] == 'installed'
+assert 'mamba_ssm' not in stand_in_for()
+import mamba_ssm, selective_scan_cuda
+assert mamba_ssm.__version__ == 'mine'
+try:
+    stand_in_for('mamba_ssm')
+except UserWarning as error:
+    print(error)
+stand_in_for('mamba_ssm', replace=True)
+''')
+    assert "mamba_ssm is installed and is not replaced: stand_in_for('mamba_ssm', replace=True)" in result.stdout
+    assert 'RuntimeError: mamba_ssm is imported already: call stand_in_for before' in result.stderr
+    result = run_python('''
+from mmlocalmamba.ops.stand_ins import stand_in_for
+assert stand_in_for('mamba_ssm', replace=True) == ['mamba_ssm']
+import mamba_ssm
+assert mamba_ssm.__version__ == '2.3.2'
+''')
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('options,version', [(['program.py'], 'mine'), (['--replace', '-m', 'program'], '2.3.2')])
+def test_a_program_runs_unchanged(installed, options, version):
+    result = subprocess.run([sys.executable, '-m', 'mmlocalmamba.ops.stand_ins', *options, '--lr', '1'],
+                            capture_output=True, text=True, cwd=installed / 'repository')
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{version} 1.7.0 5 ['--lr', '1']\n"
+
+
+def test_vmambas_cross_scan_runs_on_a_cpu(tmp_path, monkeypatch):
+    """A file of that name, alone and in a package. Its functions ask CUDA for the device."""
+    (tmp_path / 'models').mkdir()
+    for folder in ('.', 'models'):
+        (tmp_path / folder / 'csm_triton.py').write_text('''
+import torch
+
+class CrossScanF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, in_channel_first=True, out_channel_first=True, one_by_one=False, scans=0):
+        return x * 2 + scans + one_by_one
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad, None, None, None, None
+
+def cross_scan_fn(x, in_channel_first=True, out_channel_first=True, one_by_one=False, scans=0, force_torch=False):
+    "documented"
+    with torch.cuda.device(x.device):
+        return CrossScanF.apply(x, in_channel_first, out_channel_first, one_by_one, scans)
+
+def cross_merge_fn(y):
+    return y
+''')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    result = run_python('''
+import torch
+from mmlocalmamba.ops.stand_ins import stand_in_for
+assert stand_in_for('csm_triton') == ['csm_triton']
+import csm_triton
+from models import csm_triton as inner
+assert csm_triton is not inner
+for module in (csm_triton, inner):
+    assert module.cross_scan_fn.__doc__ == 'documented' and module.cross_merge_fn(3) == 3
+    x = torch.ones(2, requires_grad=True)
+    y = module.cross_scan_fn(x, True, one_by_one=True, scans=3, force_torch=True)
+    y.sum().backward()
+    assert y.tolist() == [6, 6] and x.grad.tolist() == [2, 2]
+''')
+    assert result.returncode == 0, result.stderr
 
 
 def test_stand_in_is_refused():
-    with pytest.raises(ValueError, match="no stand-in for 'flash_attn': known are mamba_ssm, causal_conv1d"):
+    with pytest.raises(ValueError, match="no stand-in for 'flash_attn': known are mamba_ssm, causal_conv1d, sel"):
         stand_ins.stand_in_for('flash_attn')
-    result = run_python('from mmlocalmamba.ops.stand_ins import stand_in_for\n'
-                        "stand_in_for('causal_conv1d')\nimport sys\nassert 'mamba_ssm' not in sys.modules\n"
-                        "stand_in_for('mamba_ssm', 'causal_conv1d')")
-    assert 'RuntimeError: causal_conv1d is imported already' in result.stderr
 
 
-def test_the_adapter_does_not_take_itself_for_mamba_ssm():
-    """The adapter would otherwise call itself without end."""
-    result = run_python('from mmlocalmamba.ops import stand_ins\n'
-                        'from mmlocalmamba.ops.backends import mamba_ssm as cuda\n'
-                        "stand_ins.stand_in_for('mamba_ssm')\nprint(cuda._import()[1])")
-    assert 'mmlocalmamba.ops.stand_ins stands in for mamba_ssm' in result.stdout, result.stderr
+@pytest.mark.parametrize('real', [False, True])
+def test_the_adapter_does_not_take_itself_for_mamba_ssm(real, tmp_path, monkeypatch):
+    """The adapter would otherwise call itself without end, also below a real mamba_ssm without its extension."""
+    (tmp_path / 'mamba_ssm/ops').mkdir(parents=True)
+    (tmp_path / 'mamba_ssm/ops/selective_scan_interface.py').write_text(
+        'import selective_scan_cuda\n\n\ndef selective_scan_fn():\n    pass\n')
+    if real:
+        monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    result = run_python('''
+from mmlocalmamba.ops import stand_ins
+from mmlocalmamba.ops.backends import mamba_ssm as cuda
+print(stand_ins.stand_in_for()[0], cuda._import()[1])
+''')
+    first = 'causal_conv1d' if real else 'mamba_ssm'
+    reason = 'mmlocalmamba.ops.stand_ins stands in for mamba_ssm or its extension'
+    assert f'{first} {reason}' in result.stdout, result.stderr

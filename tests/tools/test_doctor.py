@@ -11,6 +11,7 @@ from processes import ROOT
 
 from mmlocalmamba import __main__ as main
 from mmlocalmamba import ops
+from mmlocalmamba.ops import stand_ins
 from mmlocalmamba.ops.backends.triton import tuning
 
 
@@ -25,6 +26,8 @@ def test_report():
         line = next(line for line in lines if line[:1] == [name] and line[1] in ('no:', 'yes:'))
         if name != 'triton':  # this process may interpret it
             assert line[1] == ('yes:' if reason is None else 'no:')
+    for name, state in stand_ins.status().items():
+        assert [name, *state.split()] in lines
 
 
 def test_a_wrong_backend_is_called_so(monkeypatch, capsys):

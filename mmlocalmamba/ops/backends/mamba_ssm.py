@@ -19,13 +19,19 @@ from mmlocalmamba.ops.scan_order import from_scan_order, to_scan_order
 def _import() -> tuple[Any, str | None]:
     """Return mamba_ssm's function and None, or None and the reason why it cannot be used."""
     try:
-        function = import_module('mamba_ssm.ops.selective_scan_interface').selective_scan_fn
+        interface = import_module('mamba_ssm.ops.selective_scan_interface')
+        function = interface.selective_scan_fn
     except ModuleNotFoundError as error:
         return None, f'mamba_ssm is not installed ({error})'
     except Exception as error:  # a binary for another torch or CUDA fails in many ways
         return None, f'mamba_ssm is installed, but cannot be imported ({type(error).__name__}: {error})'
-    if function.__module__.startswith('mmlocalmamba.ops.stand_ins'):  # it would call this backend again
-        return None, 'mmlocalmamba.ops.stand_ins stands in for mamba_ssm'
+    # Versions after 2.3.2 import without the extension, and raise an error when the function is called.
+    extension = getattr(interface, 'selective_scan_cuda', function)
+    if extension is None:
+        return None, 'mamba_ssm is installed without its extension selective_scan_cuda'
+    for found in (function, getattr(extension, 'fwd', function)):
+        if (found.__module__ or '').startswith('mmlocalmamba.ops.stand_ins'):  # it would call this backend again
+            return None, 'mmlocalmamba.ops.stand_ins stands in for mamba_ssm or its extension'
     return function, None
 
 

@@ -26,7 +26,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | 
         return F.silu(y) if activation else y
 
 
-def _with_history(x: Tensor, width: int, initial_states: Tensor | None) -> Tensor:
+def with_history(x: Tensor, width: int, initial_states: Tensor | None) -> Tensor:
     """Return x (B, D, L) with the W - 1 steps before it: (B, D, L + W - 1)."""
     if initial_states is None:
         return F.pad(x, (width - 1, 0))
@@ -34,7 +34,7 @@ def _with_history(x: Tensor, width: int, initial_states: Tensor | None) -> Tenso
     return torch.cat([initial_states.to(x.dtype), x], dim=-1)
 
 
-def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | None = None,
+def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | str | None = None,
                      initial_states: Tensor | None = None, return_final_states: bool = False,
                      final_states_out: Tensor | None = None,
                      activation: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,7 +45,8 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_
         weight: (D, W).
         bias: (D,) or None.
         seq_idx: (B, L) integers or None: the number of the sequence that each step belongs to. A step reads only steps
-            of its own sequence. Negative numbers mark padding, whose outputs are 0.
+            of its own sequence. Negative numbers mark padding, whose outputs are 0. A string is the activation, which
+            has this place in causal_conv1d 1.0.
         initial_states: (B, D, W - 1), the steps before the first, or None for zeros. With ``seq_idx`` they belong to
             the sequence of the first step.
         return_final_states: If True, also return the last W - 1 inputs, from which another call can continue.
@@ -60,9 +61,11 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_
         NotImplementedError: The activation is unknown, or a tensor is complex.
         TypeError: A tensor holds integers.
     """
+    if isinstance(seq_idx, str):
+        seq_idx, activation = None, seq_idx
     _check_conv(x, weight, bias, activation)
     width = weight.shape[1]
-    whole = _with_history(x, width, initial_states)
+    whole = with_history(x, width, initial_states)
     if seq_idx is None:
         y = _convolve(whole, weight, bias, activation).to(x.dtype)
     elif return_final_states:

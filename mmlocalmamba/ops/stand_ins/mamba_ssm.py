@@ -1,13 +1,23 @@
-"""The functions of ``mamba_ssm`` (2.3). Import them from :mod:`mmlocalmamba.ops.stand_ins`."""
+"""The functions of ``mamba_ssm`` (2.3) and of its forks. Import them from :mod:`mmlocalmamba.ops.stand_ins`."""
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.ops import linear, selective_scan
-from mmlocalmamba.ops.dispatch import check_dtypes, compute_dtype, expect_shape, without_autocast
+from mmlocalmamba.directions import ScanTables
+from mmlocalmamba.ops import directional_scan, linear, selective_scan
+from mmlocalmamba.ops.dispatch import (
+    check_dtypes,
+    compute_dtype,
+    expect_shape,
+    fused_op,
+    without_autocast,
+)
 from mmlocalmamba.ops.stand_ins.causal_conv1d import causal_conv1d_fn
+
+# No table: steps read the tokens in their order.
+_IN_ORDER: Any = ScanTables(None, None)
 
 
 def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -22,6 +32,101 @@ def selective_scan_ref(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
                        return_last_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Run :func:`mmlocalmamba.ops.selective_scan` step by step, with derivatives of any order."""
     return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, backend='reference')
+
+
+def inner_scan(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+               delta_proj_weight: Tensor, A: Tensor, B: Tensor | None = None, C: Tensor | None = None,
+               D: Tensor | None = None, delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None,
+               C_proj_bias: Tensor | None = None, delta_softplus: bool = True, b_rms_weight: Tensor | None = None,
+               c_rms_weight: Tensor | None = None, dt_rms_weight: Tensor | None = None, b_c_dt_rms_eps: float = 1e-6,
+               A_b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute a Mamba block between its first and its last projection.
+
+    Args: Those of :func:`mamba_inner_fn`, and
+        A_b: (D, N) of a second scan from the last step to the first, whose outputs are added, or None.
+
+    Returns:
+        The outputs (B, D, L) and the last states (B, D, N) of the scan from first to last step.
+
+    Raises:
+        ValueError: As :func:`mamba_inner_fn`.
+    """
+    width, rank = delta_proj_weight.shape
+    if xz.dim() != 3 or xz.shape[1] != 2 * width:
+        raise ValueError(f'xz must be (B, {2 * width}, L) for a delta_proj_weight of {tuple(delta_proj_weight.shape)}, '
+                         f'got {tuple(xz.shape)}')
+    expect_shape('conv1d_weight', conv1d_weight, (width, 1, conv1d_weight.shape[-1]), '(D, 1, W)')
+    rows = A.shape[-1] * (2 if A.is_complex() else 1)
+    expect_shape('x_proj_weight', x_proj_weight, (rank + rows * ((B is None) + (C is None)), width),
+                 '(R + rows of B and C, D)')
+    for name, given, bias, norm in (('B', B, B_proj_bias, b_rms_weight), ('C', C, C_proj_bias, c_rms_weight)):
+        if given is not None and (bias is not None or norm is not None):
+            raise ValueError(f'{name} is constant, so {name}_proj_bias and {name.lower()}_rms_weight must be None')
+        if A.is_complex() and norm is not None:
+            raise ValueError(f'{name.lower()}_rms_weight must be None if A is complex')
+
+    x: Any
+    x, z = xz.transpose(1, 2).chunk(2, dim=-1)  # (B, L, D)
+    x = _convolve(x, conv1d_weight, conv1d_bias)
+    projected = linear(x, x_proj_weight)  # (B, L, rows)
+
+    def variable(given: Tensor | None, start: int | None, stop: int | None, bias: Tensor | None,
+                 norm: Tensor | None) -> Tensor:
+        if given is not None:
+            return given
+        values = projected[..., start:stop]
+        if bias is not None:
+            values = values + bias.to(values.dtype)
+        if norm is not None:
+            values = _rms_norm(values, norm, b_c_dt_rms_eps)
+        if A.is_complex():
+            values = torch.view_as_complex(values.to(compute_dtype(values)).unflatten(-1, (-1, 2)).contiguous())
+        return values.transpose(1, 2)
+
+    B = variable(B, rank, rank + rows, B_proj_bias, b_rms_weight)
+    C = variable(C, -rows, None, C_proj_bias, c_rms_weight)
+    delta, dt_weight = projected[..., :rank], delta_proj_weight
+    if dt_rms_weight is not None:
+        delta, dt_weight = _rms_norm(linear(delta, delta_proj_weight), dt_rms_weight, b_c_dt_rms_eps), None
+    y, last = _scan_tokens(x, delta, A, B, C, D, delta_bias, delta_softplus, dt_weight)
+    gate = F.silu(z)
+    y = y * gate
+    if A_b is not None:
+        x, delta = x.flip(1), delta.flip(1)
+        B, C = (matrix if matrix.dim() == 2 else matrix.flip(-1) for matrix in (B, C))
+        back, _ = _scan_tokens(x, delta, A_b, B, C, D, delta_bias, delta_softplus, dt_weight)
+        y = y + back.flip(1) * gate
+    return y.transpose(1, 2), last
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve tokens (B, L, D) causally, with weight (D, 1, W), and apply SiLU."""
+    fused, (weight, bias) = fused_op('directional_conv', None, [x], [weight[:, 0], bias])
+    if fused is None:
+        y: Any = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation='silu')
+        return y.transpose(1, 2)
+    return fused(x, weight[None], None if bias is None else bias[None], _IN_ORDER)[:, 0]
+
+
+def _scan_tokens(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                 delta_bias: Tensor | None, delta_softplus: bool, dt_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scan tokens x (B, L, D), whose step sizes have a low-rank factor delta (B, L, R) if ``dt_weight`` is given.
+
+    Returns:
+        (B, L, D) and the last states (B, D, N).
+    """
+    y: Any
+    if B.dim() == 3 and C.dim() == 3 and not A.is_complex():
+        y, last = directional_scan(x[:, None], delta[:, None], A[None], B.mT[:, None], C.mT[:, None],
+                                   None if D is None else D[None], None,
+                                   None if delta_bias is None else delta_bias[None], delta_softplus, True,
+                                   None if dt_weight is None else dt_weight[None], True)
+        return y[:, 0], last[:, 0]
+    if dt_weight is not None:
+        delta = linear(delta, dt_weight)
+    y, last = selective_scan(x.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, None, delta_bias, delta_softplus,
+                             return_last_state=True)
+    return y.transpose(1, 2), last
 
 
 def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
@@ -61,44 +166,9 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
     """
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f'checkpoint_lvl must be 0 or 1, got {checkpoint_lvl}')
-    width, rank = delta_proj_weight.shape
-    if xz.dim() != 3 or xz.shape[1] != 2 * width:
-        raise ValueError(f'xz must be (B, {2 * width}, L) for a delta_proj_weight of {tuple(delta_proj_weight.shape)}, '
-                         f'got {tuple(xz.shape)}')
-    expect_shape('conv1d_weight', conv1d_weight, (width, 1, conv1d_weight.shape[-1]), '(D, 1, W)')
-    rows = A.shape[-1] * (2 if A.is_complex() else 1)
-    expect_shape('x_proj_weight', x_proj_weight, (rank + rows * ((B is None) + (C is None)), width),
-                 '(R + rows of B and C, D)')
-    for name, given, bias, norm in (('B', B, B_proj_bias, b_rms_weight), ('C', C, C_proj_bias, c_rms_weight)):
-        if given is not None and (bias is not None or norm is not None):
-            raise ValueError(f'{name} is constant, so {name}_proj_bias and {name.lower()}_rms_weight must be None')
-        if A.is_complex() and norm is not None:
-            raise ValueError(f'{name.lower()}_rms_weight must be None if A is complex')
-
-    x: Any
-    x, z = xz.chunk(2, dim=1)
-    x = causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation='silu')
-    projected = linear(x.transpose(1, 2), x_proj_weight)  # (B, L, rows)
-
-    def variable(given: Tensor | None, start: int | None, stop: int | None, bias: Tensor | None,
-                 norm: Tensor | None) -> Tensor:
-        if given is not None:
-            return given
-        values = projected[..., start:stop]
-        if bias is not None:
-            values = values + bias.to(values.dtype)
-        if norm is not None:
-            values = _rms_norm(values, norm, b_c_dt_rms_eps)
-        if A.is_complex():
-            values = torch.view_as_complex(values.to(compute_dtype(values)).unflatten(-1, (-1, 2)).contiguous())
-        return values.transpose(1, 2)
-
-    B = variable(B, rank, rank + rows, B_proj_bias, b_rms_weight)
-    C = variable(C, -rows, None, C_proj_bias, c_rms_weight)
-    delta = linear(projected[..., :rank], delta_proj_weight)
-    if dt_rms_weight is not None:
-        delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
-    y: Any = selective_scan(x, delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
+    y, _ = inner_scan(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
+                      B_proj_bias, C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight,
+                      b_c_dt_rms_eps)
     return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
@@ -113,6 +183,45 @@ def mamba_inner_ref(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | Non
     """
     return mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
                           out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
+
+
+def mamba_inner_fn_no_out_proj(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+                               delta_proj_weight: Tensor, A: Tensor, B: Tensor | None = None, C: Tensor | None = None,
+                               D: Tensor | None = None, delta_bias: Tensor | None = None,
+                               B_proj_bias: Tensor | None = None, C_proj_bias: Tensor | None = None,
+                               delta_softplus: bool = True) -> Tensor:
+    """Compute :func:`mamba_inner_fn` without the last projection, as Vim's fork of mamba_ssm.
+
+    Returns:
+        (B, D, L).
+    """
+    return inner_scan(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
+                      B_proj_bias, C_proj_bias, delta_softplus)[0]
+
+
+def bimamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+                     delta_proj_weight: Tensor, out_proj_weight: Tensor, out_proj_bias: Tensor | None, A: Tensor,
+                     A_b: Tensor, B: Tensor | None = None, C: Tensor | None = None, D: Tensor | None = None,
+                     delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None,
+                     C_proj_bias: Tensor | None = None, delta_softplus: bool = True) -> Tensor:
+    """Compute :func:`mamba_inner_fn` with a second scan from the last step to the first, as Vim's fork of mamba_ssm.
+
+    Both scans have the same convolution, projections and gate; the second has A_b (D, N). Their outputs are added
+    before the last projection.
+    """
+    y, _ = inner_scan(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
+                      B_proj_bias, C_proj_bias, delta_softplus, A_b=A_b)
+    return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+def bimamba_inner_ref(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, x_proj_weight: Tensor,
+                      delta_proj_weight: Tensor, out_proj_weight: Tensor, out_proj_bias: Tensor | None, A: Tensor,
+                      A_b: Tensor, B: Tensor | None = None, C: Tensor | None = None, D: Tensor | None = None,
+                      delta_bias: Tensor | None = None, B_proj_bias: Tensor | None = None,
+                      C_proj_bias: Tensor | None = None, delta_softplus: bool = True) -> Tensor:
+    """Call :func:`bimamba_inner_fn`. The reference of Vim's fork always applies softplus; this function does not."""
+    return bimamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
+                            out_proj_bias, A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
