@@ -90,21 +90,21 @@ def test_allowed_in_a_scope_that_ends(tmp_path):
 def test_threads_load_at_the_same_time(tmp_path):
     """torch has one list of what files may name, for all threads."""
     path = mmengine_checkpoint(tmp_path / 'x.pth')
-    before, wrong = set(torch.serialization.get_safe_globals()), []
+    before = set(torch.serialization.get_safe_globals())
+    begun, ended = threading.Event(), threading.Event()
 
     def load():
-        for _ in range(40):
-            try:
-                load_checkpoint(path)
-            except RuntimeError as error:
-                wrong.append(error)
+        with allow_checkpoints():
+            begun.set()
+            ended.wait()
 
-    threads = [threading.Thread(target=load) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    thread = threading.Thread(target=load)
+    thread.start()
+    begun.wait()
+    with allow_checkpoints():
+        ended.set()
+        thread.join()  # it leaves first
+        assert torch.load(path, weights_only=True)['score'] == 3
     assert set(torch.serialization.get_safe_globals()) == before
 
 

@@ -496,31 +496,36 @@ def test_signals_before_the_training_lose_nothing(program):
     assert process.wait(60) == 75
 
 
-@pytest.mark.parametrize('options', [{}, {'train_cfg.preemptible': False}, {'train_cfg.type': 'EpochBasedTrainLoop'},
-                                     dict(runner_type='FlexibleRunner')], ids=str)
-@pytest.mark.slow
-def test_only_a_checkpoint_asks_for_another_start(tmp_path, tiny_digits, options):
-    """A training that does not handle signals ends by them: with 75 a scheduler would start it again for ever."""
-    hooks = f'[dict(type="Signal", priority="LOWEST", folder={str(tmp_path)!r})]'
-    (tmp_path / 'mine.py').write_text(SIGNALLED_CONFIG.format(
-        base=ROOT / 'configs/localvmamba-nano_digits.py', hooks=hooks, data=str(tiny_digits)))
-    options = {**options, 'default_hooks.numerical_guard.type': 'mmengine.hooks.Hook',
-               'default_hooks.broken_files.type': 'mmengine.hooks.Hook'}
-    output = finish(start(*PYTHON, ROOT / 'tools/train.py', tmp_path / 'mine.py', '--work-dir', tmp_path / 'work',
-                          '--cfg-options', *[f'{key}={value}' for key, value in options.items()]),
-                    returncode=75 if len(options) == 2 else -signal.SIGTERM)
-    assert (tmp_path / 'signalled').exists(), output
-    assert (tmp_path / 'work/preempted.pth').exists() == (len(options) == 2)
-
-
+UNHANDLED = {'preemptible': {'train_cfg.preemptible': False}, 'loop': {'train_cfg.type': 'EpochBasedTrainLoop'},
+             'runner': dict(runner_type='FlexibleRunner')}
 SIGNALLED_CONFIG = """
 _base_ = {base!r}
+__import__('sys').path.append({helpers!r})
 custom_imports = dict(imports=['signal_hook'])
-custom_hooks = {hooks}
+custom_hooks = [dict(type='Signal', priority='LOWEST', folder={folder!r})]
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root={data!r}))
-val_dataloader = test_dataloader = None
-val_cfg = test_cfg = val_evaluator = test_evaluator = None
+val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
 """
+
+
+@pytest.mark.slow
+def test_only_a_checkpoint_asks_for_another_start(tmp_path, tiny_digits):
+    """A training that does not handle signals ends by them: with 75 a scheduler would start it again for ever."""
+    jobs = {}
+    for name, options in (('handled', {}), *UNHANDLED.items()):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / 'mine.py').write_text(SIGNALLED_CONFIG.format(
+            base=str(ROOT / 'configs/localvmamba-nano_digits.py'), helpers=str(ROOT / 'tests/helpers'),
+            folder=str(folder), data=str(tiny_digits)))
+        options = {**options, 'default_hooks.numerical_guard.type': 'mmengine.hooks.Hook',
+                   'default_hooks.broken_files.type': 'mmengine.hooks.Hook'}
+        jobs[folder] = start(*PYTHON, ROOT / 'tools/train.py', folder / 'mine.py', '--work-dir', folder,
+                             '--cfg-options', *[f'{key}={value}' for key, value in options.items()])
+    for folder, job in jobs.items():
+        output = finish(job, returncode=75 if folder.name == 'handled' else -signal.SIGTERM, seconds=600)
+        assert (folder / 'signalled').exists(), output
+        assert (folder / 'preempted.pth').exists() == (folder.name == 'handled')
 
 
 @pytest.mark.parametrize('code, output, lives_left, wrong', [

@@ -65,7 +65,7 @@ def isolated(cfg: Config, folder: str) -> Config:
                 cfg[key].pop(option, None)
     for hook in cfg.get('custom_hooks') or ():
         if isinstance(hook, dict) and hook.get('held_out'):  # of a direction search
-            hook.held_out.update(num_workers=0, persistent_workers=False)
+            hook['held_out'].update(num_workers=0, persistent_workers=False)
     return cfg
 
 
