@@ -8,10 +8,11 @@ matrices have 16 bits.
 import errno
 import json
 import os
+import threading
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from urllib.error import URLError
 
 SCHEME = 'mmlocalmamba://'
 SUFFIX = '.safetensors'
+_ADDRESSES = ('http://', 'https://', 'file://')
 _PACKAGED = Path(__file__).parent / 'weights' / 'packaged'
 _HEADER = 'mmlocalmamba'  # key in the header of a safetensors file
 
@@ -205,18 +207,35 @@ def _harmless_globals() -> list:
             *((function, name) for name, function in _REPLACED.items())]
 
 
-def allow_checkpoints() -> AbstractContextManager:
+_allowing = ExitStack()  # takes away again what torch allows
+_users, _users_lock = 0, threading.Lock()
+
+
+@contextmanager
+def allow_checkpoints() -> Iterator[None]:
     """A context in which ``torch.load(weights_only=True)`` reads the files of MMEngine, Vim and VMamba.
 
     MMEngine's message hub holds HistoryBuffers of numpy scalars, Vim's files hold an argparse.Namespace, VMamba's a
-    yacs configuration. Only these are allowed, and a getattr that serves HistoryBuffer alone. On exit the process
-    allows what it allowed before. Where :mod:`mmlocalmamba.openmmlab` is imported, HistoryBuffers are MMEngine's;
-    elsewhere a stand-in holds their fields.
+    yacs configuration. Only these are allowed, and a getattr that serves HistoryBuffer alone. torch has one list for
+    all threads: when the last one leaves the context, the process allows what it allowed before. Where
+    :mod:`mmlocalmamba.openmmlab` is imported, HistoryBuffers are MMEngine's; elsewhere a stand-in holds their fields.
     """
     import torch
 
-    known = torch.serialization.get_safe_globals()
-    return torch.serialization.safe_globals([item for item in _harmless_globals() if item not in known])
+    global _users
+    with _users_lock:
+        if not _users:
+            known = torch.serialization.get_safe_globals()
+            _allowing.enter_context(torch.serialization.safe_globals(
+                [item for item in _harmless_globals() if item not in known]))
+        _users += 1
+    try:
+        yield
+    finally:
+        with _users_lock:
+            _users -= 1
+            if not _users:
+                _allowing.close()
 
 
 def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
@@ -231,6 +250,9 @@ def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
     path = str(path)
     if path.startswith(SCHEME) or '://' not in path and path.endswith(SUFFIX):
         return load_safetensors(os.path.expanduser(path), map_location)
+    if '://' in path and not path.startswith(_ADDRESSES):
+        raise RuntimeError(f'{path} was not loaded: addresses begin with {", ".join(_ADDRESSES)} or {SCHEME}. For '
+                           "weights of MMEngine's model zoo, download the file and name it")
     try:
         with allow_checkpoints():
             if '://' in path:

@@ -8,7 +8,8 @@ So no traced tensor outlives its trace, and no graph holds the address of a tens
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -100,8 +101,7 @@ def cached(make: Callable[[torch.device, bool], T], device: str | torch.device, 
         if capturing:
             raise RuntimeError(f'a CUDA graph is captured before its first run: no tables for {key[1:]} yet. Run the '
                                'model once at this size, then capture.')
-        with torch.inference_mode(False):  # autograd refuses tensors that were made in inference mode
-            value = make(device, False)
+        value = _made_apart(make, device)
         entry = _Entry(value, list(_tensors(value)),
                        torch.cuda.current_stream(device) if device.type == 'cuda' else None)
         _keep(key, entry)
@@ -112,6 +112,22 @@ def cached(make: Callable[[torch.device, bool], T], device: str | torch.device, 
         for x in entry.tensors:  # their memory must not be reused before that stream has finished
             x.record_stream(stream)
     return entry.value
+
+
+def _made_apart(make: Callable[[torch.device, bool], T], device: torch.device) -> T:
+    """Return ``make(device, False)``, called in a thread of its own.
+
+    torch's modes belong to threads: transforms of ``torch.func``, whose tensors must not outlive them, inference mode,
+    whose tensors autograd refuses, and the default device.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == 'cuda' else None
+
+    def run() -> T:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            return make(device, False)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 def _keep(key: Hashable, entry: _Entry) -> None:

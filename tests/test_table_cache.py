@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmlocalmamba import table_cache
+from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.directions import scan_tables
 from mmlocalmamba.layers import rotary_tables
 
@@ -57,6 +58,45 @@ def test_the_default_dtype_plays_no_part(make, dtype):
         torch.set_default_dtype(torch.float32)
     for a, b in zip(made, expected):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+TRANSFORMS = {
+    'grad': lambda f: torch.func.grad(lambda x: f(x).sum()),
+    'vmap of grad': lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x[None]).sum())),
+    'vmap': lambda f: lambda x: torch.func.vmap(f)(x[None])[0],
+    'jacrev': lambda f: torch.func.jacrev(lambda x: f(x).flatten(1).mean(1)),
+    'jvp': lambda f: lambda x: torch.func.jvp(f, (x, ), (torch.ones_like(x), ))[1],
+    'jacfwd': lambda f: torch.func.jacfwd(lambda scale: f(torch.ones(1, 3, 6, 5) * scale).sum()),
+    'inference': lambda f: torch.inference_mode()(f),
+    'default device': None,
+}
+
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+@pytest.mark.parametrize('kind', [LocalVMamba, LocalVim])
+def test_the_first_call_may_be_in_any_mode(kind, name, monkeypatch):
+    """Tables are made when a model first meets a size. Nothing of a mode stays in the cache."""
+    forward_mode = name in ('jvp', 'jacfwd')
+    monkeypatch.setenv('MMLOCALMAMBA_BACKEND', 'reference' if forward_mode else 'chunked')
+    arch = (dict(embed_dims=[4], depths=[1], d_state=2) if kind is LocalVMamba else
+            dict(embed_dims=8, num_layers=1, d_state=2))
+    torch.manual_seed(0)
+    model = kind(arch, patch_size=2, directions=['h', 'w2_flip'], **({} if kind is LocalVMamba else dict(img_size=8)))
+    model.eval()
+    x = torch.tensor(0.5) if name == 'jacfwd' else torch.randn(2, 3, 6, 5)
+
+    def run():
+        if name == 'default device':
+            with torch.device('meta'):
+                return model(x)[-1].detach()
+        return TRANSFORMS[name](lambda x: model(x)[-1])(x).detach()
+
+    first = run()
+    again = run()  # with the tables of the first call
+    table_cache.clear()
+    model(torch.ones(1, 3, 6, 5) if name == 'jacfwd' else x)
+    assert torch.equal(first, again) and torch.equal(first, run())
+    model(torch.randn(1, 3, 8, 5))
 
 
 def test_bytes_are_bounded_and_recently_used_entries_stay(monkeypatch):

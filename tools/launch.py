@@ -72,7 +72,8 @@ def main():
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
-        if any(failure.exitcode == EXIT_PREEMPTED for failure in error.failures.values()):
+        # torchrun then ends the others, which may exit with this code, too, if they had not begun to train.
+        if error.get_first_failure()[1].exitcode == EXIT_PREEMPTED:
             sys.exit(EXIT_PREEMPTED)
         raise
 

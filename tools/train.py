@@ -6,18 +6,19 @@ import os
 import signal
 
 # A signal may arrive before the training can handle it. Nothing is lost then, so exit with 75, which asks to start
-# again. That is mmlocalmamba.openmmlab.engine.EXIT_PREEMPTED, whose import takes seconds.
+# again. That is mmlocalmamba.openmmlab.engine.EXIT_PREEMPTED, whose import takes seconds. StartUpHook ends it.
 if __name__ == '__main__':
-    for number in (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
-        signal.signal(number, lambda *_: os._exit(75))
+    PREVIOUS_HANDLERS = {number: signal.signal(number, lambda *_: os._exit(75))
+                         for number in {signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)}}
 
 from mmengine.device import get_device
 from runner import add_common_arguments, build_runner, load_config, parse_args
 
 from mmlocalmamba.openmmlab.engine.data import naming_annotation_files
+from mmlocalmamba.openmmlab.engine.preemption import StartUpHook
 
 
-def main():
+def main(previous_handlers=None):
     parser = add_common_arguments(__doc__)
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
     parser.add_argument(
@@ -31,7 +32,8 @@ def main():
 
     if args.amp and get_device() == 'cpu':  # MMEngine's AmpOptimWrapper refuses CPUs
         cfg.optim_wrapper.type = 'mmlocalmamba.BFloat16OptimWrapper'
-        cfg.optim_wrapper.pop('loss_scale', None)
+        for name in ('dtype', 'loss_scale', 'use_fsdp'):  # AmpOptimWrapper's
+            cfg.optim_wrapper.pop(name, None)
     elif args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -44,8 +46,10 @@ def main():
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
     with naming_annotation_files():
-        build_runner(cfg).train()
+        runner = build_runner(cfg)
+        runner.register_hook(StartUpHook(previous_handlers or {}))
+        runner.train()
 
 
 if __name__ == '__main__':
-    main()
+    main(PREVIOUS_HANDLERS)

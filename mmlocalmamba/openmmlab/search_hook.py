@@ -143,6 +143,8 @@ class ScanSearchHook(Hook):
                              'exclude them in the optim_wrapper')
 
     def _set_up_bilevel(self, runner: Any) -> None:
+        if self.optimizer is not None:  # runner.val() after runner.train() calls before_run again
+            return
         mine = {id(alpha) for alpha in self.alphas}
         for group in runner.optim_wrapper.param_groups:
             # Keep a group even if it is empty, because schedulers count groups.

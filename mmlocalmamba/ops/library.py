@@ -92,7 +92,7 @@ def _saved(ctx) -> dict[str, Any]:
 
 
 def declare(name: str, schema: str, fake: Callable, backward: Callable | None = None,
-            setup_context: Callable | None = None) -> None:
+            setup_context: Callable | None = None, constants: tuple[str, ...] = ()) -> None:
     """Declare an operator.
 
     Args:
@@ -103,6 +103,7 @@ def declare(name: str, schema: str, fake: Callable, backward: Callable | None = 
             arguments need a gradient; an argument that is left out gets None. Without it, the operator raises
             NotImplementedError if it is differentiated.
         setup_context: Maps (ctx, {argument: value}, outputs) to None. It keeps what ``backward`` reads.
+        constants: Arguments without a gradient. The operator raises NotImplementedError if one requires a gradient.
     """
     _LIBRARY.define(name + schema)
     operator = getattr(torch.ops.mmlocalmamba, name).default
@@ -115,6 +116,10 @@ def declare(name: str, schema: str, fake: Callable, backward: Callable | None = 
             return operator(*args)
 
     def setup(ctx, inputs, output):
+        for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True):
+            if needed and argument in constants:
+                raise NotImplementedError(f'the fused {name} computes no gradient of {argument}, which requires one: '
+                                          f'detach it, or {_REMEDY}')
         if setup_context is not None:
             setup_context(ctx, dict(zip(arguments, inputs, strict=True)), output)
 
@@ -417,4 +422,4 @@ def _norm_backward(ctx, needs, grad, grad_sum):
 
 declare('add_rms_norm',
         '(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor? cos, Tensor? sin) -> (Tensor out, Tensor sum)',
-        _fake_norm, _norm_backward, _setup_norm)
+        _fake_norm, _norm_backward, _setup_norm, constants=('cos', 'sin'))

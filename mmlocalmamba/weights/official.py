@@ -271,7 +271,7 @@ def _convert_local_vim(weights: Mapping[str, Tensor]) -> tuple[StateDict, list[s
 
 def _convert_local_vmamba(weights: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
     ours, unmatched = {}, []
-    last = max(int(name.split('.')[1]) for name in weights if name.startswith('layers.'))
+    last = max(int(match[1]) for name in weights if (match := re.match(r'layers\.(\d+)\.', name)))
     for name, tensor in weights.items():
         block = re.fullmatch(r'layers\.(\d+)\.blocks\.(\d+)\.op\.(.+)', name)
         if (renamed := _rename(name, _RENAMES['LocalVMamba'])) is not None:
@@ -345,7 +345,8 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
     rules = [(ours, official) for official, ours in _RENAMES[arch]]
     per_direction = {ours: official for official, ours in _PER_DIRECTION.items()}
     stacked = {ours: official for official, ours in _STACKED.items()}
-    last = max((int(name.split('.')[2]) for name in state_dict if name.startswith('backbone.stages.')), default=0)
+    stages = (re.match(r'backbone\.stages\.(\d+)\.', name) for name in state_dict)
+    last = max((int(stage[1]) for stage in stages if stage), default=0)
     taps = [name for name in state_dict if re.fullmatch(r'backbone\.norm\d+\.weight', name)]
     official, unmatched = {}, []
     for name, tensor in state_dict.items():

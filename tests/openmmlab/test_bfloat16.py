@@ -61,8 +61,17 @@ def test_resumes_what_a_gpu_has_trained():
     assert wrapper.state_dict()['state'].keys() == state['state'].keys()
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', torch.bfloat16, None])
+def test_it_takes_the_dtype_of_the_wrapper_that_it_stands_in_for(dtype):
+    options = dict(type=CONFIG['type'], optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), 1.))
+    OPTIM_WRAPPERS.build(dict(options, dtype=dtype))
+    with pytest.raises(ValueError, match="got dtype='float16': remove dtype"):
+        OPTIM_WRAPPERS.build(dict(options, dtype='float16'))
+
+
 class Runner:
     train = staticmethod(lambda: None)
+    register_hook = staticmethod(lambda hook: None)
 
 
 @pytest.mark.parametrize('device, expected', [('cpu', 'mmlocalmamba.BFloat16OptimWrapper'),
@@ -70,13 +79,15 @@ class Runner:
 def test_amp_option(device, expected, tmp_path, monkeypatch):
     import train
     path, seen = tmp_path / 'mine.py', []
-    path.write_text("optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic', optimizer=dict(type='SGD'))")
+    path.write_text("optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic', dtype='bfloat16', "
+                    "optimizer=dict(type='SGD'))")
     monkeypatch.setattr(train, 'get_device', lambda: device)
     monkeypatch.setattr(train, 'build_runner', lambda cfg: seen.append(cfg) or Runner)
     monkeypatch.setattr('sys.argv', ['train.py', str(path), '--amp', '--work-dir', str(tmp_path)])
     train.main()
     assert seen[0].optim_wrapper.type == expected
-    assert ('loss_scale' in seen[0].optim_wrapper) == (device == 'cuda')
+    assert {'loss_scale', 'dtype'} & seen[0].optim_wrapper.keys() == (
+        {'loss_scale', 'dtype'} if device == 'cuda' else set())
 
 
 @pytest.mark.parametrize('fast', [True, False])

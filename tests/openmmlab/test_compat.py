@@ -1,6 +1,7 @@
 """Nothing is changed by an import; checkpoints are read by every process, and none that executes code by ours."""
 import subprocess
 import sys
+import threading
 
 import job_task
 import numpy as np
@@ -84,6 +85,27 @@ def test_allowed_in_a_scope_that_ends(tmp_path):
     assert set(torch.serialization.get_safe_globals()) == before
     with allow_checkpoints():  # by inferencers, too; OneDL's loader then takes away what others have allowed
         assert CheckpointLoader.load_checkpoint(str(path), 'cpu')['score'] == 3
+
+
+def test_threads_load_at_the_same_time(tmp_path):
+    """torch has one list of what files may name, for all threads."""
+    path = mmengine_checkpoint(tmp_path / 'x.pth')
+    before = set(torch.serialization.get_safe_globals())
+    begun, ended = threading.Event(), threading.Event()
+
+    def load():
+        with allow_checkpoints():
+            begun.set()
+            ended.wait()
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    begun.wait()
+    with allow_checkpoints():
+        ended.set()
+        thread.join()  # it leaves first
+        assert torch.load(path, weights_only=True)['score'] == 3
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 class Steal:

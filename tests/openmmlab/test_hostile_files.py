@@ -113,6 +113,13 @@ def test_a_truncated_checkpoint_is_named(loader, truncated):
         LOADERS[loader](truncated)
 
 
+def test_addresses_of_other_loaders_are_named():
+    for load in (load_checkpoint, pretrained):
+        with pytest.raises(RuntimeError, match='open-mmlab://resnet50 was not loaded: addresses begin with http://.* '
+                                               "For weights of MMEngine's model zoo, download the file"):
+            load('open-mmlab://resnet50')
+
+
 def test_urls_are_loaded_without_execution(hostile, monkeypatch):
     """With a cache in place of a network."""
     monkeypatch.setenv('TORCH_HOME', str(hostile.parent))

@@ -17,6 +17,7 @@ import torch
 from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from processes import PYTHON, ROOT, finish, start
 from search_task import Images
 from torch.utils.data import BatchSampler, DataLoader
@@ -391,6 +392,63 @@ def test_resumption_takes_the_newest_whole_checkpoint(tmp_path, record):
     runner.train()
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_1.pth')
     assert runner.iter == 6
+
+
+def test_the_latest_position_counts_and_not_the_latest_file(tmp_path):
+    """A copy gives files new times. preempted.pth of an early life must not win."""
+    with pytest.raises(SystemExit):
+        train(tmp_path, epochs=2, signal_at=4)
+    train(tmp_path, epochs=2, resume=True)
+    (tmp_path / 'last_checkpoint').write_text('/nowhere/gone.pth')
+    os.utime(tmp_path / 'preempted.pth', (2 ** 33, 2 ** 33))
+    assert train(tmp_path, epochs=2, resume=True).iter == 12
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_2.pth')
+    assert engine.checkpoints.progress(tmp_path / 'preempted.pth') == (0, 4, True)
+    (tmp_path / 'epoch_3.pth').write_bytes(b'PK')
+    assert engine.checkpoints.progress(tmp_path / 'epoch_3.pth') == (-1, -1, False)
+
+
+def test_without_any_checkpoint_the_training_begins(tmp_path):
+    """An empty last_checkpoint is what a killed MMEngine leaves. One that names a file is an error if that is gone."""
+    (tmp_path / 'last_checkpoint').touch()
+    assert train(tmp_path, epochs=1, resume=True).iter == 6
+    (tmp_path / 'epoch_1.pth').unlink()
+    with pytest.raises(FileNotFoundError, match='epoch_1.pth'):
+        train(tmp_path, epochs=1, resume=True)
+
+
+class Files(Images):
+    """Images in files, whose content plays no part."""
+
+    def __init__(self, folder, names='abcdefghijkl', size=1):
+        super().__init__()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.paths = [folder / f'{name}.png' for name in names]
+        for path in self.paths:
+            path.write_bytes(b'x' * size)
+
+    def get_data_info(self, index):
+        return dict(img_path=str(self.paths[index]), label=1)
+
+
+@pytest.mark.parametrize('other,told', [
+    (dict(folder='moved'), False), (dict(names='abcdefghijkz'), True), (dict(size=2), True)])
+def test_other_images_of_the_same_number_are_told(tmp_path, other, told, monkeypatch):
+    messages = []
+    monkeypatch.setattr(MMLogger, 'callHandlers', lambda self, record: messages.append(record.getMessage()))
+    with pytest.raises(SystemExit):
+        train(tmp_path, epochs=1, data=Files(tmp_path / 'images'), signal_at=4)
+    folder = tmp_path / other.pop('folder', 'images')
+    assert train(tmp_path, epochs=1, data=Files(folder, **other), resume=True).iter == 6
+    assert any('the names or sizes of the files of the train data differ' in message for message in messages) == told
+
+
+def test_what_has_no_files_has_no_fingerprint():
+    class Broken(Images):
+        def get_data_info(self, index):
+            raise KeyError
+
+    assert engine.data.fingerprint(Images()) is None and engine.data.fingerprint(Broken()) is None
 
 
 def test_best_checkpoints_are_replaced_after_they_are_written(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Validations that are due, the matrix of interruptions, runners and systems that are different."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,18 +12,20 @@ from types import SimpleNamespace
 import job_task
 import pytest
 import resume_matrix
+import soak
 import stop_under_checks
 import torch
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
-from mmengine.runner import FlexibleRunner
+from mmengine.runner import FlexibleRunner, Runner
 from processes import PYTHON, ROOT, finish, start
 from resume_matrix import Cell
 from search_task import Classifier, loader
 
 from mmlocalmamba.openmmlab.engine import EpochBasedTrainLoop, loops
-from mmlocalmamba.openmmlab.engine.checkpoints import BEFORE_VALIDATION_FILE, CheckpointHook
+from mmlocalmamba.openmmlab.engine.checkpoints import BEFORE_VALIDATION_FILE, LOOP_STATE, CheckpointHook
+from mmlocalmamba.openmmlab.engine.lock import LOCK_FILE
 from mmlocalmamba.openmmlab.engine.preemption import Preemption
 
 MATRIX = ROOT / 'tests/stress/resume_matrix.py'
@@ -76,6 +79,32 @@ def test_a_validation_that_failed_is_run_on_resumption(tmp_path, unit, after):
     assert whole.message_hub.get_info('best_score') == resumed.message_hub.get_info('best_score')
 
 
+def test_a_copy_of_a_work_directory_is_a_training_of_its_own(tmp_path):
+    """Resumption in the copy reads, writes and removes nothing of the original, and ends as the original would."""
+    def score(value):
+        class Better(Hook):
+            priority = 'HIGHEST'
+
+            def after_val_epoch(self, runner, metrics=None):
+                metrics['score'] = value + runner.iter  # each is the best so far
+
+        return Better()
+
+    whole, _ = train(tmp_path / 'whole', hooks=[score(0.)], max_epochs=6)
+    with pytest.raises(OSError):
+        train(tmp_path / 'first', hooks=[score(0.), Fail(20)], max_epochs=6)
+    shutil.copytree(tmp_path / 'first', tmp_path / 'copy')
+    before = {path: path.read_bytes() for path in (tmp_path / 'first').glob('*') if path.is_file()}
+    assert any('best' in path.name for path in before)
+    train(tmp_path / 'copy', True, [score(0.)], max_epochs=6)
+    assert {path: path.read_bytes() for path in (tmp_path / 'first').glob('*') if path.is_file()} == before
+    assert (tmp_path / 'copy/last_checkpoint').read_text() == str(tmp_path / 'copy/epoch_6.pth')
+    assert not resume_matrix.compare(tmp_path / 'whole', tmp_path / 'copy')[1]
+    assert len(list((tmp_path / 'copy').glob('best*'))) == 1  # the one before, which was copied, is removed
+    hub = torch.load(tmp_path / 'copy/epoch_6.pth', weights_only=True)['message_hub']['runtime_info']
+    assert hub['best_ckpt'] == str(next((tmp_path / 'copy').glob('best*')))
+
+
 def test_the_best_checkpoint_comes_after_its_validation(tmp_path):
     """A training that resumes from it runs no validation, and its log histories are MMEngine's HistoryBuffers again."""
     from mmengine.logging import HistoryBuffer
@@ -84,7 +113,7 @@ def test_the_best_checkpoint_comes_after_its_validation(tmp_path):
     train(tmp_path)
     best, = tmp_path.glob('best*.pth')
     state = load_checkpoint(best)
-    assert state[loops.STATE]['validation_due'] is False
+    assert state[LOOP_STATE]['validation_due'] is False
     assert state['message_hub']['log_scalars'] and not any(
         isinstance(value, HistoryBuffer) for value in state['message_hub']['log_scalars'].values())
     resumed, _ = train(tmp_path, resume=True)
@@ -103,6 +132,45 @@ def test_patience_goes_on(tmp_path):
         train(tmp_path / 'parts', hooks=[stop(), Fail(15)], max_epochs=6, val_interval=1)
     resumed, done = train(tmp_path / 'parts', True, [stop()], max_epochs=6, val_interval=1)
     assert (resumed.epoch, done) == (3, [15])
+
+
+def test_a_stop_that_was_decided_stays(tmp_path, messages):
+    """SIGTERM in the validation that stops the training: the checkpoint after it says that nothing is left to do."""
+    options = dict(max_epochs=6, val_interval=1)
+
+    def hooks():
+        return [EarlyStoppingHook('score', rule='greater', min_delta=100., patience=2), AtEndOfValidation(15)]
+
+    with pytest.raises(SystemExit, match='75'):
+        train(tmp_path, hooks=hooks(), **options)
+    assert torch.load(tmp_path / 'preempted.pth', weights_only=True)['loop']['stop_training']
+    resumed, done = train(tmp_path, True, hooks(), **options)
+    assert (resumed.epoch, resumed.iter, done) == (3, 15, [])
+    assert any('had stopped this training' in message for message in messages)
+
+
+class AtEndOfValidation(Hook):
+    """SIGTERM when the metrics of the validation after this iteration are known."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def after_val_epoch(self, runner, metrics=None):
+        if runner.iter == self.iteration and not runner._resume:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize('kind', ['joint', 'bilevel'])
+def test_validations_outside_of_a_training(tmp_path, kind):
+    """Before one, and after it, when hooks are told of a run again. What was trained stays."""
+    cell = IN_PROCESS._replace(kind=kind)
+    assert resume_matrix.build(cell, tmp_path / 'first', False, False).val().keys() == {'score'}
+    assert not list((tmp_path / 'first').glob('*.pth'))
+    runner, _ = train(tmp_path / 'second', cell=cell)
+    before = deepcopy(job_task.state(runner))
+    assert runner.val().keys() == {'score'}
+    assert not soak.differences(dict(job_task.state(runner), rng=None), dict(before, rng=None))
+    assert not (tmp_path / 'second' / LOCK_FILE).exists()
 
 
 @pytest.fixture
@@ -208,7 +276,7 @@ def one_of_two(monkeypatch, rank=1, world_size=2, others=()):
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.), accumulative_counts=2)
     loop = object.__new__(EpochBasedTrainLoop)
     vars(loop).update(_runner=SimpleNamespace(model=model, optim_wrapper=wrapper, hooks=[]), validation_due=False,
-                      data=SimpleNamespace(epoch=1, samples=4), _ranks=[], _ranks_at=None,
+                      stop_training=False, data=SimpleNamespace(epoch=1, samples=4), _ranks=[], _ranks_at=None,
                       loaders=SimpleNamespace(state_dict=dict))
     return loop, model, wrapper
 
@@ -247,6 +315,20 @@ def test_another_number_of_processes_takes_the_mean_of_the_gradients(monkeypatch
     assert torch.equal(model[0].weight.grad, 2 * gradient) and torch.equal(model[1].running_mean, statistics)
 
 
+def test_processes_that_see_different_files_stop(monkeypatch):
+    """A network file system may show an older preempted.pth on one node."""
+    loop, *_ = one_of_two(monkeypatch, others=[(1, 2, False)])
+    loop._runner = object.__new__(Runner)
+    loop._runner._hooks = []
+    loop.loaders.load_state_dict = lambda state: None
+    state = dict(data={}, validation_due=False, ranks=[], early_stopping=[])
+    with pytest.raises(RuntimeError, match=r'different states .*\[\(1, 2, False\), \(1, 4, False\)\]: .* late'):
+        loop.load_state_dict(state)
+    loop.data.samples = 2
+    loop.load_state_dict(state)
+    assert loop.stop_training is False
+
+
 def test_a_hook_that_does_not_ask_the_processes_is_named(monkeypatch, messages):
     loop, *_ = one_of_two(monkeypatch)
     assert loop.state_dict()['ranks'] == []
@@ -275,7 +357,7 @@ def test_a_sample_of_the_matrix(tmp_path):
     """Every value of every axis. All of it: python tests/stress/resume_matrix.py"""
     sample = resume_matrix.sample(9)
     assert [set(values) for values in zip(*sample)] == [set(values) for values in zip(*resume_matrix.CELLS)]
-    assert any(cell[1:3] + cell[5:] == ('preempted', 'training', 'bilevel') for cell in sample)
+    assert any(cell[1:3] + cell[5:6] == ('preempted', 'training', 'bilevel') for cell in sample)
     command = [*PYTHON, MATRIX, '--csv', tmp_path / 'matrix.csv', '--sample', '9', '--jobs', '2']
     done = subprocess.run(command, capture_output=True, text=True)
     assert '9 of 9 cells are equal' in done.stdout, done.stdout + done.stderr
@@ -386,6 +468,18 @@ def test_the_launcher_takes_its_code_from_the_training(tmp_path, codes, expected
     finish(process, returncode=expected)
 
 
+@pytest.mark.slow
+def test_a_process_that_fails_is_no_preemption(tmp_path):
+    """torchrun ends the others by SIGTERM. One that still starts exits with 75 then, which is not the job's code."""
+    (tmp_path / 'task.py').write_text(LEAVES.replace('time.sleep(100)', 'if os.environ["RANK"] == "1":\n'
+                                                     '    while not os.path.exists(os.path.join(sys.argv[3], "0")):\n'
+                                                     '        time.sleep(0.01)\n'
+                                                     '    sys.exit(3)\n'
+                                                     'time.sleep(100)'))
+    finish(start(*PYTHON, ROOT / 'tools/launch.py', '--nproc-per-node', 2, '--rdzv-backend', 'c10d', '--rdzv-endpoint',
+                 '127.0.0.1:0', '--local-addr', '127.0.0.1', tmp_path / 'task.py', 75, 75, tmp_path), returncode=1)
+
+
 def catches(pid, number):
     for line in open(f'/proc/{pid}/status'):
         if line.startswith('SigCgt'):
@@ -400,6 +494,38 @@ def test_signals_before_the_training_lose_nothing(program):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
+
+
+UNHANDLED = {'preemptible': {'train_cfg.preemptible': False}, 'loop': {'train_cfg.type': 'EpochBasedTrainLoop'},
+             'runner': dict(runner_type='FlexibleRunner')}
+SIGNALLED_CONFIG = """
+_base_ = {base!r}
+__import__('sys').path.append({helpers!r})
+custom_imports = dict(imports=['signal_hook'])
+custom_hooks = [dict(type='Signal', priority='LOWEST', folder={folder!r})]
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root={data!r}))
+val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
+"""
+
+
+@pytest.mark.slow
+def test_only_a_checkpoint_asks_for_another_start(tmp_path, tiny_digits):
+    """A training that does not handle signals ends by them: with 75 a scheduler would start it again for ever."""
+    jobs = {}
+    for name, options in (('handled', {}), *UNHANDLED.items()):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / 'mine.py').write_text(SIGNALLED_CONFIG.format(
+            base=str(ROOT / 'configs/localvmamba-nano_digits.py'), helpers=str(ROOT / 'tests/helpers'),
+            folder=str(folder), data=str(tiny_digits)))
+        options = {**options, 'default_hooks.numerical_guard.type': 'mmengine.hooks.Hook',
+                   'default_hooks.broken_files.type': 'mmengine.hooks.Hook'}
+        jobs[folder] = start(*PYTHON, ROOT / 'tools/train.py', folder / 'mine.py', '--work-dir', folder,
+                             '--cfg-options', *[f'{key}={value}' for key, value in options.items()])
+    for folder, job in jobs.items():
+        output = finish(job, returncode=75 if folder.name == 'handled' else -signal.SIGTERM, seconds=600)
+        assert (folder / 'signalled').exists(), output
+        assert (folder / 'preempted.pth').exists() == (folder.name == 'handled')
 
 
 @pytest.mark.parametrize('code, output, lives_left, wrong', [

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mmlocalmamba.backbones import LocalVMamba
 from mmlocalmamba.openmmlab.checks import trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +82,63 @@ def test_a_metric_that_the_model_cannot_serve(configuration, said):
     """Validation is tried, too: it comes an epoch later in a training."""
     output = said(configuration('faster-rcnn_localvmamba-nano_digits', "val_evaluator = dict(metric=['bbox', 'segm'])"))
     assert 'problem a step of validation: ' in output and 'segm is not in results' in output
+
+
+def search(**options):
+    hook = dict(type='mmlocalmamba.ScanSearchHook', k=2, **options)
+    return {'custom_hooks': [hook], 'model.backbone.directions': dict(candidates=['h', 'v', 'w2']),
+            'optim_wrapper.paramwise_cfg': dict(custom_keys=dict(alphas=dict(decay_mult=0.)))}
+
+
+@pytest.mark.parametrize('options, problem', [
+    ({'default_hooks.checkpoint.save_best': 'accuracy/top7', 'default_hooks.checkpoint.rule': 'greater'},
+     "CheckpointHook.save_best='accuracy/top7' is no metric of val_evaluator, which has accuracy/top1"),
+    ({'custom_hooks': [dict(type='EarlyStoppingHook', monitor='none', rule='less')]},
+     "EarlyStoppingHook.monitor='none' is no metric"),
+    ({'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='none', rule='less')]},
+     "ReduceOnPlateauLR.monitor='none' is no metric"),
+    ({'param_scheduler': [dict(type='CosinAnnealingLR', T_max=2)]}, 'param_scheduler: '),
+    (dict(search(), custom_hooks=[dict(type='mmlocalmamba.ScanSearchHook', k=9)]),
+     'ScanSearchHook: ValueError: k=9 directions cannot be chosen from 3'),
+    ({'custom_hooks': [dict(type='mmlocalmamba.ScanSearchHook', k=2)]},
+     "ScanSearchHook: ValueError: ScanSearchHook: no direction search in here"),
+    ({'load_from': '/nowhere/none.pth'}, 'load_from: FileNotFoundError'),
+    ({'custom_hooks': [dict(type='EMAHook', begin_epoch=10 ** 6)]}, 'EMAHook: AssertionError'),
+], ids=lambda value: '' if isinstance(value, str) else None)
+def test_what_a_training_would_find_out(configuration, said, options, problem):
+    output = said(configuration('localvmamba-nano_digits', **options))
+    assert f'problem {problem}' in output, output
+    assert output.rstrip().endswith('1 problems found, see above.')
+
+
+def test_weights_of_another_model(configuration, said, tmp_path):
+    torch.save(dict(state_dict=LocalVMamba('nano').state_dict()), tmp_path / 'other.pth')
+    output = said(configuration('localvim-nano_digits', load_from=str(tmp_path / 'other.pth')))
+    assert 'problem load_from: RuntimeError: ' in output and 'The checkpoint is of another model' in output, output
+
+
+@pytest.mark.parametrize('missing', [True, False])
+def test_held_out_data(configuration, said, missing, tmp_path):
+    """A step on them is tried, too."""
+    cfg = configuration('localvmamba-nano_digits')
+    held_out = dict(cfg.train_dataloader, num_workers=2, persistent_workers=True)
+    if missing:
+        held_out['dataset'] = dict(held_out['dataset'], data_root=str(tmp_path / 'none'))
+    output = said(configuration('localvmamba-nano_digits', **search(mode='bilevel', held_out=held_out)))
+    assert ('problem ScanSearchHook: ' in output and str(tmp_path / 'none') in output) == missing
+
+
+@pytest.mark.parametrize('missing', [True, False])
+def test_a_configuration_that_only_tests(configuration, said, missing, tmp_path):
+    cfg = configuration('localvmamba-nano_digits')
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
+                'val_evaluator'):
+        cfg[key] = None
+    if missing:
+        cfg.test_dataloader.dataset.data_root = str(tmp_path / 'none')
+    output = said(cfg)
+    assert ('problem test data: ' in output) == missing
+    assert ('test: ' in output.replace('test data: ', '')) != missing
 
 
 def test_a_loss_that_is_no_number(configuration, said):

@@ -96,6 +96,22 @@ def test_a_tangent_never_vanishes(case, backend):
 
 
 @built
+def test_an_input_that_gets_no_gradient_is_an_error(backend):
+    """add_rms_norm: the fused versions take the rotary tables as constants."""
+    inputs = dict(x=randn(2, H * W, 4), residual=None, weight=randn(4, seed=2), eps=1e-5)
+    for name in ('cos', 'sin'):
+        tables = dict(cos=COS, sin=SIN)
+        tables[name] = tables[name].clone().requires_grad_()
+        if backend == 'cpu':
+            with pytest.raises(NotImplementedError, match=f"no gradient of {name}.*backend='reference'"):
+                ops.add_rms_norm(**inputs, **tables)
+        else:
+            ops.add_rms_norm(**inputs, **tables)[0].sum().backward()
+            assert tables[name].grad.abs().max() > 0
+        with torch.no_grad():
+            ops.add_rms_norm(**inputs, **tables)
+
+
 def test_operators_refuse_tangents_themselves():
     """An exported graph calls the operators without the dispatcher."""
     x, weight = randn(2, 3), randn(4, 3)

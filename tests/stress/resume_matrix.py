@@ -3,10 +3,12 @@
     python tests/stress/resume_matrix.py --jobs 2 --csv work_dirs/resume_matrix/matrix.csv
 
 A cell is {epoch, iteration} x {preempted, killed} x {training, validation, save} x {1, 2 processes} x {accumulate 1, 3}
-x {plain, EMA, loss scaler, joint search, bilevel search}. There are 240 cells. Signals are real: SIGTERM, or SIGKILL,
-which also strikes in the middle of writing a file. This process imports everything and forks the trainings. Checkpoints
-must be equal bit for bit: weights, optimizer, schedulers, averages, positions, statistics of processes, and each loss
-and score.
+x {plain, EMA, loss scaler, joint search, bilevel search}: 240 cells. 48 more are {epoch, iteration} x {preempted,
+killed} x {training, validation} x {1, 2 processes} x {copied, overlapping, stopping}: the work directory is copied and
+the copy resumed; the next life starts while this one still runs; early stopping stops the training in the validation,
+which is struck at its end. Signals are real: SIGTERM, or SIGKILL, which also strikes in the middle of writing a file.
+This process imports everything and forks the trainings. Checkpoints must be equal bit for bit: weights, optimizer,
+schedulers, averages, positions, statistics of processes, and each loss and score.
 
 The script writes the table after each cell and does not repeat cells that the table has. It exits with 1 if a cell is
 not equal.
@@ -43,6 +45,7 @@ from torch import nn
 import mmlocalmamba.openmmlab.search_hook  # noqa: F401
 from mmlocalmamba.backbones import LocalVMamba
 from mmlocalmamba.openmmlab.engine import EXIT_PREEMPTED
+from mmlocalmamba.openmmlab.engine.lock import LOCK_FILE
 
 BATCHES = 5  # per epoch; not a multiple of the accumulation
 EPOCHS, ITERATIONS = 3, 13
@@ -51,7 +54,7 @@ EPOCHS, ITERATIONS = 3, 13
 TRAINING_AT = 8
 VALIDATION_AT = 10
 SAVE_AT = dict(epoch=10, iteration=8)
-SAMPLE_SEED = 2
+SAMPLE_SEED = 1452
 
 
 class Cell(NamedTuple):
@@ -61,6 +64,7 @@ class Cell(NamedTuple):
     processes: int
     accumulate: int
     kind: str
+    way: str = 'alone'
 
     @property
     def name(self):
@@ -68,12 +72,15 @@ class Cell(NamedTuple):
 
     @property
     def reference(self):
-        return f'{self.unit}-{self.processes}-{self.accumulate}-{self.kind}'
+        return f'{self.unit}-{self.processes}-{self.accumulate}-{self.kind}' + '-stopping' * (self.way == 'stopping')
 
 
 CELLS = [Cell(*values) for values in itertools.product(
     ('epoch', 'iteration'), ('preempted', 'killed'), ('training', 'validation', 'save'), (1, 2), (1, 3),
     ('plain', 'ema', 'scaler', 'joint', 'bilevel'))]
+CELLS += [Cell(*values) for values in itertools.product(
+    ('epoch', 'iteration'), ('preempted', 'killed'), ('training', 'validation'), (1, 2), (1, ), ('plain', ),
+    ('copied', 'overlapping', 'stopping'))]
 
 
 def sample(count):
@@ -157,8 +164,15 @@ class Interrupt(Hook):
             self.strike()
 
     def before_val_iter(self, runner, batch_idx, data_batch=None):
-        if self.cell.moment == 'validation' and runner.iter == VALIDATION_AT and batch_idx == 1:
+        if self.in_validation(runner, 'alone', 'copied', 'overlapping') and batch_idx == 1:
             self.strike()
+
+    def after_val_epoch(self, runner, metrics=None):
+        if self.in_validation(runner, 'stopping'):
+            self.strike()
+
+    def in_validation(self, runner, *ways):
+        return self.cell.moment == 'validation' and runner.iter == VALIDATION_AT and self.cell.way in ways
 
     def before_save_checkpoint(self, runner, checkpoint):
         if self.cell.moment == 'save' and checkpoint['meta']['iter'] == SAVE_AT[self.cell.unit]:
@@ -177,7 +191,7 @@ def loader(cell, count, batch, infinite=False, first=0, shuffle=True):
 
 
 def build(cell, folder, resume, interrupt):
-    by_epoch, search = cell.unit == 'epoch', cell.kind in ('joint', 'bilevel')
+    by_epoch, search, stopping = cell.unit == 'epoch', cell.kind in ('joint', 'bilevel'), cell.way == 'stopping'
     torch.manual_seed(0)
     hooks = [Interrupt(cell)] if interrupt else []
     if cell.kind == 'ema':
@@ -187,13 +201,16 @@ def build(cell, folder, resume, interrupt):
         if cell.kind == 'bilevel':
             hook.update(held_out=loader(cell, 6 * cell.processes, 2, first=1000), optimizer=dict(type='Adam', lr=0.05))
         hooks.append(hook)
-    hooks.append(dict(type='EarlyStoppingHook', monitor='score', rule='greater', patience=100))
-    train_cfg = (dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=EPOCHS, val_interval=2) if by_epoch else
+    # 'stopping' ends by the validation after 10 iterations, the second one.
+    hooks.append(dict(type='EarlyStoppingHook', monitor='score', rule='greater', min_delta=100.,
+                      patience=1 if stopping else 100))
+    train_cfg = (dict(type='mmlocalmamba.EpochBasedTrainLoop', max_epochs=EPOCHS, val_interval=2 - stopping)
+                 if by_epoch else
                  dict(type='mmlocalmamba.IterBasedTrainLoop', max_iters=ITERATIONS, val_interval=5))
     return Runner(
         model=Classifier(search), work_dir=str(folder),
         # Runners of the same name that start within a second share a message hub, and so the best score.
-        experiment_name=f'{cell.name}{os.path.basename(folder)}{resume}{os.getpid()}',
+        experiment_name=f'{cell.name}{os.path.basename(folder)}{resume}{os.getpid()}{time.monotonic_ns()}',
         default_scope='mmengine', train_cfg=train_cfg, val_cfg=dict(), val_evaluator=[Score()],
         train_dataloader=loader(cell, 2 * BATCHES * cell.processes, 2, infinite=not by_epoch),
         val_dataloader=loader(cell, 5, 1, first=2000, shuffle=False),  # the first process gets more than the second
@@ -239,8 +256,8 @@ def live(cell, folder, resume, interrupt, rank):
         os._exit(code)
 
 
-def run(cell, folder, resume=False, interrupt=False):
-    """Run a cell and return the exit codes of its processes. If one is killed, kill the others, as a launcher does."""
+def begin(cell, folder, resume=False, interrupt=False):
+    """Start the processes of a cell and return their numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     pids = []
     for rank in range(cell.processes):
@@ -248,6 +265,11 @@ def run(cell, folder, resume=False, interrupt=False):
         if pid == 0:
             live(cell, folder, resume, interrupt, rank)
         pids.append(pid)
+    return pids
+
+
+def end(pids):
+    """Return the exit codes of processes. If one is killed, kill the others, as a launcher does."""
     codes = {}
     while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
@@ -259,6 +281,16 @@ def run(cell, folder, resume=False, interrupt=False):
                         os.kill(other, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
+
+
+def run(cell, folder, **kwargs):
+    """Run a cell and return the exit codes of its processes."""
+    return end(begin(cell, folder, **kwargs))
+
+
+def content(folder):
+    """Return the bytes of all files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def reference(cell, folder):
@@ -277,14 +309,27 @@ def check(cell, folder):
     """Return the problem of a cell, or an empty string."""
     place = folder / cell.name
     shutil.rmtree(place, ignore_errors=True)
-    codes = run(cell, place, interrupt=True)
+    pids = begin(cell, place, interrupt=True)
+    if cell.way == 'overlapping':
+        while not (place / LOCK_FILE).exists():
+            time.sleep(0.01)
+        following = begin(cell, place, resume=True)
+    codes = end(pids)
     expected = {EXIT_PREEMPTED} if cell.end == 'preempted' else {-signal.SIGKILL}
     if cell.end == 'preempted' and set(codes) != expected or not expected & set(codes):
         return f'exited with {codes}'
     partial = list(place.glob('*.tmp'))
     if cell.end == 'killed' and cell.moment == 'save' and not partial:
         return 'was not killed while it wrote a file'
-    codes = run(cell, place, resume=True)
+    original = place
+    if cell.way == 'copied':
+        place = folder / f'{cell.name}-copy'
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(original, place)
+        before = content(original)
+    codes = end(following) if cell.way == 'overlapping' else run(cell, place, resume=True)
+    if cell.way == 'copied' and content(original) != before:
+        return 'changed the original of the copy'
     if any(codes):
         return f'resumed and exited with {codes}'
     names, different = compare(reference(cell, folder), place)
@@ -294,7 +339,8 @@ def check(cell, folder):
         return 'a partial file remains'
     if different:
         return 'differs: ' + ' '.join(different[:4])
-    shutil.rmtree(place)
+    for used in {original, place}:
+        shutil.rmtree(used)
     return ''
 
 

@@ -254,6 +254,14 @@ def test_other_vims_are_refused(extra, message):
         from_official({name: value for name, value in weights.items() if value is not None})
 
 
+@pytest.mark.parametrize('arch', SMALL)
+def test_names_that_only_look_alike_are_left_over(arch):
+    official, ours = official_of(SMALL[arch]())
+    strange = 'layers.x.y', 'backbone.stages.x.y'
+    for convert, weights in ((from_official, official), (to_official, ours)):
+        assert set(convert({**weights, **dict.fromkeys(strange, torch.zeros(1))})[1]) == set(strange)
+
+
 @pytest.mark.parametrize('weights, example', [({}, 'nothing'), (dict(a=1, b=2, c=3, d=4), 'a, b, c')])
 def test_of_no_family(weights, example):
     with pytest.raises(ValueError) as raised:

@@ -1,4 +1,4 @@
-"""Try a training without keeping anything: build it, check its data, make two steps (``check CONFIG``)."""
+"""Try a training without keeping anything: prepare it as a training does, make two steps (``check CONFIG``)."""
 import argparse
 import io
 import random
@@ -8,8 +8,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.hooks import EarlyStoppingHook
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
@@ -62,6 +63,9 @@ def isolated(cfg: Config, folder: str) -> Config:
             cfg[key].update(num_workers=0, persistent_workers=False)
             for option in ('prefetch_factor', 'timeout', 'multiprocessing_context'):
                 cfg[key].pop(option, None)
+    for hook in cfg.get('custom_hooks') or ():
+        if isinstance(hook, dict) and hook.get('held_out'):  # of a direction search
+            hook['held_out'].update(num_workers=0, persistent_workers=False)
     return cfg
 
 
@@ -122,13 +126,51 @@ def _synchronize(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _prepare(report: _Report, runner: Runner) -> None:
+    """Do what Runner.train does before its first iteration, hooks included."""
+    loop = runner.train_loop
+
+    def optimizer() -> None:
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+
+    def schedulers() -> None:
+        if runner.param_schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+
+    for what, function in (('the optimizer', optimizer), ('param_scheduler', schedulers)):
+        report.attempt(what, function)
+    for hook in runner.hooks:
+        if isinstance(hook, checks.TrainingChecksHook):  # its problems are reported already
+            hook.strict = False
+    if isinstance(runner.optim_wrapper, dict):
+        return  # hooks need the optimizer
+    if not _call_hooks(report, runner, 'before_run'):
+        return
+    report.attempt('load_from', runner.load_or_resume)
+    runner.optim_wrapper.initialize_count_status(runner.model, 0, loop.max_iters)
+    loop.optim_wrapper = runner.optim_wrapper
+    if _call_hooks(report, runner, 'before_train'):
+        runner.model.train()
+        _call_hooks(report, runner, 'before_train_epoch')
+
+
+def _call_hooks(report: _Report, runner: Runner, point: str, **kwargs: Any) -> bool:
+    """Call all hooks at a point of the training. Return True if none fails."""
+    before = report.problems
+    for hook in runner.hooks:
+        if hasattr(hook, point):
+            report.attempt(type(hook).__name__, partial(getattr(hook, point), runner, **kwargs))
+    return report.problems == before
+
+
 def _step(report: _Report, runner: Runner, cfg: Config) -> None:
     """Make two training steps and time the second."""
     loop, device = runner.train_loop, next(runner.model.parameters()).device
-    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.optim_wrapper.initialize_count_status(runner.model, 0, 2)
     runner.model.train()
     batch = next(iter(loop.dataloader))
+    if not _call_hooks(report, runner, 'before_train_iter', batch_idx=0, data_batch=batch):
+        return
     for _ in range(2):
         start = _synchronize(device)
         losses = runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)
@@ -152,17 +194,45 @@ def _step(report: _Report, runner: Runner, cfg: Config) -> None:
                             f'optim_wrapper.optimizer.lr={rate * size * accumulated / base:.3g} or --auto-scale-lr')
 
 
-def _validate(runner: Runner) -> None:
-    batch = next(iter(runner.val_loop.dataloader))
+def _evaluate(runner: Runner, loop: Any, step: str) -> dict[str, Any]:
+    """Return the metrics of the loop's first batch."""
+    batch = next(iter(loop.dataloader))
     runner.model.eval()
     with torch.no_grad():
-        outputs = runner.model.val_step(batch)
-    runner.val_loop.evaluator.process(data_samples=outputs, data_batch=batch)
-    runner.val_loop.evaluator.evaluate(len(outputs))
+        outputs = getattr(runner.model, step)(batch)
+    loop.evaluator.process(data_samples=outputs, data_batch=batch)
+    return loop.evaluator.evaluate(len(outputs))
+
+
+def _monitored(runner: Runner) -> Iterator[tuple[str, str]]:
+    """Yield (setting, metric) for each metric that the configuration names."""
+    for hook in runner.hooks:
+        for key in getattr(hook, 'save_best', None) or ():
+            yield f'{type(hook).__name__}.save_best', key
+        if isinstance(hook, EarlyStoppingHook):
+            yield 'EarlyStoppingHook.monitor', hook.monitor
+    schedulers = runner.param_schedulers or ()
+    for group in schedulers.values() if isinstance(schedulers, dict) else [schedulers]:
+        for scheduler in group:
+            if getattr(scheduler, 'need_val_args', False):
+                yield f'{type(scheduler).__name__}.monitor', scheduler.monitor
+
+
+def _validate(report: _Report, runner: Runner) -> None:
+    metrics = report.attempt('a step of validation', partial(_evaluate, runner, runner.val_loop, 'val_step'),
+                             silent=True)
+    for setting, key in _monitored(runner):
+        if metrics and key != 'auto' and key not in metrics:
+            report.line('problem', f'{setting}={key!r} is no metric of val_evaluator, which has {", ".join(metrics)}')
+        elif metrics is not None and not metrics:
+            report.line('note', f'{setting}={key!r} is not checked: the evaluation of one batch has no metrics')
 
 
 def check(cfg: Config) -> bool:
-    """Build a training, check its data, make two training steps and one validation step, and print the findings.
+    """Prepare a training, check its data, make two training steps and one validation step, and print the findings.
+
+    Hooks are called as in a training up to its first iteration, and ``load_from`` is loaded. Of a configuration that
+    only tests, one step is made.
 
     Nothing is kept; ``cfg`` is not changed.
 
@@ -217,6 +287,11 @@ def _check(report: _Report, cfg: Config) -> None:
         report.line('', f'weights: {", ".join(backbone.pretrained_checkpoints()) or cfg.load_from}')
     loop = report.attempt('training data', lambda: runner.train_loop, silent=True)
     val_loop = report.attempt('validation data', lambda: runner.val_loop, silent=True)
+    if runner._train_loop is None:
+        test_loop = report.attempt('test data', lambda: runner.test_loop, silent=True)
+        if test_loop is not None:
+            report.attempt('test', partial(_describe_data, report, 'test', test_loop.dataloader.dataset))
+            report.attempt('a step of the test', lambda: _evaluate(runner, test_loop, 'test_step'), silent=True)
     if loop is None:
         return
     train = loop.dataloader.dataset
@@ -228,7 +303,9 @@ def _check(report: _Report, cfg: Config) -> None:
         if dataset is not None and len(dataset):
             report.attempt(name, partial(_describe_data, report, name, dataset))
             _load_samples(report, name, dataset, made_for)
+    _prepare(report, runner)
     if not report.problems:
         report.attempt('a step of training', lambda: _step(report, runner, cfg))
     if not report.problems and val_loop is not None:
-        report.attempt('a step of validation', lambda: _validate(runner), silent=True)
+        _validate(report, runner)
+    getattr(loop, 'at_end', ExitStack()).close()

@@ -3,6 +3,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -24,11 +25,24 @@ class BFloat16OptimWrapper(OptimWrapper):
     Weights, gradients and the optimizer stay in float32. bfloat16 has the range of float32, so the loss is not scaled.
     MMEngine's AmpOptimWrapper always creates a CUDA loss scaler and refuses machines without a GPU.
 
+    Args:
+        dtype: as in AmpOptimWrapper: 'bfloat16', torch.bfloat16 or None, which mean the same.
+        **kwargs: arguments of OptimWrapper.
+
+    Raises:
+        ValueError: if ``dtype`` is another one.
+
     Warns once on a processor for which oneDNN has no bfloat16 matrix products (x86 without AVX-512): they are slower
     there than in float32.
     """
 
     _warned = False
+
+    def __init__(self, dtype: str | torch.dtype | None = None, **kwargs: Any) -> None:
+        if dtype not in (None, 'bfloat16', torch.bfloat16):
+            raise ValueError(f"BFloat16OptimWrapper computes in bfloat16, got dtype={dtype!r}: remove dtype, or set "
+                             "optim_wrapper.type='AmpOptimWrapper', which needs a GPU")
+        super().__init__(**kwargs)
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Name or skip data files that cannot be read."""
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import mmcv
@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 from mmlocalmamba.files import write_whole
+from mmlocalmamba.openmmlab.engine.data import leaf_datasets
 from mmlocalmamba.openmmlab.engine.loops import require_resumable_loop
 from mmlocalmamba.registry import HOOKS
 
@@ -91,16 +92,6 @@ class _Reader:
             if new:
                 print_log(f'{message}. Another sample replaces it', logger='current', level=logging.WARNING)
             return None
-
-
-def leaf_datasets(dataset: Any) -> Iterator[Any]:
-    """Yield the datasets inside nested wrappers, or the dataset itself if it wraps none."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    if inner[0] is None:
-        yield dataset
-    else:
-        for part in inner:
-            yield from leaf_datasets(part)
 
 
 @HOOKS.register_module()

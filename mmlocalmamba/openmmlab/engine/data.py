@@ -1,20 +1,27 @@
 """Dataloaders that can resume at any batch, with random numbers that depend on the sample alone."""
+import hashlib
 import itertools
+import logging
+import os
 import random
 import traceback
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine import dist
+from mmengine.logging import print_log
 from torch.utils.data import DataLoader, IterableDataset
 
 from mmlocalmamba.openmmlab.engine.preemption import blocked_signals, shield_worker
+
+# Number of samples by which a dataset is recognised.
+FINGERPRINT_SAMPLES = 1000
 
 
 def seed_host(*key: int) -> int:
@@ -74,6 +81,41 @@ def naming_annotation_files() -> Iterator[None]:
                     raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
                                        f'{error})') from error
         raise
+
+
+def leaf_datasets(dataset: Any) -> Iterator[Any]:
+    """Yield the datasets inside nested wrappers, or the dataset itself if it wraps none."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    if inner[0] is None:
+        yield dataset
+    else:
+        for part in inner:
+            yield from leaf_datasets(part)
+
+
+def _describe(path: str) -> tuple[str, int | None]:
+    """Return the name of a file without its folder, and its bytes if it is a local file."""
+    return os.path.basename(path), os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """Return a digest of the names and sizes of annotation files and of :data:`FINGERPRINT_SAMPLES` samples' files.
+
+    The samples are spread evenly over each dataset. Folders play no part, so data may be moved. None: no sample is in a
+    file, or the samples cannot be listed.
+    """
+    found: list[tuple[str, int | None]] = []
+    for part in leaf_datasets(dataset):
+        if not hasattr(part, 'get_data_info'):
+            continue
+        found.append(_describe(str(getattr(part, 'ann_file', ''))))
+        try:
+            for index in range(0, len(part), max(1, len(part) // FINGERPRINT_SAMPLES)):
+                found += [_describe(value) for key, value in sorted(part.get_data_info(index).items())
+                          if key.endswith('_path') and isinstance(value, str)]
+        except Exception:  # datasets may raise any exception; loading the sample reports it
+            return None
+    return hashlib.sha256(repr(found).encode()).hexdigest() if any(name for name, _ in found) else None
 
 
 class _Batch:
@@ -156,6 +198,11 @@ class DataStream:
     def dataset(self) -> Any:
         return self.loader.dataset
 
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """The :func:`fingerprint` of the dataset."""
+        return fingerprint(self.dataset)
+
     @property
     def total_batch(self) -> int | None:
         """The number of samples of a batch over all processes; None if the batch sampler has no ``batch_size``."""
@@ -224,12 +271,13 @@ class DataStream:
             before += len(indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the total batch, dataset size and sampler seed that it belongs to."""
+        """Return the position, and the total batch, dataset size, fingerprint and sampler seed that it belongs to."""
         return dict(epoch=self.epoch, batches=self.batches, samples=self.samples, total_batch=self.total_batch,
-                    size=len(self.dataset), sampler_seed=getattr(self.loader.batch_sampler.sampler, 'seed', None))
+                    size=len(self.dataset), fingerprint=self.fingerprint,
+                    sampler_seed=getattr(self.loader.batch_sampler.sampler, 'seed', None))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
+        """Go to a saved position. Log a warning if the files of the samples are others.
 
         Raises:
             ValueError: if it was saved with another total batch or another number of samples.
@@ -243,6 +291,11 @@ class DataStream:
                     'and epochs would match neither the old training nor a new one. Resume with '
                     f'{saved} (batch_size times the number of processes may be split differently), or start a new '
                     'training from these weights: load_from=CHECKPOINT, resume=False')
+        saved = state.get('fingerprint')
+        if saved is not None and dist.is_main_process() and saved != self.fingerprint:
+            print_log(f'the names or sizes of the files of the {self.name} data differ from those at the checkpoint: '
+                      'the training goes on with other data. If this is not intended, resume with the data of the '
+                      'checkpoint', logger='current', level=logging.WARNING)
         self.epoch, self.batches, self.samples = state['epoch'], state['batches'], state['samples']
         if state['sampler_seed'] is not None:
             self.loader.batch_sampler.sampler.seed = state['sampler_seed']

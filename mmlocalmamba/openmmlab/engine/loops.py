@@ -18,7 +18,12 @@ from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
-from mmlocalmamba.openmmlab.engine.checkpoints import BEFORE_VALIDATION_FILE, PREEMPTED_FILE, save_to_resume_from
+from mmlocalmamba.openmmlab.engine.checkpoints import (
+    BEFORE_VALIDATION_FILE,
+    LOOP_STATE,
+    PREEMPTED_FILE,
+    save_to_resume_from,
+)
 from mmlocalmamba.openmmlab.engine.data import Loaders, naming_annotation_files, seed_everything
 from mmlocalmamba.openmmlab.engine.preemption import EXIT_PREEMPTED, Preemption, blocked_signals
 from mmlocalmamba.registry import LOOPS
@@ -26,8 +31,6 @@ from mmlocalmamba.weights.loading import unwrap_model
 
 # Second part of a seed: the purpose of the random numbers.
 _ITERATION, _VALIDATION = 1, 2
-# Key in a checkpoint.
-STATE = 'loop'
 
 
 class _LoopHook(Hook):
@@ -40,11 +43,11 @@ class _LoopHook(Hook):
         self.starting = ExitStack()  # blocks signals while the validation's workers start
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        checkpoint[STATE] = self.loop.state_dict()
+        checkpoint[LOOP_STATE] = self.loop.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         if runner._resume:
-            self.loop.load_state_dict(checkpoint.get(STATE))
+            self.loop.load_state_dict(checkpoint.get(LOOP_STATE))
 
     def before_val_epoch(self, runner: Any) -> None:
         if self.loop.validating:
@@ -72,6 +75,8 @@ class ResumableLoop(BaseLoop):
         at_end: callbacks of hooks for the end of the training, also after an error.
         recorded: position of the last checkpoint, or None.
     """
+
+    stop_training: bool  # MMEngine's loops set it
 
     def _set_up(self, runner: Any, dataloader: Any, preemptible: bool) -> None:
         with naming_annotation_files():
@@ -176,6 +181,7 @@ class ResumableLoop(BaseLoop):
                           level=logging.WARNING)
         stoppers = [dict(wait_count=hook.wait_count, best_score=hook.best_score) for hook in self._stoppers()]
         return dict(data=self.loaders.state_dict(), validation_due=self.validation_due, early_stopping=stoppers,
+                    stop_training=self.stop_training,
                     ranks=self._ranks if self._ranks_at == self.position[:2] else [])
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -187,6 +193,7 @@ class ResumableLoop(BaseLoop):
         Raises:
             ValueError: if the total batch or the number of samples has changed, or if the runner is not MMEngine's
                 Runner and so saves its state in another way.
+            RuntimeError: if the processes have loaded different checkpoints.
         """
         if not isinstance(self.runner, Runner):
             raise ValueError(f'{type(self.runner).__name__} cannot resume a training of {type(self).__name__}: use '
@@ -198,8 +205,18 @@ class ResumableLoop(BaseLoop):
             return
         self.loaders.load_state_dict(state['data'])
         self.validation_due, self._ranks = state['validation_due'], state['ranks']
+        positions = dist.all_gather_object(self.position)
+        if len(set(positions)) > 1:
+            raise RuntimeError('the processes have loaded different states of a checkpoint, at the positions (epoch, '
+                               f'samples, validation due) {positions}: the file system of the work directory shows new '
+                               'files late on some nodes. Start again in a minute')
         for hook, saved in zip(self._stoppers(), state['early_stopping']):
             vars(hook).update(saved)
+        self.stop_training = state.get('stop_training', False)
+        if self.stop_training:
+            print_log('a hook, such as EarlyStoppingHook, had stopped this training when the checkpoint was written: '
+                      'nothing is trained. To go on, start a new training from these weights: load_from=CHECKPOINT, '
+                      'resume=False', logger='current', level=logging.WARNING)
 
     def _stoppers(self) -> list[EarlyStoppingHook]:
         return [hook for hook in self.runner.hooks if isinstance(hook, EarlyStoppingHook)]

@@ -1,14 +1,20 @@
-"""Handle SIGTERM and SIGUSR1: record them, share them between processes, and shield dataloader workers."""
+"""Handle SIGTERM and SIGUSR1 from the start of ``tools/train.py`` to its end.
+
+While the script starts, and after a training that can be preempted, they exit with 75; the script sets that handler
+before its imports. A training that can be preempted records them by :class:`Preemption`. In any other training they do
+what they did before the script, by :class:`StartUpHook`. Workers of dataloaders are shielded from them.
+"""
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine import dist
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 # EX_TEMPFAIL ("temporary failure") of sysexits.h, by which batch systems requeue a job. Windows lacks os.EX_TEMPFAIL.
@@ -72,6 +78,27 @@ class Preemption:
         """Wait until all processes call it, because a launcher ends all of them after the first has exited."""
         if self.group is not None:
             torch.distributed.barrier(self.group)
+
+
+class StartUpHook(Hook):
+    """Restore the handlers of the signals when a training begins that does not handle them itself.
+
+    Without it, such a training would exit with 75 and no checkpoint, and a scheduler would start it again for ever.
+
+    Args:
+        previous: number of a signal -> its handler before the start. The present handlers are those of the start.
+    """
+
+    priority = 'HIGHEST'
+
+    def __init__(self, previous: Mapping[int, Any]) -> None:
+        self.previous = previous
+        self.start_up = {number: signal.getsignal(number) for number in previous}
+
+    def before_train(self, runner: Any) -> None:
+        for number, handler in self.previous.items():
+            if signal.getsignal(number) is self.start_up[number]:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 # ---- workers of dataloaders ----
