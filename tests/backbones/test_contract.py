@@ -18,6 +18,9 @@ KINDS = {
     'vmamba': (LocalVMamba, dict(out_indices=(0, 1))),
     'vmamba-search': (LocalVMamba, dict(directions='search')),
     'vmamba-plain': (LocalVMamba, dict(directions=['h', 'v', 'h_flip', 'v_flip'], scattn=False, window_pad='none')),
+    'vmamba-v2': (LocalVMamba, dict(
+        arch=dict(embed_dims=[8, 16], depths=[1, 2], d_state=1, expand=1., gate=False, conv_bias=False, mlp_ratio=2.,
+                  patch_embed='conv', downsample='conv'), out_indices=(0, 1))),
     'vim': (LocalVim, dict(out_type='featmap', out_indices=(0, 2))),
     'vim-residual': (LocalVim, dict(out_type='featmap', out_feature='residual', out_indices=(0, 2))),
     'vim-pooled': (LocalVim, dict(scattn=dict(spatial=True))),
