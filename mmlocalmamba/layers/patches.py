@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmlocalmamba.layers.scattn import _is_plain
 from mmlocalmamba.ops.dispatch import autocasts
 
 
@@ -78,10 +79,11 @@ class PatchMerging(nn.Module):
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Convolve x (B, C, H, W): (B, h, w, O).
 
-    In 16 bits on a CPU by unfolding and a product, for the reason that :class:`PatchEmbed` has.
+    In 16 bits on a CPU by unfolding and a product, for the reason that :class:`PatchEmbed` has. A convolution that
+    somebody has hooked or replaced is called all the same.
     """
     dtype = torch.get_autocast_dtype('cpu') if autocasts(x) and x.dtype == torch.float32 else x.dtype
-    if x.device.type != 'cpu' or dtype.itemsize > 2:
+    if x.device.type != 'cpu' or dtype.itemsize > 2 or not _is_plain(conv, nn.Conv2d):
         return conv(x).permute(0, 2, 3, 1)
     h, w = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in
             zip(x.shape[-2:], conv.padding, conv.kernel_size, conv.stride))
