@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlocalmamba.layers.scattn import _is_plain
+from mmlocalmamba.ops import linear
 from mmlocalmamba.ops.dispatch import autocasts
 
 
@@ -79,16 +80,18 @@ class PatchMerging(nn.Module):
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Convolve x (B, C, H, W): (B, h, w, O).
 
-    In 16 bits on a CPU by unfolding and a product, for the reason that :class:`PatchEmbed` has. A convolution that
-    somebody has hooked or replaced is called all the same.
+    In 16 bits on a CPU by unfolding and a product, for the reason that :class:`PatchEmbed` has; and where outputs have
+    few positions, since a product reads a large weight as it is, and a convolution reorders it in every call. A
+    convolution that somebody has hooked or replaced is called all the same.
     """
     dtype = torch.get_autocast_dtype('cpu') if autocasts(x) and x.dtype == torch.float32 else x.dtype
-    if x.device.type != 'cpu' or dtype.itemsize > 2 or not _is_plain(conv, nn.Conv2d):
-        return conv(x).permute(0, 2, 3, 1)
     h, w = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in
             zip(x.shape[-2:], conv.padding, conv.kernel_size, conv.stride))
+    few = not torch.compiler.is_compiling() and 4 * x.shape[0] * h * w < conv.out_channels
+    if x.device.type != 'cpu' or not (few or dtype.itemsize <= 2) or not _is_plain(conv, nn.Conv2d):
+        return conv(x).permute(0, 2, 3, 1)
     columns = F.unfold(x.to(dtype), conv.kernel_size, padding=conv.padding, stride=conv.stride).transpose(1, 2)
-    return F.linear(columns, conv.weight.flatten(1), conv.bias).unflatten(1, (h, w))
+    return linear(columns, conv.weight.flatten(1), conv.bias).unflatten(1, (h, w))
 
 
 class ConvPatchEmbed(nn.Module):
@@ -118,7 +121,8 @@ class ConvPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image (B, in_channels, H, W) -> tokens (B, h * w, embed_dims), (h, w) with h = ceil(H / patch_size)."""
-        x = F.gelu(self.norm(_convolve(self.projection, x)))
+        # Channels last, so that everything that follows is: a first convolution of another order takes five times as long.
+        x = F.gelu(self.norm(_convolve(self.projection, x.contiguous(memory_format=torch.channels_last))))
         x = self.norm2(_convolve(self.projection2, x.permute(0, 3, 1, 2)))
         return x.flatten(1, 2), (x.shape[1], x.shape[2])
 
