@@ -121,7 +121,7 @@ class ConvPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image (B, in_channels, H, W) -> tokens (B, h * w, embed_dims), (h, w) with h = ceil(H / patch_size)."""
-        # Channels last, so that everything that follows is: a first convolution of another order takes five times as long.
+        # Channels last, so that all that follows is: in another order the first convolution takes five times as long.
         x = F.gelu(self.norm(_convolve(self.projection, x.contiguous(memory_format=torch.channels_last))))
         x = self.norm2(_convolve(self.projection2, x.permute(0, 3, 1, 2)))
         return x.flatten(1, 2), (x.shape[1], x.shape[2])

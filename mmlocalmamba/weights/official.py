@@ -163,8 +163,8 @@ def as_localmamba(state_dict: Mapping[str, Tensor]
     for name, value in own.items():
         if re.fullmatch(r'layers\.\d+\.downsample\.1\.weight', name) and value.shape[2:] != (3, 3):
             raise ValueError('this VMamba is between versions 0 and 2: it halves its resolution by convolutions of '
-                             f'{"x".join(map(str, value.shape[2:]))} ({name}), which have no counterpart here. Versions '
-                             '0 and 2 are converted')
+                             f'{"x".join(map(str, value.shape[2:]))} ({name}), which have no counterpart here. '
+                             'Versions 0 and 2 are converted')
     if family == 'LocalVim' and any(re.fullmatch(r'layers\.\d+\.norm\.bias', name) for name in own):
         raise ValueError("this LocalVim normalises by LayerNorm (it has layers.0.norm.bias), as the authors' detectors "
                          'and segmentors by rms_norm=False; LocalVim is by RMSNorm here, as in their classifiers, and '

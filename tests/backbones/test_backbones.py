@@ -271,7 +271,8 @@ def test_bad_arguments_of_vim(kwargs, message):
 @pytest.mark.parametrize('kwargs,message', [
     (dict(arch=dict(embed_dims=[8], depths=[1], patch_embed='overlap')),
      "patch_embed must be one of patch, conv, got 'overlap'"),
-    (dict(arch=dict(embed_dims=[8], depths=[1], downsample='pool')), "downsample must be one of merge, conv, got 'pool'"),
+    (dict(arch=dict(embed_dims=[8], depths=[1], downsample='pool')),
+     "downsample must be one of merge, conv, got 'pool'"),
     (dict(arch='nano_v2', patch_size=8), "patch_embed='conv' takes patch_size 1, 2 or 4, got 8"),
 ])
 def test_bad_arguments_of_vmamba(kwargs, message):

@@ -140,7 +140,8 @@ def vmamba_v2_shapes(channels, depths, ratio, classes=1000, taps=()):
                     'x_proj_weight': (K, R + 2, D), 'dt_projs_weight': (K, D, R), 'dt_projs_bias': (K, D),
                     'out_norm.weight': (D, ), 'out_norm.bias': (D, ), 'out_proj.weight': (C, D)}
             shapes.update({f'{block}.op.{name}': shape for name, shape in ours.items()})
-            shapes.update({f'{block}.{norm}.{leaf}': (C, ) for norm in ('norm', 'norm2') for leaf in ('weight', 'bias')})
+            shapes.update({f'{block}.{name}': (C, )
+                           for name in ('norm.weight', 'norm.bias', 'norm2.weight', 'norm2.bias')})
             shapes.update({f'{block}.mlp.fc1.weight': (4 * C, C), f'{block}.mlp.fc1.bias': (4 * C, ),
                            f'{block}.mlp.fc2.weight': (C, 4 * C), f'{block}.mlp.fc2.bias': (C, )})
         if i + 1 < len(depths):
@@ -212,7 +213,8 @@ def test_linear_layers_of_vmamba_may_be_convolutions():
     """Version 2 computes on (B, C, H, W): files may hold its linear layers as 1x1 convolutions."""
     shapes = vmamba_v2_shapes(8, [1, 1], 1, classes=5)
     weights = random_weights(shapes)
-    linear = [name for name in shapes if name.endswith(('in_proj.weight', 'out_proj.weight', 'fc1.weight', 'fc2.weight'))]
+    ends = ('in_proj.weight', 'out_proj.weight', 'fc1.weight', 'fc2.weight')
+    linear = [name for name in shapes if name.endswith(ends)]
     assert len(linear) == 8
     ours, unmatched = from_official({**weights, **{name: weights[name][:, :, None, None] for name in linear}})
     expected, _ = from_official(weights)

@@ -78,7 +78,9 @@ class _Chunks(NamedTuple):
     with_pads: bool
 
     def read(self, x: Tensor, with_zeros: bool = False) -> Tensor:
-        """Return x (B, K, L, F), or (B, L, F) for all directions, as (steps, B, K, chunks, F). Pads are zeros or token 0.
+        """Return x (B, K, L, F), or (B, L, F) of all directions, as (steps, B, K, chunks, F).
+
+        Pads are zeros or token 0.
         """
         steps, K, chunks = self.tokens.shape
         index = self.tokens.clamp(min=0)
@@ -208,11 +210,12 @@ class OnnxBackend(Backend):
 
 BACKEND = OnnxBackend()
 
-# Each loop's states, the inputs of a step, values of the outer graph, results that are stacked, and the body: (operator,
-# inputs, output). A state x becomes ``next x``.
+# Each loop's states, the inputs of a step, values of the outer graph, results that are stacked, and the body:
+# (operator, inputs, output). A state x becomes ``next x``.
 _LOOPS = {
     'Recurrence': (('h', ), ('a', 'b'), (), ('out', ), (
-        ('Mul', ('a', 'h'), 'kept'), ('Add', ('kept', 'b'), 'next h'), ('Identity', ('next h', ), 'out'))),
+        # In this order: OpenVINO 2026.4 computes a sum with a product of an input and the state wrongly, in that order.
+        ('Mul', ('h', 'a'), 'kept'), ('Add', ('kept', 'b'), 'next h'), ('Identity', ('next h', ), 'out'))),
     'SelectiveScan': (('h', ), ('dt', 'du', 'B', 'C'), ('A', ), ('out', ), (
         ('Mul', ('dt', 'A'), 'exponent'), ('Exp', ('exponent', ), 'decay'), ('Mul', ('decay', 'h'), 'kept'),
         ('MatMul', ('B', 'du'), 'fed'), ('Add', ('kept', 'fed'), 'next h'), ('MatMul', ('C', 'next h'), 'out'))),
@@ -223,8 +226,9 @@ _LOOPS = {
         # softplus, as in _softplus
         ('Abs', ('z', ), 'abs'), ('Neg', ('abs', ), 'neg'), ('Exp', ('neg', ), 'e'), ('Add', ('e', 'two'), 'e2'),
         ('Div', ('e', 'e2'), 's'), ('Mul', ('s', 's'), 'q'), ('Mul', ('q', 'c4'), 'm4'), ('Add', ('m4', 'c3'), 's3'),
-        ('Mul', ('s3', 'q'), 'm3'), ('Add', ('m3', 'c2'), 's2'), ('Mul', ('s2', 'q'), 'm2'), ('Add', ('m2', 'c1'), 's1'),
-        ('Mul', ('s1', 'q'), 'm1'), ('Add', ('m1', 'c0'), 's0'), ('Mul', ('s', 's0'), 'log1p'), ('Relu', ('z', ), 'ramp'),
+        ('Mul', ('s3', 'q'), 'm3'), ('Add', ('m3', 'c2'), 's2'), ('Mul', ('s2', 'q'), 'm2'),
+        ('Add', ('m2', 'c1'), 's1'), ('Mul', ('s1', 'q'), 'm1'), ('Add', ('m1', 'c0'), 's0'),
+        ('Mul', ('s', 's0'), 'log1p'), ('Relu', ('z', ), 'ramp'),
         ('Add', ('ramp', 'log1p'), 'dt'),
         ('Mul', ('dt', 'A'), 'exponent'), ('Exp', ('exponent', ), 'decay'), ('Mul', ('dt', 'x'), 'du'),
         ('Mul', ('du', 'B'), 'fed'), ('Mul', ('decay', 'h'), 'kept'), ('Add', ('kept', 'fed'), 'next h'),
@@ -255,8 +259,8 @@ def expand(model: Any) -> int:
         states, steps, outer, results, body = _LOOPS[node.op_type]
         given = dict(zip((*states, *steps, *outer), node.inputs, strict=True))
         inner = {name: ir.Value(name=f'{name}_{count}', type=ir.TensorType(ir.DataType.FLOAT),
-                                shape=None if given[name].shape is None else ir.Shape(given[name].shape[name in steps:]))
-                 for name in (*states, *steps)}
+                                shape=None if value.shape is None else ir.Shape(value.shape[name in steps:]))
+                 for name, value in given.items() if name not in outer}
         values, nodes = {**inner, **{name: given[name] for name in outer}}, []
         for operator, names, output in body:
             nodes.append(ir.Node('', operator, [values[name] for name in names], num_outputs=1))
