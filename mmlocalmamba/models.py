@@ -19,13 +19,14 @@ _CLASSES: dict[str, type[LocalMambaBackbone]] = {'localvim': LocalVim, 'localvma
 _MODELS: dict[str, tuple[type[LocalMambaBackbone], dict[str, Any]]] = {
     f'{family}_{arch}': (_CLASSES[family], dict(arch=arch))
     for family, archs in (('localvim', LOCAL_VIM), ('localvmamba', LOCAL_VMAMBA)) for arch in archs}
-# Vim and VMamba (version 0) are the same classes with other directions and without SCAttn.
+# Vim and VMamba (versions 0 and 2) are the same classes with other directions and without SCAttn.
 _MODELS.update({f'vim_{arch}': (LocalVim, dict(arch=dict(embed_dims=channels, num_layers=24),
                                                directions=['h', 'h_flip'], scattn=False, cls_token='vim',
                                                out_type='cls_token', rope=False))
                 for arch, channels in (('tiny', 192), ('small', 384))})
 _MODELS.update({f'vmamba_{arch}': (LocalVMamba, dict(arch=arch, directions=['h', 'v', 'h_flip', 'v_flip'],
-                                                     scattn=False)) for arch in ('tiny', 'small', 'base')})
+                                                     scattn=False))
+                for arch in LOCAL_VMAMBA if not arch.startswith('nano')})
 # name -> (architecture, its packaged weights, number of classes, arguments of the backbone)
 _PACKAGED: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     'localvim_nano.digits': ('localvim_nano', 'localvim-nano_digits', 10,

@@ -110,6 +110,8 @@ STUDIES = {
         'VMamba': dict(directions=GLOBAL, scattn=False),
         'LocalVMamba without search': {},
         'LocalVMamba, searched': dict(directions=searched()),
+        'VMamba v2': dict(arch='nano_v2', directions=GLOBAL, scattn=False),
+        'LocalVMamba v2 without search': dict(arch='nano_v2'),
         'Swin': peer(224, **SWIN),
         'ResNet': peer(160, **RESNET),
     }),

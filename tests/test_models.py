@@ -116,7 +116,7 @@ def test_an_unknown_name_is_an_attribute_error():
 # ---- models by name ----
 
 PARAMETERS = dict(localvim_tiny=7994152, localvim_small=27783784, localvmamba_tiny=25527160,
-                  localvmamba_small=49748536)
+                  localvmamba_small=49748536, vmamba_tiny_v2=30249064)
 
 
 @pytest.mark.parametrize('name', list_models())

@@ -30,7 +30,7 @@ from records import processor, read_rows, write_rows
 
 from mmlocalmamba import ops
 
-OURS = ('LocalVMamba-T', 'LocalVMamba-S', 'LocalVim-T', 'LocalVim-S')
+OURS = ('LocalVMamba-T', 'LocalVMamba-S', 'LocalVim-T', 'LocalVim-S', 'LocalVMamba-T-v2', 'VMamba-T-v2')
 FIELDS = ('model', 'height', 'width', 'dtype', 'threads', 'ms', 'spread_percent', 'peak_mb', 'machine', 'torch')
 
 
@@ -54,6 +54,9 @@ def builders(device):
         'LocalVMamba-S': lambda size: LocalVMamba('small', drop_path_rate=0.),
         'LocalVim-T': lambda size: LocalVim('tiny', img_size=size, drop_path_rate=0.),
         'LocalVim-S': lambda size: LocalVim('small', img_size=size, drop_path_rate=0.),
+        'LocalVMamba-T-v2': lambda size: LocalVMamba('tiny_v2', drop_path_rate=0.),
+        'VMamba-T-v2': lambda size: LocalVMamba('tiny_v2', directions=['h', 'v', 'h_flip', 'v_flip'], scattn=False,
+                                                drop_path_rate=0.),
     }
     if device == 'cuda' and ops.available_backends(torch.empty(0, device=device))['cuda'] is None:
         found['LocalVMamba-T, mamba_ssm'] = lambda size: WithBackend(LocalVMamba('tiny', drop_path_rate=0.), 'cuda')

@@ -91,10 +91,22 @@ LOCAL_VIM = {
     'small': dict(embed_dims=384, num_layers=20, directions=SEARCHED['localvim']),
 }
 
+# The block of VMamba's version 2 (arXiv 2401.10166, section 4.4), which all sizes of that version share.
+_V2 = dict(d_state=1, gate=False, conv_bias=False, mlp_ratio=4., patch_embed='conv', downsample='conv',
+           directions=WITHOUT_SEARCH)
+
 LOCAL_VMAMBA = {
     'nano': dict(embed_dims=[32, 64, 128, 256], depths=[1, 1, 2, 1], d_state=4, directions=WITHOUT_SEARCH),
     'tiny': dict(embed_dims=[96, 192, 384, 768], depths=[2, 2, 9, 2], directions=SEARCHED['localvmamba_tiny']),
     'small': dict(embed_dims=[96, 192, 384, 768], depths=[2, 2, 27, 2], directions=SEARCHED['localvmamba_small']),
     # VMamba-B's size; the paper searched no directions for it.
     'base': dict(embed_dims=[128, 256, 512, 1024], depths=[2, 2, 27, 2], directions=WITHOUT_SEARCH),
+    # Version 2 of VMamba, with local scans: nobody has searched directions for it. sXlY: expand X, Y blocks in stage 3.
+    'nano_v2': dict(_V2, embed_dims=[32, 64, 128, 256], depths=[1, 1, 2, 1], expand=1., mlp_ratio=2.),
+    'tiny_v2': dict(embed_dims=[96, 192, 384, 768], depths=[2, 2, 8, 2], expand=1., **_V2),
+    'tiny_v2_s2l5': dict(embed_dims=[96, 192, 384, 768], depths=[2, 2, 5, 2], expand=2., **_V2),
+    'small_v2': dict(embed_dims=[96, 192, 384, 768], depths=[2, 2, 15, 2], expand=2., **_V2),
+    'small_v2_s1l20': dict(embed_dims=[96, 192, 384, 768], depths=[2, 2, 20, 2], expand=1., **_V2),
+    'base_v2': dict(embed_dims=[128, 256, 512, 1024], depths=[2, 2, 15, 2], expand=2., **_V2),
+    'base_v2_s1l20': dict(embed_dims=[128, 256, 512, 1024], depths=[2, 2, 20, 2], expand=1., **_V2),
 }

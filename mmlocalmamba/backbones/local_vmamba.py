@@ -1,5 +1,6 @@
 """LocalVMamba: VMamba's hierarchy with local scans and SCAttn (paper section 4.3)."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,21 +18,43 @@ from mmlocalmamba.backbones.base import (
     resolve_search,
 )
 from mmlocalmamba.directions import ScanTables, scan_tables_of
-from mmlocalmamba.layers import DropPath, LocalVMambaMixer, PatchEmbed, PatchMerging
+from mmlocalmamba.layers import (
+    MLP,
+    ConvDownsample,
+    ConvPatchEmbed,
+    DropPath,
+    LocalVMambaMixer,
+    PatchEmbed,
+    PatchMerging,
+)
+
+PATCH_EMBEDS: dict[str, Callable[..., nn.Module]] = {'patch': partial(PatchEmbed, norm=True), 'conv': ConvPatchEmbed}
+DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {'merge': PatchMerging, 'conv': ConvDownsample}
+
+
+def _choice(option: str, name: str, choices: dict[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+    if name not in choices:
+        raise ValueError(f'{option} must be one of {", ".join(choices)}, got {name!r}')
+    return choices[name]
 
 
 class LocalVMambaBlock(nn.Module):
-    """x + drop_path(mixer(norm(x))) on tokens (B, H*W, C)."""
+    """x + drop_path(mixer(norm(x))) on tokens (B, H*W, C); then, with an MLP, x + drop_path(mlp(norm2(x)))."""
 
-    def __init__(self, mixer: nn.Module, channels: int, drop_path: float, with_cp: bool) -> None:
+    def __init__(self, mixer: nn.Module, channels: int, drop_path: float, with_cp: bool, mlp_ratio: float = 0.) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.norm = nn.LayerNorm(channels)
         self.mixer = mixer
         self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(channels) if mlp_ratio else None
+        self.mlp = MLP(channels, int(mlp_ratio * channels)) if mlp_ratio else None
 
     def _forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x), size, tables))
+        x = x + self.drop_path(self.mixer(self.norm(x), size, tables))
+        if self.norm2 is not None and self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
 
     def forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
         """x (B, H*W, C), size (H, W), tables of the mixer's directions -> (B, H*W, C)."""
@@ -41,20 +64,20 @@ class LocalVMambaBlock(nn.Module):
 
 
 class LocalVMambaStage(nn.Module):
-    """Blocks at one resolution, then patch merging, unless it is the last stage."""
+    """Blocks at one resolution, then ``downsample``, which is None in the last stage."""
 
-    def __init__(self, blocks: Sequence[LocalVMambaBlock], channels: int, next_channels: int | None) -> None:
+    def __init__(self, blocks: Sequence[LocalVMambaBlock], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.downsample = None if next_channels is None else PatchMerging(channels, next_channels)
+        self.downsample = downsample
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.downsample is not None:
+        if isinstance(self.downsample, PatchMerging):
             nn.init.trunc_normal_(self.downsample.reduction.weight, std=0.02)
 
     def forward(self, x: Tensor, size: tuple[int, int], pad: bool) -> Tensor:
-        """x (B, H*W, C), size (H, W) -> the same shape, before the merging."""
+        """x (B, H*W, C), size (H, W) -> the same shape, before ``downsample``."""
         tables = scan_tables_of([block.mixer.directions for block in self.blocks], *size, pad=pad, device=x.device)
         for block in self.blocks:
             x = block(x, size, tables[block.mixer.directions])
@@ -67,10 +90,15 @@ class LocalVMamba(LocalMambaBackbone):
     With ``directions=['h', 'v', 'h_flip', 'v_flip'], scattn=False`` it is VMamba. The order matters to its weights.
 
     Args:
-        arch: 'nano', 'tiny', 'small', 'base', or a dict with ``embed_dims`` and ``depths`` (one entry a stage) and
-            optionally ``d_state`` (16), ``expand`` (2), ``dt_rank`` ('auto'), ``d_conv`` (3), ``directions``.
+        arch: 'nano', 'tiny', 'small', 'base'; 'nano_v2', 'tiny_v2', 'small_v2', 'base_v2' with the block of VMamba's
+            version 2, and further sizes of that version, 'tiny_v2_s2l5', 'small_v2_s1l20', 'base_v2_s1l20'; or a dict
+            with ``embed_dims`` and ``depths`` (one entry a stage) and optionally ``d_state`` (16), ``expand`` (2),
+            ``dt_rank`` ('auto'), ``d_conv`` (3), ``conv_bias`` (True), ``gate`` (True), ``mlp_ratio`` (0: no MLP),
+            ``patch_embed`` ('patch', or 'conv': two 3x3 convolutions), ``downsample`` ('merge', or 'conv': a 3x3
+            convolution), ``directions``.
         in_channels: channels of the image.
         patch_size: side of a patch and stride of the first stage in pixels; each further stage halves the resolution.
+            1, 2 or 4 with ``patch_embed='conv'``.
         directions: None for the variant's searched directions, one list of scan names for all blocks, a list per
             block, a path to a JSON file that holds one of these, 'search' for the supernet of the direction search, or
             dict(candidates=[...], sampling=...) for a supernet with the options of MixedScan.
@@ -118,17 +146,19 @@ class LocalVMamba(LocalMambaBackbone):
         check_frozen_stages(frozen_stages, len(self.depths))
 
         self.patch_size = patch_size
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims[0], patch_size, norm=True)
+        self.patch_embed = _choice('patch_embed', arch.pop('patch_embed', 'patch'), PATCH_EMBEDS)(
+            in_channels, self.embed_dims[0], patch_size)
+        downsample = _choice('downsample', arch.pop('downsample', 'merge'), DOWNSAMPLES)
+        mlp_ratio = arch.pop('mlp_ratio', 0.)
         drop_paths = drop_path_rates(drop_path_rate, depth)
-        widths = [*self.embed_dims, None]
         self.stages = nn.ModuleList()
         for index, (channels, stage_depth) in enumerate(zip(self.embed_dims, self.depths)):
             first = sum(self.depths[:index])
             self.stages.append(LocalVMambaStage([
                 LocalVMambaBlock(mixer(channels, self.directions[block], scattn=scattn, **arch, **options), channels,
-                                 drop_paths[block], with_cp)
+                                 drop_paths[block], with_cp, mlp_ratio)
                 for block in range(first, first + stage_depth)
-            ], channels, widths[index + 1]))
+            ], None if index + 1 == len(self.depths) else downsample(channels, self.embed_dims[index + 1])))
         for index in self.out_indices:
             self.add_module(f'norm{index}', nn.LayerNorm(self.embed_dims[index]))
         self.out_channels = [self.embed_dims[index] for index in self.out_indices]

@@ -22,13 +22,14 @@ class _Mixer(nn.Module):
     """Base class of both mixers: input and output projection, scans, SCAttn, sum over the directions."""
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float, d_state: int,
-                 dt_rank: int | Literal['auto'], scattn: bool | dict) -> None:
+                 dt_rank: int | Literal['auto'], scattn: bool | dict, gate: bool = True) -> None:
         super().__init__()
         for name in directions:
             check_scan(name)
         self.directions = tuple(directions)
+        self.gate = gate
         inner = int(expand * channels)
-        self.in_proj = TokenLinear(channels, 2 * inner)
+        self.in_proj = TokenLinear(channels, 2 * inner if gate else inner)
         self.ssm = DirectionalSSM(inner, len(self.directions), d_state,
                                   math.ceil(channels / 16) if dt_rank == 'auto' else dt_rank)
         self.scattn = SCAttn(inner, **(scattn if isinstance(scattn, dict) else {})) if scattn else None
@@ -59,13 +60,16 @@ class LocalVMambaMixer(_Mixer):
         d_state, dt_rank: of the state space; dt_rank 'auto' is ceil(C / 16).
         d_conv: kernel size of the depthwise convolution.
         scattn: False, True, or arguments of SCAttn.
+        gate: multiply by silu(z), where z is a second half of the input projection. VMamba's version 2 has no gate.
+        conv_bias: give the convolution a bias. VMamba's version 2 has none.
     """
 
     def __init__(self, channels: int, directions: Sequence[str], expand: float = 2., d_state: int = 16,
-                 dt_rank: int | Literal['auto'] = 'auto', d_conv: int = 3, scattn: bool | dict = True) -> None:
-        super().__init__(channels, directions, expand, d_state, dt_rank, scattn)
+                 dt_rank: int | Literal['auto'] = 'auto', d_conv: int = 3, scattn: bool | dict = True,
+                 gate: bool = True, conv_bias: bool = True) -> None:
+        super().__init__(channels, directions, expand, d_state, dt_rank, scattn, gate)
         inner = self.out_proj.in_features
-        self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=(d_conv - 1) // 2, groups=inner)
+        self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=(d_conv - 1) // 2, groups=inner, bias=conv_bias)
         self.out_norm = nn.LayerNorm(inner)
 
     def scan(self, x: Tensor, tables: ScanTables) -> Tensor:
@@ -73,10 +77,14 @@ class LocalVMambaMixer(_Mixer):
 
     def forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
         """x (B, H*W, C), size (H, W), tables of this mixer's directions -> (B, H*W, C)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = self.in_proj(x)
+        z = None
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
         x = x.unflatten(1, size).permute(0, 3, 1, 2)
         x = F.silu(self.conv2d(x)).permute(0, 2, 3, 1).flatten(1, 2)
-        return self.out_proj(self.out_norm(self.scan_and_sum(x, tables)) * F.silu(z))
+        y = self.out_norm(self.scan_and_sum(x, tables))
+        return self.out_proj(y if z is None else y * F.silu(z))
 
 
 class LocalVimMixer(_Mixer):

@@ -1,7 +1,8 @@
 """Names and layouts of the authors' weights <-> ours: pure functions over names and tensors.
 
-The authors are those of LocalMamba (hunto/LocalMamba), Vim (hustvl/Vim) and VMamba, version 0 (MzeroMiko/VMamba); their
-names tell them apart. Vim's and VMamba's names are first changed to those of LocalMamba's authors, then converted.
+The authors are those of LocalMamba (hunto/LocalMamba), Vim (hustvl/Vim) and VMamba, versions 0 and 2
+(MzeroMiko/VMamba); their names tell them apart. Vim's names and those of VMamba's version 0 are first changed to those
+of LocalMamba's authors, then converted. Version 2 has these names already, and more for its MLPs and convolutions.
 
 Our names are those of mmpretrain's, mmdet's and mmseg's models: ``backbone.*``, and ``head.fc.*`` of a classifier.
 Besides names, three things differ: K directions are stacked in one tensor; PatchMerging orders a 2x2 patch channel by
@@ -26,7 +27,7 @@ _VIM_DIRECTIONS = ('h', 'h_flip')
 # Vim's grids at 224 pixels: patches of 16 at this stride.
 _VIM_STRIDES = {14: 16, 27: 8}
 
-# Names that only one family has.
+# Names that only one family has. VMamba's version 2 has those of LocalVMamba, with MLPs and without SCAttn.
 _MARKS = {family: re.compile(pattern) for family, pattern in (
     ('LocalVim', r'layers\.\d+\.mixer\.(?:A_log|D|(?:conv1d|x_proj|dt_proj))_\d+(?:\.\w+)?'),
     ('LocalVMamba', r'layers\.\d+\.blocks\.\d+\.op\.(?:A_logs|Ds|x_proj_weight|dt_projs_weight|dt_projs_bias)'),
@@ -35,6 +36,8 @@ _MARKS = {family: re.compile(pattern) for family, pattern in (
 )}
 _EXAMPLES = ('layers.0.mixer.A_log_0', 'layers.0.blocks.0.op.A_logs', 'layers.0.mixer.A_b_log',
              'layers.0.blocks.0.self_attention.A_logs')
+_MLP = re.compile(r'layers\.\d+\.blocks\.\d+\.mlp\.\w+\.\w+')
+_SCATTN = re.compile(r'layers\.\d+\.blocks\.\d+\.op\.multi_scan\..+')
 _VIM = re.compile(r'(layers\.\d+\.mixer)\.(A_log|A_b_log|D|D_b|(?:conv1d|x_proj|dt_proj)(?:_b)?)(\.\w+)?')
 _VMAMBA = [(r'\.ln_1\.', '.norm.'), (r'\.self_attention\.', '.op.'), (r'^patch_embed\.proj\.', 'patch_embed.0.'),
            (r'^patch_embed\.norm\.', 'patch_embed.2.'), (r'^(norm|head)\.', r'classifier.\1.')]
@@ -47,8 +50,14 @@ def family_of(state_dict: Mapping[str, Tensor]) -> tuple[str | None, str]:
             if name.startswith(prefix):
                 for family, mark in _MARKS.items():
                     if mark.fullmatch(name, len(prefix)):
-                        return family, prefix
+                        return ('VMamba' if family == 'LocalVMamba' and _is_vmamba_v2(state_dict, prefix) else family,
+                                prefix)
     return None, ''
+
+
+def _is_vmamba_v2(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    return (any(_MLP.fullmatch(name, len(prefix)) for name in state_dict)
+            and not any(_SCATTN.fullmatch(name, len(prefix)) for name in state_dict))
 
 
 def is_official(state_dict: Mapping[str, Tensor]) -> bool:
@@ -151,8 +160,11 @@ def as_localmamba(state_dict: Mapping[str, Tensor]
         raise ValueError('this is a Vim with rotary positions or without a class token: only the released models '
                          'with a class token in the middle (midclstok, div2) are converted; others combine their '
                          'directions and tokens differently')
-    if any('.mlp.' in name for name in own):
-        raise ValueError('this is a VMamba of a later version, with MLPs: only version 0 is a LocalVMamba')
+    for name, value in own.items():
+        if re.fullmatch(r'layers\.\d+\.downsample\.1\.weight', name) and value.shape[2:] != (3, 3):
+            raise ValueError('this VMamba is between versions 0 and 2: it halves its resolution by convolutions of '
+                             f'{"x".join(map(str, value.shape[2:]))} ({name}), which have no counterpart here. '
+                             'Versions 0 and 2 are converted')
     if family == 'LocalVim' and any(re.fullmatch(r'layers\.\d+\.norm\.bias', name) for name in own):
         raise ValueError("this LocalVim normalises by LayerNorm (it has layers.0.norm.bias), as the authors' detectors "
                          'and segmentors by rms_norm=False; LocalVim is by RMSNorm here, as in their classifiers, and '
@@ -183,18 +195,26 @@ _RENAMES = {
     'LocalVMamba': [
         ('patch_embed.0.{leaf}', 'backbone.patch_embed.projection.{leaf}'),
         ('patch_embed.2.{leaf}', 'backbone.patch_embed.norm.{leaf}'),
+        ('patch_embed.5.{leaf}', 'backbone.patch_embed.projection2.{leaf}'),
+        ('patch_embed.7.{leaf}', 'backbone.patch_embed.norm2.{leaf}'),
         ('layers.{i}.blocks.{j}.norm.{leaf}', 'backbone.stages.{i}.blocks.{j}.norm.{leaf}'),
+        ('layers.{i}.blocks.{j}.norm2.{leaf}', 'backbone.stages.{i}.blocks.{j}.norm2.{leaf}'),
+        ('layers.{i}.blocks.{j}.mlp.{part}.{leaf}', 'backbone.stages.{i}.blocks.{j}.mlp.{part}.{leaf}'),
         ('layers.{i}.blocks.{j}.op.in_proj.weight', 'backbone.stages.{i}.blocks.{j}.mixer.in_proj.weight'),
         ('layers.{i}.blocks.{j}.op.out_proj.weight', 'backbone.stages.{i}.blocks.{j}.mixer.out_proj.weight'),
         ('layers.{i}.blocks.{j}.op.conv2d.{leaf}', 'backbone.stages.{i}.blocks.{j}.mixer.conv2d.{leaf}'),
         ('layers.{i}.blocks.{j}.op.out_norm.{leaf}', 'backbone.stages.{i}.blocks.{j}.mixer.out_norm.{leaf}'),
         ('layers.{i}.blocks.{j}.op.multi_scan.attn.{part}.{leaf}',
          'backbone.stages.{i}.blocks.{j}.mixer.scattn.{part}.{leaf}'),
+        ('layers.{i}.downsample.1.{leaf}', 'backbone.stages.{i}.downsample.conv.{leaf}'),
+        ('layers.{i}.downsample.3.{leaf}', 'backbone.stages.{i}.downsample.out_norm.{leaf}'),
         ('outnorm{i}.{leaf}', 'backbone.norm{i}.{leaf}'),
         ('classifier.head.{leaf}', 'head.fc.{leaf}'),
     ],
 }
 _MERGING = r'(layers|backbone\.stages)\.(\d+)\.downsample\.(reduction\.weight|norm\.weight|norm\.bias)'
+# Parts of mmdet's detectors and mmseg's segmentors beside the backbone.
+_DENSE = re.compile(r'(?:neck|\w+_head)\.')
 # LocalVim keeps one tensor a direction, ours one for all.
 _PER_DIRECTION = {
     'A_log_{}': 'ssm.A_log',
@@ -205,6 +225,8 @@ _PER_DIRECTION = {
     'dt_proj_{}.weight': 'ssm.dt_proj_weight',
     'dt_proj_{}.bias': 'ssm.dt_proj_bias',
 }
+# Linear layers, which VMamba's version 2 may hold as 1x1 convolutions.
+_LINEAR = re.compile(r'layers\.\d+\.blocks\.\d+\.(?:op\.(?:in|out)_proj|mlp\.\w+)\.weight')
 # LocalVMamba stacks them already.
 _STACKED = {
     'x_proj_weight': 'ssm.x_proj_weight',
@@ -275,7 +297,8 @@ def _convert_local_vmamba(weights: Mapping[str, Tensor]) -> tuple[StateDict, lis
     for name, tensor in weights.items():
         block = re.fullmatch(r'layers\.(\d+)\.blocks\.(\d+)\.op\.(.+)', name)
         if (renamed := _rename(name, _RENAMES['LocalVMamba'])) is not None:
-            ours[renamed] = tensor
+            one_by_one = tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and _LINEAR.fullmatch(name)
+            ours[renamed] = tensor.flatten(1) if one_by_one else tensor
         elif re.fullmatch(_MERGING, name):
             ours[name.replace('layers.', 'backbone.stages.', 1)] = _permute_merging(tensor, to_ours=True)
         elif re.fullmatch(r'classifier\.norm\.(weight|bias)', name):
@@ -303,17 +326,18 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str
 
     Args:
         state_dict: of LocalMamba's authors: a classifier, a backbone with output norms, or a supernet of the direction
-            search; or of Vim's released classifiers (class token in the middle) or VMamba's, version 0. Vim becomes a
-            LocalVim with directions h, h_flip, VMamba a LocalVMamba with h, v, h_flip, v_flip, both without SCAttn.
-            Of a detector or segmentor, which has the authors' names under ``backbone.``, the rest stays as it is.
+            search; or of Vim's released classifiers (class token in the middle) or VMamba's, versions 0 and 2. Vim
+            becomes a LocalVim with directions h, h_flip, VMamba a LocalVMamba with h, v, h_flip, v_flip, both without
+            SCAttn. Of a detector or segmentor, which has the authors' names under ``backbone.``, the rest stays as it
+            is: their necks and heads are mmdet's and mmseg's.
 
     Returns:
         (weights under our names, names that were not understood). Rotary tables are dropped: they are computed.
 
     Raises:
         ValueError: these are not the authors' names, tensors of a direction are missing, or the model has no
-            counterpart here: one of the first Vim models (RoPE, class token in front), a later VMamba (with MLPs), a
-            LocalVim with LayerNorm.
+            counterpart here: one of the first Vim models (RoPE, class token in front), a VMamba between versions 0
+            and 2, a LocalVim with LayerNorm.
     """
     family, names, weights, rest = as_localmamba(state_dict)
     convert = _convert_local_vim if family in ('LocalVim', 'Vim') else _convert_local_vmamba
@@ -325,10 +349,12 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
     """Convert our state dict to the authors' names: the inverse of :func:`from_official`.
 
     Args:
-        state_dict: of a classifier (``backbone.*``, ``head.fc.*``) or of a backbone alone.
+        state_dict: of a classifier (``backbone.*``, ``head.fc.*``), of a backbone alone, or of a detector or
+            segmentor, whose weights outside of the backbone stay as they are.
 
     Returns:
-        (weights under the authors' names, names without a counterpart there).
+        (weights under the authors' names, names without a counterpart there). VMamba of version 0 gets the names of
+        LocalMamba's authors, which VMamba's present code reads, too.
 
     Raises:
         ValueError: these are not our names.
@@ -348,10 +374,13 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
     stages = (re.match(r'backbone\.stages\.(\d+)\.', name) for name in state_dict)
     last = max((int(stage[1]) for stage in stages if stage), default=0)
     taps = [name for name in state_dict if re.fullmatch(r'backbone\.norm\d+\.weight', name)]
+    rest = {name: tensor for name, tensor in state_dict.items() if _DENSE.match(name)}
     official, unmatched = {}, []
     for name, tensor in state_dict.items():
         block, _, leaf = name.rpartition('.mixer.')
-        if arch == 'LocalVMamba' and len(taps) == 1 and name.startswith(f'backbone.norm{last}.'):
+        if name in rest:
+            continue
+        if arch == 'LocalVMamba' and not rest and len(taps) == 1 and name.startswith(f'backbone.norm{last}.'):
             official[name.replace(f'backbone.norm{last}', 'classifier.norm')] = tensor
         elif (renamed := _rename(name, rules)) is not None:
             official[renamed] = tensor
@@ -376,4 +405,6 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
         side = round(tokens ** 0.5)
         tables = rotary_tables(side, side, channels, 14, official['pos_embed'].device)
         official['rope.freqs_cos'], official['rope.freqs_sin'] = (table.clone() for table in tables)
-    return official, unmatched
+    if rest:
+        official = {BACKBONE + name: tensor for name, tensor in official.items()}
+    return {**official, **rest}, unmatched

@@ -268,6 +268,18 @@ def test_bad_arguments_of_vim(kwargs, message):
         vim(**kwargs)
 
 
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(arch=dict(embed_dims=[8], depths=[1], patch_embed='overlap')),
+     "patch_embed must be one of patch, conv, got 'overlap'"),
+    (dict(arch=dict(embed_dims=[8], depths=[1], downsample='pool')),
+     "downsample must be one of merge, conv, got 'pool'"),
+    (dict(arch='nano_v2', patch_size=8), "patch_embed='conv' takes patch_size 1, 2 or 4, got 8"),
+])
+def test_bad_arguments_of_vmamba(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        LocalVMamba(**{'directions': ['h'], **kwargs})
+
+
 @pytest.mark.parametrize('build', [vmamba, vim])
 def test_init_cfg_is_kept(build):
     cfg = dict(type='Pretrained', checkpoint='nowhere.pth')

@@ -18,6 +18,9 @@ KINDS = {
     'vmamba': (LocalVMamba, dict(out_indices=(0, 1))),
     'vmamba-search': (LocalVMamba, dict(directions='search')),
     'vmamba-plain': (LocalVMamba, dict(directions=['h', 'v', 'h_flip', 'v_flip'], scattn=False, window_pad='none')),
+    'vmamba-v2': (LocalVMamba, dict(
+        arch=dict(embed_dims=[8, 16], depths=[1, 2], d_state=1, expand=1., gate=False, conv_bias=False, mlp_ratio=2.,
+                  patch_embed='conv', downsample='conv'), out_indices=(0, 1))),
     'vim': (LocalVim, dict(out_type='featmap', out_indices=(0, 2))),
     'vim-residual': (LocalVim, dict(out_type='featmap', out_feature='residual', out_indices=(0, 2))),
     'vim-pooled': (LocalVim, dict(scattn=dict(spatial=True))),
@@ -99,7 +102,7 @@ def test_weights_are_made_by_init_weights(kind):
     ssm = next(module.ssm for module in model.modules() if isinstance(module, _Mixer))
     dt = nn.functional.softplus(ssm.dt_proj_bias)
     assert 0.9e-3 <= dt.min() and dt.max() <= 1.1e-1 and dt.std() > 0  # Mamba's step sizes
-    torch.testing.assert_close(ssm.A_log.exp(), torch.tensor([1., 2.]).expand_as(ssm.A_log))
+    torch.testing.assert_close(ssm.A_log.exp(), torch.arange(1., ssm.A_log.shape[-1] + 1).expand_as(ssm.A_log))
     assert all(out.isfinite().all() for out in model(image()))
 
 

@@ -69,6 +69,12 @@ CASES = {
     'without pads': lambda: vmamba(window_pad='none', scattn=False),
     'one state, spatial gate': lambda: LocalVMamba(
         dict(embed_dims=[16], depths=[1], d_state=1), directions=['h', 'w2_flip'], scattn=dict(spatial=True)),
+    'version 2 of VMamba': lambda: LocalVMamba(
+        dict(embed_dims=[16, 24], depths=[1, 1], d_state=1, expand=1., gate=False, conv_bias=False, mlp_ratio=2.,
+             patch_embed='conv', downsample='conv'), directions=['h', 'v_flip', 'w3', 'w2_flip'], out_indices=(0, 1)),
+    'vim, one state': lambda: LocalVim(
+        dict(embed_dims=16, num_layers=2, d_state=1, directions=['h', 'w3_flip']), img_size=40, patch_size=8,
+        out_type='featmap', out_indices=(0, 1)),
     'own scan': lambda: vmamba(('h', 'rows_from_below', 'rows_from_below_flip'), scattn=False),
     'vim': lambda: vim(),
     'vim, class token': lambda: vim(cls_token='middle', rope=False, out_type='cls_token', out_indices=(-1, )),
@@ -86,22 +92,36 @@ def test_onnx_equals_eager(case, spiral, tmp_path):
     exporting.to_onnx(graph, images.shape[-2:], path, {})
     loaded = onnx.load(path)
     assert {entry.domain for entry in loaded.opset_import} == {''}
-    blocks = sum(hasattr(module, 'ssm') for module in graph.modules())
-    assert sum(node.op_type == 'Scan' for node in loaded.graph.node) == blocks  # all directions in one
+    # All directions in one loop; with one state, a second one goes over the chunks.
+    loops = sum(2 if module.ssm.A_log.shape[-1] == 1 else 1 for module in graph.modules() if hasattr(module, 'ssm'))
+    assert sum(node.op_type == 'Scan' for node in loaded.graph.node) == loops
     expected = exporting.run_eager(graph, torch.from_numpy(images))
     for a, b in zip(expected, runtimes.open_file(path, threads=1).run(images), strict=True):
         np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
 
 
+@pytest.mark.parametrize('case', ['windows with pads', 'version 2 of VMamba'])
 @pytest.mark.slow
-def test_any_number_of_images(tmp_path):
-    graph, path = OfBackbone(randomised(vmamba())).eval(), str(tmp_path / 'model.onnx')
+def test_any_number_of_images(case, tmp_path):
+    graph, path = OfBackbone(randomised(CASES[case]())).eval(), str(tmp_path / 'model.onnx')
     exporting.to_onnx(graph, (32, 32), path, {}, any_batch=True)
     run = runtimes.open_file(path, threads=1).run
     for batch in (1, 3):
         images = np.random.default_rng(batch).standard_normal((batch, 3, 32, 32), dtype=np.float32)
         for a, b in zip(exporting.run_eager(graph, torch.from_numpy(images)), run(images), strict=True):
             np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.slow
+def test_long_scans_of_one_state_in_openvino(tmp_path):
+    """Several chunks of many steps, in the other runtime."""
+    pytest.importorskip('openvino')
+    graph, path = OfBackbone(randomised(CASES['version 2 of VMamba']())).eval(), str(tmp_path / 'model.onnx')
+    images = np.random.default_rng(1).standard_normal((1, 3, 132, 124), dtype=np.float32)
+    exporting.to_onnx(graph, images.shape[-2:], path, {})
+    for a, b in zip(exporting.run_eager(graph, torch.from_numpy(images)),
+                    runtimes.open_file(path, 'openvino', threads=1).run(images), strict=True):
+        np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
 
 
 def test_softplus_is_torchs():

@@ -15,7 +15,7 @@ def weight(name, shape, salt=0):
     noise = rng.standard_normal(size=tuple(shape))
     leaf = name.split('.')[-1]
     if leaf.startswith('A_log'):
-        value = np.log(np.arange(1., 17.)) + 0.1 * noise
+        value = np.log(np.arange(1., shape[-1] + 1)) + 0.1 * noise
     elif leaf == 'Ds' or leaf.startswith('D_'):
         value = 1 + 0.1 * noise
     elif leaf == 'dt_projs_bias' or ('dt_proj_' in name and leaf == 'bias'):

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from mmlocalmamba.directions import scan_tables
 from mmlocalmamba.layers import (
+    MLP,
+    ConvDownsample,
+    ConvPatchEmbed,
     DropPath,
     LocalVimMixer,
     LocalVMambaMixer,
@@ -94,6 +97,56 @@ def test_localvmamba_mixer_by_hand(d_conv):
     scanned = mixer.ssm(torch.stack([inner[:, :, i // W, i % W] for i in range(H * W)], dim=1), tables)
     total = sum(mixer.scattn(scanned[:, k]) for k in range(3))
     torch.testing.assert_close(mixer(x, (H, W), tables), mixer.out_proj(mixer.out_norm(total) * F.silu(gate)))
+
+
+def test_localvmamba_mixer_of_version_2_by_hand():
+    """No gate and no bias of the convolution: half the input projection is gone."""
+    torch.manual_seed(0)
+    names, H, W = ['h', 'v_flip'], 3, 5
+    mixer = LocalVMambaMixer(8, names, expand=1., d_state=1, scattn=False, gate=False, conv_bias=False)
+    x, tables = torch.randn(2, H * W, 8), scan_tables(names, H, W)
+    assert mixer.in_proj.weight.shape == (8, 8) and mixer.conv2d.bias is None
+    image = mixer.in_proj(x).transpose(1, 2).unflatten(2, (H, W))
+    inner = F.silu(F.conv2d(image, mixer.conv2d.weight, padding=1, groups=8)).flatten(2).transpose(1, 2)
+    expected = mixer.out_proj(mixer.out_norm(mixer.ssm(inner, tables).sum(1)))
+    torch.testing.assert_close(mixer(x, (H, W), tables), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('patch_size', [1, 2, 4])
+@pytest.mark.parametrize('H,W', [(1, 1), (16, 12), (7, 9)])
+def test_convolutional_embedding_and_downsampling_by_hand(H, W, patch_size, dtype):
+    torch.manual_seed(0)
+    embed, down = ConvPatchEmbed(3, 8, patch_size).to(dtype), ConvDownsample(8, 16).to(dtype)
+    image = torch.randn(2, 3, H, W).to(dtype)
+    first, second = (2, 2) if patch_size == 4 else (patch_size, 1)
+
+    def norm(x, layer):
+        return F.layer_norm(x.movedim(1, 3), layer.normalized_shape, layer.weight.float(), layer.bias.float()
+                            ).movedim(3, 1)
+
+    def conv(x, layer, stride):
+        return F.conv2d(x, layer.weight.float(), layer.bias.float(), stride=stride, padding=1)
+
+    x = F.gelu(norm(conv(image.float(), embed.projection, first), embed.norm))
+    x = norm(conv(x, embed.projection2, second), embed.norm2)
+    tokens, size = embed(image)
+    assert size == (-(-H // patch_size), -(-W // patch_size)) == tuple(x.shape[2:])
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype is torch.float32 else dict(rtol=0.05, atol=0.05)
+    torch.testing.assert_close(tokens.float(), x.flatten(2).transpose(1, 2), **tolerance)
+    tokens, size = down(tokens, size)
+    x = norm(conv(x, down.conv, 2), down.out_norm)
+    assert size == tuple(x.shape[2:])
+    torch.testing.assert_close(tokens.float(), x.flatten(2).transpose(1, 2), **tolerance)
+
+
+def test_mlp_begins_as_the_authors_begin_it():
+    torch.manual_seed(0)
+    mlp = MLP(64, 256)
+    for layer in (mlp.fc1, mlp.fc2):
+        assert 0.0195 < layer.weight.std() < 0.0205 and not layer.bias.any()
+    x = torch.randn(2, 5, 64)
+    torch.testing.assert_close(mlp(x), F.linear(F.gelu(F.linear(x, mlp.fc1.weight)), mlp.fc2.weight))
 
 
 def test_scattn_by_hand():

@@ -1,5 +1,6 @@
 """The shipped configurations: names, models, optimizers, schedules, data pipelines."""
 import copy
+import re
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -41,6 +42,16 @@ PARAMETERS = {
     'vmamba-t_8xb128_in1k': 22893448,
     'vmamba-s_8xb128_in1k': 44417416,
     'vmamba-b_8xb128_in1k': 76254056,
+    # version 2, as VMamba's tables round them; the first one is exact there
+    'vmamba-t-v2_8xb128_in1k': 30249064,
+    'vmamba-t-v2-s2l5_8xb128_in1k': '31M',
+    'vmamba-s-v2_8xb128_in1k': '50M',
+    'vmamba-s-v2-s1l20_8xb128_in1k': '49M',
+    'vmamba-b-v2_8xb128_in1k': '89M',
+    'vmamba-b-v2-s1l20_8xb128_in1k': '87M',
+    'localvmamba-t-v2_8xb128_in1k': None,
+    'localvmamba-s-v2_8xb128_in1k': None,
+    'localvmamba-b-v2_8xb128_in1k': None,
     'vim-t-local_8xb128_in1k': 7147624,
     'localvim-t-nosearch-noscattn_8xb128_in1k': None,
     'localvim-t-nosearch-spatial_8xb128_in1k': None,
@@ -49,6 +60,20 @@ PARAMETERS = {
     'retinanet_localvmamba-t_1x_coco': None,
     'mask-rcnn_vmamba-t_1x_coco': '42M',
     'upernet_vmamba-t_8xb2-160k_ade20k-512x512': '55M',
+    'mask-rcnn_vmamba-t-v2_1x_coco': '50M',
+    'mask-rcnn_vmamba-t-v2_ms-3x_coco': '50M',
+    'mask-rcnn_vmamba-t-v2-s2l5_1x_coco': '50M',
+    'mask-rcnn_vmamba-t-v2-s2l5_ms-3x_coco': '50M',
+    'mask-rcnn_vmamba-s-v2_1x_coco': '70M',
+    'mask-rcnn_vmamba-s-v2_ms-3x_coco': '70M',
+    'mask-rcnn_vmamba-b-v2_1x_coco': '108M',
+    'mask-rcnn_vmamba-b-v2_ms-3x_coco': '108M',
+    'mask-rcnn_localvmamba-t-v2_1x_coco': None,
+    'upernet_vmamba-t-v2_8xb2-160k_ade20k-512x512': '62M',
+    'upernet_vmamba-t-v2-s2l5_8xb2-160k_ade20k-512x512': '62M',
+    'upernet_vmamba-s-v2_8xb2-160k_ade20k-512x512': '82M',
+    'upernet_vmamba-b-v2_8xb2-160k_ade20k-512x512': '122M',
+    'upernet_localvmamba-t-v2_8xb2-160k_ade20k-512x512': None,
     'mask-rcnn_localvmamba-t_1x_coco': '45M',
     'mask-rcnn_localvmamba-s_1x_coco': '69M',
     'mask-rcnn_localvmamba-t_ms-3x_coco': '45M',
@@ -76,6 +101,10 @@ PARAMETERS = {
     'localvim-nano_fashion': None,
 }
 NAMES = sorted(PARAMETERS)
+# Drop path rates of the classifiers with VMamba's later block.
+VMAMBA_V2 = {f'{name}_8xb128_in1k': rate for name, rate in {
+    'vmamba-t-v2': 0.2, 'vmamba-t-v2-s2l5': 0.2, 'vmamba-s-v2': 0.3, 'vmamba-s-v2-s1l20': 0.3, 'vmamba-b-v2': 0.6,
+    'vmamba-b-v2-s1l20': 0.5, 'localvmamba-t-v2': 0.2, 'localvmamba-s-v2': 0.3, 'localvmamba-b-v2': 0.6}.items()}
 IMAGENET = [name for name in NAMES if name.endswith('in1k')]
 COCO = [name for name in NAMES if name.endswith('coco')]
 ADE20K = [name for name in NAMES if 'ade20k' in name]
@@ -131,7 +160,8 @@ def test_loads(name):
     released = cfg.model.backbone.init_cfg.get('checkpoint')
     expected = dict(type='Pretrained', checkpoint=released)
     assert cfg.model.backbone.init_cfg == dict(expected, **dict(allow=['stride']) if 'plus' in name else {})
-    assert released is None or released.startswith('https://github.com/hunto/LocalMamba/releases/')
+    authors = ('https://github.com/hunto/LocalMamba/releases/', 'https://github.com/MzeroMiko/VMamba/releases/')
+    assert released is None or released.startswith(authors)
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator',
                 'test_evaluator', 'train_cfg', 'val_cfg', 'test_cfg', 'param_scheduler'):
         assert key in cfg
@@ -304,21 +334,24 @@ def test_imagenet_recipe(name):
     assert total == 1024 == cfg.auto_scale_lr.base_batch_size and '8xb128' in name
     assert cfg.train_cfg.max_epochs == (100 if '100e' in name else 300) == cfg.param_scheduler[1].end
     optimizer = cfg.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.04)
-    assert cfg.model.backbone.drop_path_rate == 0.1
+    v2 = '-v2' in name  # VMamba's recipe, which is Swin's
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.05 if v2 else 0.04)
+    assert cfg.model.backbone.drop_path_rate == (VMAMBA_V2[name] if v2 else 0.1)
+    assert cfg.optim_wrapper.get('clip_grad') == (dict(max_norm=5.0) if v2 else None)
     assert cfg.model.head.loss.label_smooth_val == 0.1
     ema = cfg.custom_hooks[0]
     assert (ema.type, ema.momentum) == ('EMAHook', 1e-4)
     augments = {a.type: a.alpha for a in cfg.data_preprocessor.batch_augments.augments}
-    assert augments == dict(Mixup=0.2, CutMix=1.0)
+    assert augments == dict(Mixup=0.8 if v2 else 0.2, CutMix=1.0)
 
 
-def test_imagenet_learning_rate():
-    rates = scheduled_rates(load(IMAGENET[0]), epochs=300, epoch_length=10)
-    assert rates[0] == pytest.approx(1e-7)
+@pytest.mark.parametrize('name, first, last', [(IMAGENET[0], 1e-7, 1e-6), ('vmamba-t-v2_8xb128_in1k', 1e-6, 1e-5)])
+def test_imagenet_learning_rate(name, first, last):
+    rates = scheduled_rates(load(name), epochs=300, epoch_length=10)
+    assert rates[0] == pytest.approx(first)
     assert max(rates) == pytest.approx(1e-3) and rates.index(max(rates)) in (199, 200)
-    assert rates[1600] == pytest.approx((1e-3 + 1e-6) / 2, rel=1e-2)  # half of the cosine
-    assert rates[-1] == pytest.approx(1e-6, rel=0.05)
+    assert rates[1600] == pytest.approx((1e-3 + last) / 2, rel=1e-2)  # half of the cosine
+    assert rates[-1] == pytest.approx(last, rel=0.05)
 
 
 @pytest.mark.parametrize('name', COCO)
@@ -344,7 +377,19 @@ def test_coco_recipe(name):
         assert total == 16
         assert cfg.train_cfg.max_epochs == epochs == steps.end
         assert steps.milestones == milestones and steps.by_epoch
-        assert cfg.model.backbone.drop_path_rate == 0.2
+        assert cfg.model.backbone.drop_path_rate == (0.3 if '-s-v2' in name else 0.6 if '-b-v2' in name else 0.2)
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if '_vmamba' in f'_{name}' and '-v2' in name])
+def test_vmamba_v2(name):
+    """The version is in the name, and the directions are VMamba's."""
+    backbone = build(name).backbone
+    assert set(backbone.directions) == {('h', 'v', 'h_flip', 'v_flip')}
+    block = backbone.stages[0].blocks[0]
+    assert block.mixer.scattn is None and not block.mixer.gate and block.mixer.ssm.A_log.shape[-1] == 1
+    sizes = re.search(r'vmamba-(\w)-v2(?:-s(\d)l(\d+))?_', name).groups()
+    expand, depth = map(int, sizes[1:]) if sizes[1] else dict(t=(1, 8), s=(2, 15), b=(2, 15))[sizes[0]]
+    assert block.mixer.out_proj.in_features == expand * backbone.embed_dims[0] and backbone.depths == [2, 2, depth, 2]
 
 
 @pytest.mark.parametrize('name', ADE20K)

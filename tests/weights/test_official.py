@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from torch.nn import functional as F
 
 from mmlocalmamba import backbones
@@ -27,6 +28,9 @@ SMALL = {
                                           directions=[['h', 'w2'], ['v', 'w2_flip']], **kwargs),
     'LocalVMamba': lambda **kwargs: LocalVMamba(dict(embed_dims=[8, 16, 32], depths=[1, 1, 1], d_state=2),
                                                 directions=['h', 'w2'], **kwargs),
+    'LocalVMamba v2': lambda **kwargs: LocalVMamba(
+        dict(embed_dims=[8, 16, 32], depths=[1, 1, 1], d_state=1, expand=1., gate=False, conv_bias=False, mlp_ratio=2.,
+             patch_embed='conv', downsample='conv'), directions=['h', 'w2'], **kwargs),
 }
 
 
@@ -54,8 +58,13 @@ def run(*args):
     return Result(0, '')
 
 
+def vmamba_v2(arch, **kwargs):
+    return LocalVMamba(arch, directions=['h', 'v', 'h_flip', 'v_flip'], scattn=False, **kwargs)
+
+
 @pytest.mark.parametrize('name,build', [('local_vim_tiny', lambda: LocalVim('tiny')),
-                                        ('local_vssm_tiny', lambda: LocalVMamba('tiny'))])
+                                        ('local_vssm_tiny', lambda: LocalVMamba('tiny')),
+                                        ('vmamba_v2_tiny', lambda: vmamba_v2('tiny_v2'))])
 def test_key_contract_both_ways(name, build):
     """The authors' released names and shapes, pinned in data/, cover our model exactly, and come back as they were."""
     shapes = json.loads((DATA / f'{name}.json').read_text())['state_dict']
@@ -115,6 +124,36 @@ def vmamba_shapes(channels, depths, N=16, classes=1000):
     return {**shapes, 'norm.weight': (C, ), 'norm.bias': (C, ), 'head.weight': (classes, C), 'head.bias': (classes, )}
 
 
+def vmamba_v2_shapes(channels, depths, ratio, classes=1000, taps=()):
+    """Names of MzeroMiko/VMamba, version 2: vmamba.py of March 2025. With taps, those of its Backbone_VSSM."""
+    C, K = channels, 4
+    shapes = {'patch_embed.0.weight': (C // 2, 3, 3, 3), 'patch_embed.0.bias': (C // 2, ),
+              'patch_embed.2.weight': (C // 2, ), 'patch_embed.2.bias': (C // 2, ),
+              'patch_embed.5.weight': (C, C // 2, 3, 3), 'patch_embed.5.bias': (C, ),
+              'patch_embed.7.weight': (C, ), 'patch_embed.7.bias': (C, )}
+    for i, depth in enumerate(depths):
+        C = channels * 2 ** i
+        D, R = int(ratio * C), -(-C // 16)
+        for j in range(depth):
+            block = f'layers.{i}.blocks.{j}'
+            ours = {'A_logs': (K * D, 1), 'Ds': (K * D, ), 'in_proj.weight': (D, C), 'conv2d.weight': (D, 1, 3, 3),
+                    'x_proj_weight': (K, R + 2, D), 'dt_projs_weight': (K, D, R), 'dt_projs_bias': (K, D),
+                    'out_norm.weight': (D, ), 'out_norm.bias': (D, ), 'out_proj.weight': (C, D)}
+            shapes.update({f'{block}.op.{name}': shape for name, shape in ours.items()})
+            shapes.update({f'{block}.{name}': (C, )
+                           for name in ('norm.weight', 'norm.bias', 'norm2.weight', 'norm2.bias')})
+            shapes.update({f'{block}.mlp.fc1.weight': (4 * C, C), f'{block}.mlp.fc1.bias': (4 * C, ),
+                           f'{block}.mlp.fc2.weight': (C, 4 * C), f'{block}.mlp.fc2.bias': (C, )})
+        if i + 1 < len(depths):
+            down = f'layers.{i}.downsample'
+            shapes.update({f'{down}.1.weight': (2 * C, C, 3, 3), f'{down}.1.bias': (2 * C, ),
+                           f'{down}.3.weight': (2 * C, ), f'{down}.3.bias': (2 * C, )})
+    if taps:
+        return {**shapes, **{f'outnorm{i}.{leaf}': (channels * 2 ** i, ) for i in taps for leaf in ('weight', 'bias')}}
+    return {**shapes, 'classifier.norm.weight': (C, ), 'classifier.norm.bias': (C, ),
+            'classifier.head.weight': (classes, C), 'classifier.head.bias': (classes, )}
+
+
 def random_weights(shapes):
     generator = torch.Generator().manual_seed(0)
     return {name: 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64) + (name.endswith('norm.weight'))
@@ -129,6 +168,12 @@ def random_weights(shapes):
     ('vmamba-t_8xb128_in1k', vmamba_shapes(96, [2, 2, 9, 2])),
     ('vmamba-s_8xb128_in1k', vmamba_shapes(96, [2, 2, 27, 2])),
     ('vmamba-b_8xb128_in1k', vmamba_shapes(128, [2, 2, 27, 2])),
+    ('vmamba-t-v2_8xb128_in1k', vmamba_v2_shapes(96, [2, 2, 8, 2], 1)),
+    ('vmamba-t-v2-s2l5_8xb128_in1k', vmamba_v2_shapes(96, [2, 2, 5, 2], 2)),
+    ('vmamba-s-v2_8xb128_in1k', vmamba_v2_shapes(96, [2, 2, 15, 2], 2)),
+    ('vmamba-s-v2-s1l20_8xb128_in1k', vmamba_v2_shapes(96, [2, 2, 20, 2], 1)),
+    ('vmamba-b-v2_8xb128_in1k', vmamba_v2_shapes(128, [2, 2, 15, 2], 2)),
+    ('vmamba-b-v2-s1l20_8xb128_in1k', vmamba_v2_shapes(128, [2, 2, 20, 2], 1)),
 ])
 def test_key_contract_of_vim_and_vmamba(config, shapes):
     """Their published names and shapes cover our models exactly."""
@@ -138,9 +183,43 @@ def test_key_contract_of_vim_and_vmamba(config, shapes):
         ours, unmatched = from_official({name: torch.empty(shape) for name, shape in shapes.items()})
     assert not unmatched
     head = {key: tuple(value.shape) for key, value in ours.items() if key.startswith('head.')}
-    assert head == {'head.fc.weight': shapes['head.weight'], 'head.fc.bias': (1000, )}
+    weight = next(shape for name, shape in shapes.items() if name in ('head.weight', 'classifier.head.weight'))
+    assert head == {'head.fc.weight': weight, 'head.fc.bias': (1000, )}
     assert {key[len('backbone.'):]: value.shape for key, value in ours.items() if key not in head} == \
         {key: value.shape for key, value in own.items()}
+
+
+@pytest.mark.parametrize('config, shapes', [
+    ('mask-rcnn_vmamba-t-v2_1x_coco', vmamba_v2_shapes(96, [2, 2, 8, 2], 1, taps=range(4))),
+    ('upernet_vmamba-b-v2_8xb2-160k_ade20k-512x512', vmamba_v2_shapes(128, [2, 2, 15, 2], 2, taps=range(4))),
+])
+def test_whole_detectors_and_segmentors_of_vmamba_both_ways(config, shapes):
+    """Their backbone's names stand under ``backbone.``; necks and heads are mmdet's and mmseg's."""
+    cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
+        own = MODELS.build(cfg.model).state_dict()
+        official = {f'backbone.{name}': torch.empty(shape) for name, shape in shapes.items()}
+    official.update({name: value for name, value in own.items() if not name.startswith('backbone.')})
+    assert any(name.startswith(('roi_head.', 'decode_head.')) for name in official)
+    ours, unmatched = from_official(official)
+    assert not unmatched
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in own.items()}
+    back, unmatched = to_official(ours)
+    assert not unmatched
+    assert {name: value.shape for name, value in back.items()} == {name: v.shape for name, v in official.items()}
+
+
+def test_linear_layers_of_vmamba_may_be_convolutions():
+    """Version 2 computes on (B, C, H, W): files may hold its linear layers as 1x1 convolutions."""
+    shapes = vmamba_v2_shapes(8, [1, 1], 1, classes=5)
+    weights = random_weights(shapes)
+    ends = ('in_proj.weight', 'out_proj.weight', 'fc1.weight', 'fc2.weight')
+    linear = [name for name in shapes if name.endswith(ends)]
+    assert len(linear) == 8
+    ours, unmatched = from_official({**weights, **{name: weights[name][:, :, None, None] for name in linear}})
+    expected, _ = from_official(weights)
+    assert not unmatched and ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
 def vim_features(w, image, depth, stride=8):
@@ -413,7 +492,7 @@ def test_pretrained_into_another_task(tmp_path, arch):
     """A classifier's weights fill a detector's backbone, whose further output norms start afresh."""
     official, ours = official_of(SMALL[arch]())
     torch.save(official, tmp_path / 'x.pth')
-    extra = dict(out_indices=(0, 1)) if arch == 'LocalVMamba' else dict(out_type='featmap', out_indices=(0, 1))
+    extra = dict(out_type='featmap', out_indices=(0, 1)) if arch == 'LocalVim' else dict(out_indices=(0, 1))
     model = SMALL[arch](init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth')), **extra)
     model.init_weights()
     for name, value in model.state_dict().items():
@@ -434,7 +513,7 @@ def test_pretrained_refuses_less_than_all(tmp_path, arch):
     torch.save({**official, 'surprise': torch.zeros(1)}, tmp_path / 'x.pth')
     with pytest.raises(RuntimeError, match='in the file only: surprise'):
         SMALL[arch](init_cfg=cfg).init_weights()
-    other = official_of(SMALL['LocalVim' if arch == 'LocalVMamba' else 'LocalVMamba']())[0]
+    other = official_of(SMALL['LocalVMamba' if arch == 'LocalVim' else 'LocalVim']())[0]
     torch.save(other, tmp_path / 'x.pth')
     for strict in (True, False):
         with pytest.raises(RuntimeError, match='x.pth holds a Local.*: it is not of this backbone, a Local'):

@@ -1,8 +1,8 @@
 """Convert checkpoints of LocalMamba, Vim or VMamba to ours, or ours to LocalMamba's.
 
 The script reads checkpoints of the authors' implementation (hunto/LocalMamba), of Vim (hustvl/Vim, the released models
-with a class token in the middle) and of VMamba, version 0 (MzeroMiko/VMamba). It converts detectors and segmentors to
-ours, too. Weights outside the backbone keep their names.
+with a class token in the middle) and of VMamba, versions 0 and 2 (MzeroMiko/VMamba). It converts detectors and
+segmentors, too. Weights outside the backbone keep their names.
 
     python tools/model_converters/official_to_mmlocalmamba.py SRC DST
     python tools/model_converters/official_to_mmlocalmamba.py --to-official SRC DST
@@ -49,7 +49,16 @@ def expected_shapes(weights):
     sizes = dict(d_state=weights[f'{blocks[0]}ssm.A_log'].shape[-1], expand=inner / channels[0],
                  dt_rank='auto' if dt_rank == math.ceil(channels[0] / 16) else dt_rank)
     patch = weights['backbone.patch_embed.projection.weight'].shape
-    kwargs = dict(scattn=dict(spatial=spatial) if scattn else False, in_channels=patch[1], patch_size=patch[2],
+    convolutions = 'backbone.patch_embed.projection2.weight' in weights
+    if arch == 'LocalVMamba':
+        mlp = weights.get('backbone.stages.0.blocks.0.mlp.fc1.weight')
+        sizes.update(gate=len(weights[f'{blocks[0]}in_proj.weight']) == 2 * inner,
+                     conv_bias=f'{blocks[0]}conv2d.bias' in weights,
+                     mlp_ratio=0. if mlp is None else len(mlp) / channels[0],
+                     patch_embed='conv' if convolutions else 'patch',
+                     downsample='conv' if 'backbone.stages.0.downsample.conv.weight' in weights else 'merge')
+    kwargs = dict(scattn=dict(spatial=spatial) if scattn else False, in_channels=patch[1],
+                  patch_size=4 if convolutions else patch[2],  # strides of convolutions do not change the shapes
                   directions='search' if search else [directions(block) for block in blocks])
     with torch.device('meta'):
         if arch == 'LocalVim':

@@ -5,8 +5,16 @@ node of the domain ``mmlocalmamba``. :func:`expand` replaces these nodes in the 
 the graph holds ONNX's own operators only.
 
 States are (N, D) in the graph, channels innermost: runtimes compute that twice as fast as (D, N).
+
+A step of a scan with one state (N = 1) has so little to compute that the overhead of a runtime's loop dominates. There,
+each sequence is cut into chunks, all chunks advance together, and a short loop over the chunks carries the states
+along. The loop's body also makes the step sizes, in arrays that stay in the processor's cache.
+
+(Opset 27's ``LinearAttention`` can express such a scan, too: D heads with one key and one value each. ONNX Runtime 1.32
+turns it into a ``Scan`` over single steps, which is many times slower.)
 """
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +61,81 @@ def _tokens_first(y: Tensor, inv: Tensor | None) -> Tensor:
     return _swap(y).flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, (K, inv.shape[1]))
 
 
+# Elements (directions x chunks x channels) of a step of a chunked scan: a few such arrays fit in a processor's cache.
+_STEP_ELEMENTS = 20000
+
+
+class _Chunks(NamedTuple):
+    """How K sequences of T steps are cut into chunks, which advance together.
+
+    Attributes:
+        tokens: (steps, K, chunks), token of each step of each chunk; -1 for a pad.
+        rows: (K, L), where the output of each token is among steps x K x chunks rows.
+        with_pads: True if there are pads.
+    """
+    tokens: Tensor
+    rows: Tensor
+    with_pads: bool
+
+    def read(self, x: Tensor, with_zeros: bool = False) -> Tensor:
+        """Return x (B, K, L, F), or (B, L, F) of all directions, as (steps, B, K, chunks, F).
+
+        Pads are zeros or token 0.
+        """
+        steps, K, chunks = self.tokens.shape
+        index = self.tokens.clamp(min=0)
+        if x.dim() == 4:
+            index = index + torch.arange(K, dtype=index.dtype, device=index.device)[:, None] * x.shape[2]
+            x = x.flatten(1, 2)
+        x = _swap(x.index_select(1, index.flatten()).unflatten(1, (steps, K * chunks))).unflatten(2, (K, chunks))
+        return x * (self.tokens >= 0)[:, None, ..., None].to(x.dtype) if with_zeros and self.with_pads else x
+
+    def write(self, y: Tensor) -> Tensor:
+        """Return y (steps, B, K, chunks, F) at its tokens' positions: (B, K, L, F)."""
+        return _swap(y).flatten(1, 3).index_select(1, self.rows.flatten()).unflatten(1, tuple(self.rows.shape))
+
+
+def _chunks(inputs: ScanInputs) -> _Chunks:
+    _, K, rows, _ = inputs.delta.shape
+    width, device = inputs.A.shape[1], inputs.A.device
+    src, inv = inputs.src, inputs.inv
+    if src is None or inputs.in_scan_order:
+        src = torch.arange(rows, device=device).expand(K, rows)
+    if inv is None:
+        inv = src
+    T = src.shape[1]
+    chunks = max(1, min(_STEP_ELEMENTS // (K * width), 2 * math.isqrt(T)))
+    steps = -(-T // chunks)
+    # What is missing for whole chunks are pads in front, where they leave the state at zero.
+    tokens = torch.nn.functional.pad(src, (chunks * steps - T, 0), value=-1).unflatten(1, (chunks, steps))
+    inv = inv + chunks * steps - T
+    place = inv % steps * K + torch.arange(K, dtype=inv.dtype, device=device)[:, None]
+    return _Chunks(tokens.permute(2, 0, 1), place * chunks + inv.div(steps, rounding_mode='floor'),
+                   chunks * steps > inv.shape[1])
+
+
+def _chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Compute a scan with one state and low-rank step sizes; see the module's description."""
+    cut = _chunks(inputs)
+    x, C = cut.read(inputs.u), cut.read(inputs.C)
+    delta, B = (cut.read(tokens, with_zeros=True) for tokens in (inputs.delta, inputs.B))
+    K, width, _ = inputs.A.shape
+    zero = x.new_zeros(*x.shape[1:])
+    nothing = x.new_zeros(K, 1, width)
+    bias, D = (nothing if row is None else row[:, None] for row in (inputs.delta_bias, inputs.D))
+    numbers = [x.new_full((), number) for number in (2., *_ATANH)]
+    assert inputs.dt_weight is not None
+    last, total, y, read = _node(
+        'ChunkedScan', [zero, zero + 1, x, delta, B, C, inputs.dt_weight.mT, bias, inputs.A.mT, D, *numbers],
+        zero.shape, zero.shape, x.shape, x.shape)
+    # last and total: what each chunk adds to the state, and its decay. The state that enters a chunk follows.
+    first = zero[:, :, 0]
+    end, after = _node('Recurrence', [first, total.permute(2, 0, 1, 3), last.permute(2, 0, 1, 3)], first.shape,
+                       (zero.shape[2], *first.shape))
+    enter = torch.cat([first[None], after[:-1]]).permute(1, 2, 0, 3)
+    return cut.write(y + read * enter), end[..., None]
+
+
 # Coefficients of 2 atanh(sqrt(q)) / sqrt(q) on 0 < q <= 1/9 by Chebyshev interpolation; relative error 4e-9.
 _ATANH = (2.000000007681759, 0.6666632164138138, 0.400245952306173, 0.2796515774545786, 0.28157778363552016)
 
@@ -83,6 +166,8 @@ class OnnxBackend(Backend):
     low_rank_steps = True
 
     def scan(self, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+        if inputs.A.shape[-1] == 1 and inputs.dt_weight is not None and inputs.delta_softplus:
+            return _chunked(inputs)
         u, delta, D, inv = inputs.u, inputs.delta, inputs.D, inputs.inv
         if inputs.dt_weight is not None:  # not by einsum: runtimes are slower at an Einsum
             delta = delta @ inputs.dt_weight.mT
@@ -125,13 +210,30 @@ class OnnxBackend(Backend):
 
 BACKEND = OnnxBackend()
 
-# The inputs of each loop at one step, and its body: (operator, inputs, output). ``A`` belongs to the outer graph.
+# Each loop's states, the inputs of a step, values of the outer graph, results that are stacked, and the body:
+# (operator, inputs, output). A state x becomes ``next x``.
 _LOOPS = {
-    'Recurrence': (('a', 'b'), (
-        ('Mul', ('a', 'state'), 'kept'), ('Add', ('kept', 'b'), 'next'), ('Identity', ('next', ), 'out'))),
-    'SelectiveScan': (('dt', 'du', 'B', 'C'), (
-        ('Mul', ('dt', 'A'), 'exponent'), ('Exp', ('exponent', ), 'decay'), ('Mul', ('decay', 'state'), 'kept'),
-        ('MatMul', ('B', 'du'), 'fed'), ('Add', ('kept', 'fed'), 'next'), ('MatMul', ('C', 'next'), 'out'))),
+    'Recurrence': (('h', ), ('a', 'b'), (), ('out', ), (
+        # In this order: OpenVINO 2026.4 computes a sum with a product of an input and the state wrongly, in that order.
+        ('Mul', ('h', 'a'), 'kept'), ('Add', ('kept', 'b'), 'next h'), ('Identity', ('next h', ), 'out'))),
+    'SelectiveScan': (('h', ), ('dt', 'du', 'B', 'C'), ('A', ), ('out', ), (
+        ('Mul', ('dt', 'A'), 'exponent'), ('Exp', ('exponent', ), 'decay'), ('Mul', ('decay', 'h'), 'kept'),
+        ('MatMul', ('B', 'du'), 'fed'), ('Add', ('kept', 'fed'), 'next h'), ('MatMul', ('C', 'next h'), 'out'))),
+    # h: the states if each chunk began with zeros; p: products of the decays since the chunk's first step.
+    'ChunkedScan': (('h', 'p'), ('x', 'delta', 'B', 'C'), ('W', 'bias', 'A', 'D', 'two', 'c0', 'c1', 'c2', 'c3', 'c4'),
+                    ('out', 'read'), (
+        ('MatMul', ('delta', 'W'), 'product'), ('Add', ('product', 'bias'), 'z'),
+        # softplus, as in _softplus
+        ('Abs', ('z', ), 'abs'), ('Neg', ('abs', ), 'neg'), ('Exp', ('neg', ), 'e'), ('Add', ('e', 'two'), 'e2'),
+        ('Div', ('e', 'e2'), 's'), ('Mul', ('s', 's'), 'q'), ('Mul', ('q', 'c4'), 'm4'), ('Add', ('m4', 'c3'), 's3'),
+        ('Mul', ('s3', 'q'), 'm3'), ('Add', ('m3', 'c2'), 's2'), ('Mul', ('s2', 'q'), 'm2'),
+        ('Add', ('m2', 'c1'), 's1'), ('Mul', ('s1', 'q'), 'm1'), ('Add', ('m1', 'c0'), 's0'),
+        ('Mul', ('s', 's0'), 'log1p'), ('Relu', ('z', ), 'ramp'),
+        ('Add', ('ramp', 'log1p'), 'dt'),
+        ('Mul', ('dt', 'A'), 'exponent'), ('Exp', ('exponent', ), 'decay'), ('Mul', ('dt', 'x'), 'du'),
+        ('Mul', ('du', 'B'), 'fed'), ('Mul', ('decay', 'h'), 'kept'), ('Add', ('kept', 'fed'), 'next h'),
+        ('Mul', ('decay', 'p'), 'next p'), ('Mul', ('next p', 'C'), 'read'),
+        ('Mul', ('next h', 'C'), 'y'), ('Mul', ('x', 'D'), 'skip'), ('Add', ('y', 'skip'), 'out'))),
 }
 
 
@@ -154,26 +256,24 @@ def expand(model: Any) -> int:
         if node.op_type not in _LOOPS:
             raise NotImplementedError(f'the node {node.op_type} of {DOMAIN} cannot be replaced by ONNX operators: '
                                       f'known are {", ".join(_LOOPS)}')
-        steps, body = _LOOPS[node.op_type]
-        zero, *sequences = node.inputs
-        outer = dict(zip('A', sequences[len(steps):]))
-        sequences = sequences[:len(steps)]
+        states, steps, outer, results, body = _LOOPS[node.op_type]
+        given = dict(zip((*states, *steps, *outer), node.inputs, strict=True))
         inner = {name: ir.Value(name=f'{name}_{count}', type=ir.TensorType(ir.DataType.FLOAT),
-                                shape=None if value.shape is None else ir.Shape(value.shape[axis:]))
-                 for name, value, axis in (('state', zero, 0), *((n, v, 1) for n, v in zip(steps, sequences)))}
-        values, nodes = {**inner, **outer}, []
+                                shape=None if value.shape is None else ir.Shape(value.shape[name in steps:]))
+                 for name, value in given.items() if name not in outer}
+        values, nodes = {**inner, **{name: given[name] for name in outer}}, []
         for operator, names, output in body:
-            made = ir.Node('', operator, [values[name] for name in names], num_outputs=1)
-            values[output] = made.outputs[0]
-            made.outputs[0].name = f'{output}_{count}'
-            nodes.append(made)
-        for name, like in (('next', node.outputs[0]), ('out', node.outputs[1])):
-            values[name].type = ir.TensorType(ir.DataType.FLOAT)
-            values[name].shape = None if like.shape is None else ir.Shape(like.shape[name == 'out':])
-        graph = ir.Graph(list(inner.values()), [values['next'], values['out']], nodes=nodes, name=f'scan_{count}')
-        loop = ir.Node('', 'Scan', [zero, *sequences],
+            nodes.append(ir.Node('', operator, [values[name] for name in names], num_outputs=1))
+            values[output] = nodes[-1].outputs[0]
+            values[output].name = f'{output.replace(" ", "_")}_{count}'
+        made = [values[f'next {name}'] for name in states] + [values[name] for name in results]
+        for value, like, stacked in zip(made, node.outputs, [False] * len(states) + [True] * len(results), strict=True):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            value.shape = None if like.shape is None else ir.Shape(like.shape[stacked:])
+        graph = ir.Graph(list(inner.values()), made, nodes=nodes, name=f'scan_{count}')
+        loop = ir.Node('', 'Scan', [given[name] for name in (*states, *steps)],
                        [ir.AttrGraph('body', graph), ir.AttrInt64('num_scan_inputs', len(steps))],
-                       num_outputs=2, name=node.name)
+                       num_outputs=len(made), name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [loop], list(node.outputs),
                                                 list(loop.outputs))
     model.opset_imports.pop(DOMAIN, None)

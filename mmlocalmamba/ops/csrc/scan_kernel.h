@@ -225,6 +225,31 @@ INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const ChunkSc
   return n;
 }
 
+// A chunk of one block of a scan with one state, whose few operations are done in one pass: u is read, y is written, and
+// nothing else leaves the registers. `first`: of the chunk.
+template <bool near, typename S, typename T = Compute<S>>
+INLINE void advance_single(const ScanProblem<S>& p, Item item, const ChunkScratch<T>& c, int64_t block, int64_t first,
+                           int64_t steps, V<T> D, const S* u, const S* delta, S* y, int lanes) {
+  const V<T> A = c.A[block];
+  V<T> h = c.h[block];
+  side_by_side(steps, [&](int64_t start, auto count) __attribute__((always_inline)) {
+    V<T> decay[count];
+    for (int i = 0; i < count; ++i) decay[i] = c.dt[start + i] * A;
+    exp2<T, count, near>(decay);
+    for (int i = 0; i < count; ++i) {
+      const int64_t t = start + i, row = c.read[t];
+      const Next next(p, item, first + kChunk + t);
+      PREFETCH(u, next.read, p.u_strides.row, 0);
+      if (!p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
+      PREFETCH(y, next.write, p.y_strides.row, 1);
+      const V<T> input = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
+      h = decay[i] * h + c.dt[t] * input * c.B[t];
+      if (c.write[t] >= 0) store(y + c.write[t] * p.y_strides.row, h * c.C[t] + D * input, lanes);
+    }
+  });
+  c.h[block] = h;
+}
+
 template <typename S, typename T = Compute<S>>
 void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
@@ -255,6 +280,16 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
       if (p.softplus) softplus_steps<T>(c.dt, steps, nullptr);
       const bool u_columns = p.u_strides.columns(), delta_columns = p.delta_strides.columns();
       const bool y_columns = p.y_strides.columns();
+      if (N == 1 && !u_columns && !delta_columns && !y_columns) {
+        with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {
+          if (lanes == kLanes<T>) {
+            advance_single<near, S>(p, item, c, block, start, steps, D, u, delta, y, kLanes<T>);
+          } else {
+            advance_single<near, S>(p, item, c, block, start, steps, D, u, delta, y, lanes);
+          }
+        });
+        continue;
+      }
       if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, c.dtu);
       if (start + kChunk < p.steps) {
         const int64_t ahead = start + kChunk;
@@ -314,20 +349,25 @@ constexpr int kBackwardStates = kLanes<T> / 2;
 // The same for the rest, if fewer are left; then they go one by one.
 template <typename T>
 constexpr int kBackwardTail = kBackwardStates<T> > 2 ? 2 : 1;
+// A single state, also the only one of a scan with N = 1, would leave most of that vector empty. Its two products of a
+// step are kept as vectors and summed over lanes at the end, those of several steps together.
+template <typename T, int count>
+constexpr bool kAlonePerStep = count == 1 && kBackwardStates<T> > 1;
 
 template <typename T>
 struct BackwardScratch {
   V<T> *u, *dy, *slope;   // per step; slope: d dt / d (delta + bias)
   V<T> *ddt, *ddtu;       // per step: gradients of dt (over the decay, times log2(e)) and of dt * u
   V<T> *decay, *decayed;  // (step, state of the group): exp(dt A) and exp(dt A) h[t - 1]
-  V<T> *sums;             // (group of states, step): gradients of C, then of B, summed over the item's channels
+  V<T> *sums;             // (group of states, step): gradients of C, then of B, summed over the item's channels; of a
+                          // single state (step, 2), not yet summed over lanes
   V<T> *dA;               // (block, state)
   V<T> *dD, *dbias;       // per block
 
   BackwardScratch(Scratch& s, int64_t N)
       : u(s.take<V<T>>(kChunk)), dy(s.take<V<T>>(kChunk)), slope(s.take<V<T>>(kChunk)), ddt(s.take<V<T>>(kChunk)),
         ddtu(s.take<V<T>>(kChunk)), decay(s.take<V<T>>(kChunk * kBackwardStates<T>)),
-        decayed(s.take<V<T>>(kChunk * kBackwardStates<T>)), sums(s.take<V<T>>(kChunk * N)),
+        decayed(s.take<V<T>>(kChunk * kBackwardStates<T>)), sums(s.take<V<T>>(kChunk * (N + 1))),
         dA(s.take<V<T>>(kBlocks * N)), dD(s.take<V<T>>(kBlocks)), dbias(s.take<V<T>>(kBlocks)) {}
 };
 
@@ -387,21 +427,27 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
   for (int64_t t = steps - 1; t >= 0; --t) {
     const V<T> step = dt[t], input = dtu[t], gradient = dy[t];
     V<T> step_sum[2] = {ddt[t], V<T>{}}, input_sum[2] = {ddtu[t], V<T>{}};
-    V<T> products[kLanes<T>] = {};
+    V<T> products[kAlonePerStep<T, count> ? 2 : kLanes<T>] = {};
+    constexpr int second = kAlonePerStep<T, count> ? 1 : kLanes<T> / 2;
 #pragma GCC unroll 16
     for (int n = 0; n < count; ++n) {
       const V<T> before = decayed[t * count + n];
       const T b = B[t * N + n];
       dh[n] += gradient * C[t * N + n];
       products[n] = gradient * (before + input * b);
-      products[kLanes<T> / 2 + n] = dh[n] * input;
+      products[second + n] = dh[n] * input;
       input_sum[n % 2] += dh[n] * b;
       const V<T> dexponent = dh[n] * before;
       step_sum[n % 2] += dexponent * A[n];
       if constexpr (with_dA) dA[n] += dexponent * step;
       dh[n] *= decay[t * count + n];
     }
-    sums[t] += sum_lanes<T>(products);
+    if constexpr (kAlonePerStep<T, count>) {
+      sums[2 * t] += products[0];
+      sums[2 * t + 1] += products[1];
+    } else {
+      sums[t] += sum_lanes<T>(products);
+    }
     ddt[t] = step_sum[0] + step_sum[1];
     ddtu[t] = input_sum[0] + input_sum[1];
   }
@@ -455,6 +501,28 @@ INLINE int64_t write_sums(int64_t n, const V<T>*& sums, const ChunkScratch<T>& c
   return n;
 }
 
+// The same for a single state n.
+template <typename T>
+INLINE void write_single_sums(int64_t n, const V<T>* sums, const ChunkScratch<T>& c, int64_t steps, int64_t N, bool add,
+                              T* dB, T* dC) {
+  constexpr int together = kLanes<T> / 2;
+  for (int64_t first = 0; first < steps; first += together) {
+    V<T> products[kLanes<T>];
+    for (int i = 0; i < together; ++i) {
+      const bool inside = first + i < steps;
+      products[i] = inside ? sums[2 * (first + i)] : V<T>{};
+      products[together + i] = inside ? sums[2 * (first + i) + 1] : V<T>{};
+    }
+    const V<T> sum = sum_lanes<T>(products);
+    for (int i = 0; i < together && first + i < steps; ++i) {
+      const int64_t row = c.read[first + i];
+      if (row < 0) continue;
+      dC[row * N + n] = sum[i] + (add ? dC[row * N + n] : T(0));
+      dB[row * N + n] = sum[together + i] + (add ? dB[row * N + n] : T(0));
+    }
+  }
+}
+
 template <typename S, typename T = Compute<S>>
 void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
@@ -479,7 +547,7 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
   for (int64_t start = (p.steps - 1) / kChunk * kChunk; start >= 0; start -= kChunk) {
     const int64_t steps = p.steps - start < kChunk ? p.steps - start : kChunk;
     open_chunk(p, item, start, steps, c);
-    for (int64_t i = 0; i < kChunk * N; ++i) g.sums[i] = V<T>{};
+    for (int64_t i = 0; i < kChunk * (N + 1); ++i) g.sums[i] = V<T>{};
     for (int64_t block = 0; block < channels.blocks; ++block) {
       const int64_t channel = channels.begin(block);
       const int lanes = channels.lanes(block);
@@ -562,8 +630,8 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
     const V<T>* sums = g.sums;
     T *dB = p.dB + part, *dC = p.dC + part;
     int64_t n = write_sums<T, kBackwardStates<T>>(0, sums, c, steps, N, add_dB, dB, dC);
-    n = write_sums<T, kBackwardTail<T>>(n, sums, c, steps, N, add_dB, dB, dC);
-    write_sums<T, 1>(n, sums, c, steps, N, add_dB, dB, dC);
+    if constexpr (kBackwardTail<T> > 1) n = write_sums<T, kBackwardTail<T>>(n, sums, c, steps, N, add_dB, dB, dC);
+    if (n < N) write_single_sums<T>(n, sums, c, steps, N, add_dB, dB, dC);
   }
 
   for (int64_t block = 0; block < channels.blocks; ++block) {
