@@ -188,7 +188,9 @@ def load_checkpoint(checkpoint: str, map_location: Any = 'cpu', key: str | None 
         name, entry = named
         loaded = files.load_checkpoint(entry.file, map_location, entry.least_bytes)
         _LOGGER.info(entry.describe(name))
-        return _converted(loaded, key, entry)
+        # By its address a file is what it is anywhere else: the first of STATE_DICT_KEYS.
+        best = entry.key if key is None and checkpoint.startswith(SCHEME) else None
+        return _converted(loaded, key, entry, best)
     rest = checkpoint.removeprefix(SCHEME)
     if rest == checkpoint or rest in files.packaged_names():
         return files.load_checkpoint(checkpoint, map_location)
@@ -198,9 +200,8 @@ def load_checkpoint(checkpoint: str, map_location: Any = 'cpu', key: str | None 
     return _converted(files.load_checkpoint(rest, map_location), key, None)
 
 
-def _converted(loaded: Any, key: str | None, entry: released.Weights | None) -> Any:
+def _converted(loaded: Any, key: str | None, entry: released.Weights | None, best: str | None = None) -> Any:
     """Return a checkpoint under our names, with what its weights need as metadata of the state dict."""
-    best = entry.key if entry is not None and key is None else None
     contents = read(loaded, best if best is not None and _is_state_dict(loaded.get(best)) else key)
     if contents.family is None:
         return loaded

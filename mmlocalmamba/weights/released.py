@@ -27,7 +27,8 @@ class Weights:
         source: page that links the file and reports the figures.
         licence: of the authors' repository; None where it states none.
         reported: {metric: value in percent} as ``source`` says, not measured here.
-        key: entry of the file that the figures are of; another one is taken if the file does not have it.
+        key: entry of the file that the name stands for, because the figures are its; another one is taken if the file
+            does not have it, or is given by its address.
         model: name of the model in :func:`mmlocalmamba.list_models`; '' for detectors and segmentors.
         options: arguments of the backbone beside those of ``model``.
         num_classes: number of classes.
@@ -162,7 +163,7 @@ NAMED: dict[str, Weights] = {
 }
 for _size, _file, _tensors, _values, _top_1 in _IMAGENET:
     _name = f'vmamba_{_SIZES[_size[0]]}{_size[1:].replace("-", "_")}'
-    # The page says that all were trained with an average but the first; the log of the first says so, too.
+    # All were trained with an average but the first ("Vanilla-VMamba-T"), as the authors' README says.
     NAMED[_name] = _vmamba(f'vmamba-{_size}_8xb128_in1k', _file, _tensors, _values, {'top-1': _top_1}, _name,
                            key=None if _size == 't' else 'model_ema')
 for _size, _file, _tensors, _values, _box, _mask in _COCO:

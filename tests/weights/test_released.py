@@ -106,14 +106,17 @@ def test_the_entry_that_the_figures_are_of(there, model, cache, monkeypatch):
     """If the file has it; another may still be asked for."""
     weights = to_official(model.state_dict())[0]
     average = {f'module.{name}': value + 1 for name, value in weights.items()}
-    with serving({'tiny.ckpt': saved(dict(model=weights, **(dict(model_ema=average) if there else {})))}) as (address, _):
+    content = dict(model=weights, **(dict(model_ema=average) if there else {}))
+    with serving({'tiny.ckpt': saved(content)}) as (address, _):
         monkeypatch.setitem(NAMED, TINY, Weights('localvim-nano_test', f'{address}/tiny.ckpt', model='localvim_nano',
                                                  key='model_ema'))
         loaded = load_checkpoint(files.SCHEME + TINY)
         own = load_checkpoint(files.SCHEME + TINY, key='model')
+        by_address = load_checkpoint(f'{address}/tiny.ckpt')
     positions = model.state_dict()['backbone.pos_embed']
     assert torch.equal(loaded['state_dict']['backbone.pos_embed'], positions + there)
     assert torch.equal(own['model']['backbone.pos_embed'], positions)
+    assert torch.equal(by_address['state_dict']['backbone.pos_embed'], positions)
 
 
 @pytest.mark.parametrize('spelling', ['name', 'config', 'address', 'file'])
