@@ -12,4 +12,4 @@ def _entry(name):
     return entry
 
 
-globals().update({name: _entry(name) for name in list_models()})
+globals().update({name: _entry(name) for name in {*list_models(), *list_models(pretrained=True)}})

@@ -1,5 +1,6 @@
 """``python -m mmlocalmamba``: ``doctor`` lists versions and backends, and tests that the backends compute correctly;
 ``check`` builds a training from a configuration, checks its data and makes a step, to find problems beforehand;
+``predict`` draws what a model finds in pictures and writes it as JSON;
 ``tune`` times the Triton scan kernels on this GPU and stores the fastest block sizes."""
 import argparse
 import platform
@@ -28,6 +29,7 @@ _STACK = {
     'mamba_ssm': ('mamba-ssm', ),
     'transformers': ('transformers', ),
 }
+_CHECKPOINTS = ('.pth', '.pt', '.ckpt', '.safetensors', '.bin', '.tar')
 _ALL_OPS = 'MMCV=compiled tools/install.sh installs all ops'
 
 
@@ -115,6 +117,44 @@ def doctor() -> bool:
     return well
 
 
+def predict(model: str, paths: list[str], out: str, device: str | None, score: float) -> bool:
+    """Predict pictures by a name of :func:`mmlocalmamba.list_models` or a configuration.
+
+    Args:
+        model: name, or configuration file.
+        paths: pictures and folders, after the checkpoint, if there is one.
+        out: folder of the results.
+        device: torch device; None for a GPU if there is one.
+        score: least score of an object.
+
+    Returns:
+        False if a picture could not be read.
+    """
+    from mmlocalmamba.files import SCHEME, packaged_names
+    from mmlocalmamba.models import list_models
+    from mmlocalmamba.weights import released
+    if find_spec('PIL') is None:
+        raise RuntimeError('pictures need Pillow: pip install pillow')
+    from mmlocalmamba.predict import classifier, predict_files
+
+    checkpoint = paths.pop(0) if '://' in paths[0] or paths[0].endswith(_CHECKPOINTS) else None
+    if not paths:
+        raise ValueError('no picture is named')
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if model in list_models() or model in list_models(pretrained=True) and released.NAMED[model].model:
+        predictor = classifier(model, checkpoint, device)
+    else:
+        from mmlocalmamba.openmmlab.configs import config_path
+        from mmlocalmamba.openmmlab.inference import inferencer
+        stem = Path(model).stem
+        if checkpoint is None and released.find(SCHEME + stem) is None and stem not in packaged_names():
+            raise ValueError(f'no weights come with {model}: name a checkpoint after it. Names with weights are '
+                             f'{", ".join(sorted({*list_models(pretrained=True), *packaged_names()}))}')
+        config = model if model.endswith('.py') else config_path(model)
+        predictor = inferencer(config, checkpoint or SCHEME + stem, device, score)
+    return predict_files(predictor, paths, Path(out))
+
+
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
@@ -131,6 +171,15 @@ def main() -> None:
     command = commands.add_parser('check', help='find problems of a training with a configuration')
     command.add_argument('config', help='configuration file')
     command.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings')
+    command = commands.add_parser('predict', help='draw what a model finds in pictures, and write it as JSON',
+                                  description='Classes, boxes or masks. The weights of a NAME are downloaded once.')
+    command.add_argument('model', metavar='NAME|CONFIG', help='name of weights, of a model, or a configuration file')
+    command.add_argument('paths', nargs='+', metavar='[CHECKPOINT] IMAGE',
+                         help=f'checkpoint (a URL, or a file that ends in {", ".join(_CHECKPOINTS)}; default: the '
+                              "name's own), then pictures and folders")
+    command.add_argument('--out', default='predictions', help='folder of the results (default: %(default)s)')
+    command.add_argument('--device', help='such as cpu or cuda:0 (default: a GPU if there is one)')
+    command.add_argument('--score', type=float, default=0.3, help='least score of an object (default: %(default)s)')
     command = commands.add_parser('tune', help='choose block sizes of the Triton scan kernels for this GPU',
                                   description='Stores the choice in ~/.cache/mmlocalmamba/tuning.json (or under '
                                               f'$XDG_CACHE_HOME), or in the file ${tuning.CACHE_VARIABLE}.')
@@ -145,6 +194,11 @@ def main() -> None:
     if args.command == 'check':
         from mmlocalmamba.openmmlab.checks import trial  # doctor and tune need torch alone
         raise SystemExit(0 if trial.check_file(args.config, args.cfg_options) else 1)
+    if args.command == 'predict':
+        try:
+            raise SystemExit(0 if predict(args.model, args.paths, args.out, args.device, args.score) else 1)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise SystemExit(f'{type(error).__name__}: {error}') from None
     if not torch.cuda.is_available():
         raise SystemExit('There is no GPU to tune for.')
     reason = ops.available_backends(torch.empty(0, device='cuda'))['triton']

@@ -3,11 +3,14 @@
 Readable are files of ``torch.save``, safetensors files, their http(s) URLs, and ``mmlocalmamba://NAME`` for the weights
 that come with the package. A safetensors file of this package holds one state dict and, as JSON in its header, the
 state dict's own metadata (scan directions and the like) and the checkpoint's ``meta`` (class names). It is small:
-matrices have 16 bits.
+matrices have 16 bits. URLs are downloaded once, into torch's hub cache.
 """
 import errno
 import json
+import logging
 import os
+import shutil
+import ssl
 import threading
 from argparse import Namespace
 from collections import OrderedDict
@@ -17,15 +20,20 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 # torch and safetensors are imported by the functions that need them, so that a tool which only writes a file starts at
 # once.
 
+_LOGGER = logging.getLogger(__name__)
 SCHEME = 'mmlocalmamba://'
 SUFFIX = '.safetensors'
 _ADDRESSES = ('http://', 'https://', 'file://')
 _PACKAGED = Path(__file__).parent / 'weights' / 'packaged'
 _HEADER = 'mmlocalmamba'  # key in the header of a safetensors file
+_TIMEOUT = 60  # seconds that a server may be silent
+_CHUNK = 1 << 20  # bytes
 
 # ---- writing ----
 
@@ -90,6 +98,80 @@ def locate(path: str) -> str:
         raise FileNotFoundError(2, 'no weights of this name come with the package; there are '
                                 f'{", ".join(packaged_names())}', path)
     return str(_PACKAGED / f'{name}{SUFFIX}')
+
+
+# ---- downloads ----
+
+
+class _NotTheFile(Exception):
+    """What a server sends is not the file."""
+
+
+def cached(url: str) -> str:
+    """Return the path in torch's hub cache at which :func:`fetch`, as torch.hub, keeps the file of a URL."""
+    from torch.hub import get_dir
+    return os.path.join(get_dir(), 'checkpoints', os.path.basename(urlsplit(url).path))
+
+
+def _too_small(size: int, least: int) -> str:
+    return f'has {size:,} bytes, but the weights alone are {least:,}'
+
+
+def _receive(answer: Any, least: int, folder: str, file: BinaryIO) -> None:
+    """Write the body of a server's answer to an open file."""
+    length = answer.headers.get('Content-Length')
+    expected = int(length) if length and not answer.headers.get('Content-Encoding') else None
+    chunk = answer.read(_CHUNK)
+    if answer.headers.get_content_type() == 'text/html' or chunk.lstrip()[:1] == b'<':
+        raise _NotTheFile('the answer is a web page, not a file')
+    if expected is not None and expected < least:
+        raise _NotTheFile(f'the file {_too_small(expected, least)}')
+    if expected is not None and expected > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f'{expected:,} bytes are needed, {free:,} are free')
+    received = 0
+    while chunk:
+        file.write(chunk)
+        received += len(chunk)
+        chunk = answer.read(_CHUNK)
+    if expected is not None and received != expected:
+        raise _NotTheFile(f'the download ended after {received:,} of {expected:,} bytes')
+    if received < least:
+        raise _NotTheFile(f'the file {_too_small(received, least)}')
+
+
+def fetch(url: str, least: int = 0) -> str:
+    """Return the file of a URL: from torch's hub cache, or downloaded into it, whole or not at all.
+
+    Args:
+        url: http(s) URL.
+        least: number of bytes that the file has at least.
+
+    Raises:
+        RuntimeError: there is no network, the server sends a page or a file of another size, the download is
+            interrupted, or the file cannot be written. The message names the remedy.
+    """
+    path = cached(url)
+    if os.path.isfile(path):
+        if os.path.getsize(path) < least:
+            raise RuntimeError(f'{path} {_too_small(os.path.getsize(path), least)}: remove it, and it is downloaded '
+                               f'again from {url}')
+        return path
+    folder = os.path.dirname(path)
+    by_hand = f'download {url} by other means and save it as {path}'
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with urlopen(Request(url, headers={'User-Agent': 'mmlocalmamba'}), timeout=_TIMEOUT) as answer:
+            _LOGGER.info('downloading %s to %s', url, path)
+            write_whole(path, lambda file: _receive(answer, least, folder, file))
+    except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError) as error:
+        raise RuntimeError(f'{url} was not fetched ({type(error).__name__}: {error}). Check the address and the '
+                           f'network, or {by_hand}') from error
+    except _NotTheFile as error:
+        raise RuntimeError(f'{url} was not fetched: {error}. Try again, or {by_hand}') from None
+    except OSError as error:
+        raise RuntimeError(f'{url} was not saved in {folder} ({error}). Free space there, or set TORCH_HOME to another '
+                           'folder') from error
+    return path
 
 
 # ---- safetensors ----
@@ -238,8 +320,15 @@ def allow_checkpoints() -> Iterator[None]:
                 _allowing.close()
 
 
-def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
+def load_checkpoint(path: str, map_location: Any = 'cpu', least: int = 0) -> Any:
     """Load a checkpoint from a file, an http(s) URL or ``mmlocalmamba://NAME``. No code in it is executed.
+
+    :func:`mmlocalmamba.weights.load_checkpoint` also knows the names of weights that others have released.
+
+    Args:
+        path: file, URL or name of packaged weights.
+        map_location: as for torch.load.
+        least: as for :func:`fetch`.
 
     Raises:
         RuntimeError: the file needs code to be executed, is not a checkpoint, or was not fetched.
@@ -248,21 +337,18 @@ def load_checkpoint(path: str, map_location: Any = 'cpu') -> Any:
     import torch
 
     path = str(path)
-    if path.startswith(SCHEME) or '://' not in path and path.endswith(SUFFIX):
-        return load_safetensors(os.path.expanduser(path), map_location)
-    if '://' in path and not path.startswith(_ADDRESSES):
+    if '://' in path and not path.startswith((SCHEME, *_ADDRESSES)):
         raise RuntimeError(f'{path} was not loaded: addresses begin with {", ".join(_ADDRESSES)} or {SCHEME}. For '
                            "weights of MMEngine's model zoo, download the file and name it")
+    file = path if path.startswith(SCHEME) else fetch(path, least) if '://' in path else os.path.expanduser(path)
+    if file.startswith(SCHEME) or file.endswith(SUFFIX):
+        return load_safetensors(file, map_location)
     try:
         with allow_checkpoints():
-            if '://' in path:
-                return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
-            return torch.load(os.path.expanduser(path), map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
-        if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)):
-            raise RuntimeError(f'{path} was not fetched ({type(error).__name__}: {error}). Check the address and the '
-                               'network, or download the file by other means and name the file') from error
         if isinstance(error, OSError) and error.filename is not None:
             raise  # no such file, no permission: the error names the file
+        again = f' If it is damaged, remove {file} and it is downloaded again.' if '://' in path else ''
         raise RuntimeError(f'{path} was not loaded: it is not a plain checkpoint of tensors and numbers, or it is '
-                           f'damaged. Files that execute code are refused. ({error})') from error
+                           f'damaged. Files that execute code are refused.{again} ({error})') from error

@@ -1,7 +1,7 @@
 """Models by name, for use without OpenMMLab."""
 import fnmatch
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.backbones.archs import LOCAL_VIM, LOCAL_VMAMBA
 from mmlocalmamba.backbones.base import LocalMambaBackbone
-from mmlocalmamba.files import SCHEME, load_checkpoint
-from mmlocalmamba.weights.loading import load_whole_model, read
+from mmlocalmamba.files import SCHEME
+from mmlocalmamba.weights.loading import load_checkpoint, load_whole_model, read
+from mmlocalmamba.weights.released import NAMED, Weights
 
 _LOGGER = logging.getLogger(__name__)
-_NUM_CLASSES = 1000  # ImageNet
 _CLASSES: dict[str, type[LocalMambaBackbone]] = {'localvim': LocalVim, 'localvmamba': LocalVMamba}
 # name -> (class, arguments of the backbone)
 _MODELS: dict[str, tuple[type[LocalMambaBackbone], dict[str, Any]]] = {
@@ -27,13 +27,8 @@ _MODELS.update({f'vim_{arch}': (LocalVim, dict(arch=dict(embed_dims=channels, nu
 _MODELS.update({f'vmamba_{arch}': (LocalVMamba, dict(arch=arch, directions=['h', 'v', 'h_flip', 'v_flip'],
                                                      scattn=False))
                 for arch in LOCAL_VMAMBA if not arch.startswith('nano')})
-# name -> (architecture, its packaged weights, number of classes, arguments of the backbone)
-_PACKAGED: dict[str, tuple[str, str, int, dict[str, Any]]] = {
-    'localvim_nano.digits': ('localvim_nano', 'localvim-nano_digits', 10,
-                             dict(img_size=32, patch_size=4, window_pad='none', drop_path_rate=0.)),
-    'localvim_nano.fashion': ('localvim_nano', 'localvim-nano_fashion', 10,
-                              dict(img_size=28, patch_size=2, drop_path_rate=0.)),
-}
+# Builds detectors and segmentors; mmlocalmamba.openmmlab.models puts it here.
+_BUILD_WHOLE: list[Callable[..., nn.Module]] = []
 
 
 class _Head(nn.Module):
@@ -81,55 +76,70 @@ def list_models(pattern: str = '*', pretrained: bool = False) -> list[str]:
 
     Args:
         pattern: as in a shell, e.g. ``'localvim*'``.
-        pretrained: only names that have weights here.
+        pretrained: only names of weights: those that come with the package and those that others have released.
     """
-    return sorted(fnmatch.filter(_PACKAGED if pretrained else _MODELS, pattern))
+    return sorted(fnmatch.filter(NAMED if pretrained else _MODELS, pattern))
+
+
+def build_whole_models_by(build: Callable[..., nn.Module]) -> None:
+    """Let :func:`create_model` build detectors and segmentors by a function of (configuration's name, checkpoint)."""
+    _BUILD_WHOLE[:] = [build]
 
 
 def create_model(name: str, pretrained: bool | str = False, num_classes: int | None = None, in_channels: int = 3,
                  features_only: bool = False, out_indices: int | Sequence[int] | None = None,
-                 **options: Any) -> nn.Module:
+                 channels: str | None = None, **options: Any) -> nn.Module:
     """Create a classifier, or a backbone that returns feature maps.
 
     Args:
-        name: see :func:`list_models`.
-        pretrained: False for random weights; True for the weights that the name stands for; or a checkpoint: a file,
-            URL or ``mmlocalmamba://NAME``, of this package or of the authors.
+        name: see :func:`list_models`. With a detector's or segmentor's name the model is that of OpenMMLab, once
+            :mod:`mmlocalmamba.openmmlab.models` is imported.
+        pretrained: False for random weights; True for the weights that the name stands for, which are downloaded once;
+            or a checkpoint: a file, URL or ``mmlocalmamba://NAME``, of this package or of the authors.
         num_classes: None for the number that the name stands for, or else 1000; 0 returns features (B, C). A checkpoint
             with another number gives the backbone alone its weights, and the log says so.
         in_channels: channels of the image.
         features_only: return the backbone, whose output is a tuple of maps (B, C, H, W).
         out_indices: stages (LocalVMamba) or blocks (LocalVim) whose maps ``features_only`` returns; None for all four
             stages or for four blocks at equal distances.
+        channels: 'sum' or 'repeat' adapts weights to ``in_channels``; see :func:`mmlocalmamba.weights.load_pretrained`.
         options: further arguments of the backbone's class.
 
     Raises:
         ValueError: the name is unknown, or has no weights.
-        RuntimeError: the weights do not fit the model. The message names what is missing.
+        RuntimeError: the weights do not fit the model, or were not downloaded. The message names what is missing.
 
     Example:
         >>> model = create_model('localvim_tiny', num_classes=10)
         >>> tuple(model(torch.rand(1, 3, 224, 224)).shape)
         (1, 10)
     """
-    architecture, weights, classes, defaults = _PACKAGED.get(name, (name, None, _NUM_CLASSES, {}))
-    if architecture not in _MODELS:
-        raise ValueError(f'unknown model {name!r}: known are {", ".join([*_MODELS, *_PACKAGED])}')
+    weights = NAMED.get(name, Weights('', '', model=name))
+    if weights.model not in _MODELS and name not in NAMED:
+        raise ValueError(f'unknown model {name!r}: known are {", ".join(sorted({*_MODELS, *NAMED}))}')
     if pretrained is True:
-        if weights is None:
+        if name not in NAMED:
             raise ValueError(f'no weights come with the name {name!r}: names with weights are '
                              f'{", ".join(list_models(pretrained=True))}; pretrained=FILE takes a checkpoint')
-        pretrained = SCHEME + weights
-    kind, arguments = _MODELS[architecture]
-    arguments = {**arguments, **defaults, 'in_channels': in_channels, **options}
+        pretrained = SCHEME + name
+    if not weights.model:
+        if not _BUILD_WHOLE:
+            raise ValueError(f'{name!r} is a model for {weights.task}, which OpenMMLab builds: import '
+                             'mmlocalmamba.openmmlab.models first')
+        if (num_classes, in_channels, features_only, out_indices, channels) != (None, 3, False, None, None) or options:
+            raise ValueError(f'{name!r} is a model for {weights.task}: it takes no argument but pretrained')
+        return _BUILD_WHOLE[0](weights.config, pretrained or None)
+    kind, arguments = _MODELS[weights.model]
+    arguments = {**arguments, **weights.options, 'in_channels': in_channels, **options}
     if features_only:
         arguments.update(_feature_options(kind, arguments, out_indices))
     elif out_indices is not None:
         raise ValueError('out_indices needs features_only=True')
     backbone = kind(**arguments)
-    model = backbone if features_only else Classifier(backbone, classes if num_classes is None else num_classes)
+    model = backbone if features_only else Classifier(
+        backbone, weights.num_classes if num_classes is None else num_classes)
     if pretrained:
-        _load(model, backbone, pretrained)
+        _load(model, backbone, pretrained, channels)
     return model
 
 
@@ -144,14 +154,14 @@ def _feature_options(kind: type[LocalMambaBackbone], arguments: dict[str, Any],
     return dict(out_type='featmap', out_indices=taps if out_indices is None else out_indices)
 
 
-def _load(model: nn.Module, backbone: LocalMambaBackbone, checkpoint: str) -> None:
+def _load(model: nn.Module, backbone: LocalMambaBackbone, checkpoint: str, channels: str | None) -> None:
     """Load all weights, or those of the backbone alone if the model has another head than the checkpoint."""
     contents = read(load_checkpoint(checkpoint))
     head = {name: value.shape for name, value in model.state_dict().items() if name.startswith('head.')}
     if head and all(name in contents.weights and contents.weights[name].shape == shape for name, shape in head.items()):
-        load_whole_model(model, backbone, contents, checkpoint)
+        load_whole_model(model, backbone, contents, checkpoint, channels)
         return
-    backbone.load_pretrained(checkpoint)
+    backbone.load_pretrained(checkpoint, channels=channels)
     if head:
         _LOGGER.warning('%s has no head of %d classes: the head keeps random weights', checkpoint,
                         head['head.fc.weight'][0])

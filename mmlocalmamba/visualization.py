@@ -214,7 +214,7 @@ def receptive_fields(backbone: nn.Module, images: Tensor) -> list[np.ndarray]:
     Args:
         backbone: module that returns a tuple of maps (B, C_i, H_i, W_i). It runs in evaluation mode; the modes of its
             submodules are restored.
-        images: (B, 3, H, W), normalised as for training.
+        images: (B, channels, H, W), normalised as for training.
 
     Returns:
         A float64 array (H, W) with sum 1 for every output. The centre of a map of even size is the token to the lower
@@ -331,7 +331,7 @@ def scattn_gates(backbone: nn.Module, images: Tensor) -> list[tuple[str, dict[st
 
     Args:
         backbone: LocalVim or LocalVMamba. It runs in evaluation mode; the modes of its submodules are restored.
-        images: (B, 3, H, W), normalised as for training.
+        images: (B, channels, H, W), normalised as for training.
 
     Returns:
         The name of every block, from input to output, and {direction: gates}. The gates are float64 arrays (D,) for the

@@ -8,8 +8,10 @@ from processes import ROOT
 
 import mmlocalmamba
 from mmlocalmamba import create_model, list_models
-from mmlocalmamba.files import packaged_names
 from mmlocalmamba.weights import to_official
+from mmlocalmamba.weights.released import NAMED
+
+PACKAGED = sorted(name for name, weights in NAMED.items() if weights.packaged)
 
 BLOCK = '''
 import sys
@@ -129,12 +131,14 @@ def test_models_by_name(name):
 
 
 def test_names_with_weights():
-    assert {name.partition('.')[0] for name in list_models(pretrained=True)} <= set(list_models())
+    """A name is that of a model, with its weights after a dot; detectors and segmentors have configurations' names."""
+    for name in list_models(pretrained=True):
+        assert name.partition('.')[0] == NAMED[name].model in list_models() or name == NAMED[name].config
     assert list_models('localvim_*') == ['localvim_nano', 'localvim_small', 'localvim_tiny']
-    assert len(list_models(pretrained=True)) <= len(packaged_names())
+    assert {'localvim_tiny', 'localvim_nano.digits', 'vmamba_base'} <= set(list_models(pretrained=True))
 
 
-@pytest.mark.parametrize('name', list_models(pretrained=True))
+@pytest.mark.parametrize('name', PACKAGED)
 def test_pretrained(name, caplog):
     torch.manual_seed(0)
     model, again = create_model(name, pretrained=True).eval(), create_model(name, pretrained=True).eval()
@@ -167,7 +171,10 @@ def test_a_checkpoint_by_path(names, tmp_path):
 
 @pytest.mark.parametrize('name, options, message', [
     ('localvim_huge', {}, "unknown model 'localvim_huge': known are localvim_nano"),
-    ('localvim_tiny', dict(pretrained=True), "no weights come with the name 'localvim_tiny': names with weights are"),
+    ('localvmamba_tiny', dict(pretrained=True), "no weights come with the name 'localvmamba_tiny': names with weights"),
+    ('localvim_nano', dict(channels='mean', pretrained='mmlocalmamba://localvim-nano_digits', num_classes=10,
+                           img_size=32, patch_size=4, window_pad='none'), 'channels must be one of'),
+    ('mask-rcnn_vmamba-t_1x_coco', dict(num_classes=3), 'import mmlocalmamba.openmmlab.models first|no argument but'),
     ('localvim_nano', dict(out_indices=(1, )), 'out_indices needs features_only=True'),
     ('localvim_nano', dict(directions=['x']), "unknown scan 'x'"),
 ])
@@ -176,10 +183,24 @@ def test_bad_input(name, options, message):
         create_model(name, **options)
 
 
+@pytest.mark.parametrize('in_channels, channels', [(1, 'sum'), (4, 'repeat')])
+def test_weights_for_images_of_other_channels(in_channels, channels):
+    model = create_model('localvim_nano.digits', pretrained=True, in_channels=in_channels, channels=channels).eval()
+    digits = create_model('localvim_nano.digits', pretrained=True).eval()
+    assert torch.equal(model.head.fc.weight, digits.head.fc.weight)
+    grey = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(model(grey.expand(-1, in_channels, -1, -1)), digits(grey.expand(-1, 3, -1, -1))) \
+        if channels == 'sum' else model(torch.rand(2, in_channels, 32, 32))
+    with pytest.raises(RuntimeError, match="channels='sum' or channels='repeat' adapts it"):
+        create_model('localvim_nano.digits', pretrained=True, in_channels=in_channels)
+
+
 @pytest.mark.slow
 def test_torch_hub_loads_a_clone():
     model = torch.hub.load(str(ROOT), 'localvim_nano', source='local', num_classes=5)
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 5)
+    digits = torch.hub.load(str(ROOT), 'localvim_nano.digits', source='local', pretrained=True)
+    assert digits(torch.rand(1, 3, 32, 32)).shape == (1, 10)
 
 
 # ---- former names ----

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from test_models import USE
 
 from mmlocalmamba import files
+from mmlocalmamba.weights.released import NAMED
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').glob('*.py'))
@@ -104,13 +105,13 @@ def test_model_index():
         # Figures of accuracy stand beside the file that they were reported for, and nowhere else.
         assert model.weights.startswith(('https://', 'mmlocalmamba://')) or model.weights == NO_WEIGHTS
         assert (model.weights == NO_WEIGHTS) == (not model.results)
-    released = {model.name: model.weights.rsplit('/', 1)[-1] for model in index.models
-                if model.weights.startswith('https://')}
-    assert released == {
-        'localvim-t_8xb128_in1k': 'local_vim_tiny.ckpt',
-        'localvim-t-midcls_8xb128_in1k': 'local_vim_tiny_middle_cls_token.ckpt',
-        'localvmamba-s_8xb128_in1k': 'local_vssm_small.ckpt',
-    }
+    # The same addresses and figures as by name.
+    metrics = {'Top 1 Accuracy': 'top-1'}
+    listed = {model.name: (model.weights, {metrics.get(key, key): value for result in model.results
+                                           for key, value in result.metrics.items()})
+              for model in index.models if model.weights.startswith('https://')}
+    assert listed == {weights.config: (weights.file, dict(weights.reported)) for weights in NAMED.values()
+                      if not weights.packaged and weights.config in {model.name for model in index.models}}
 
 
 def test_mim_search_and_download_read_the_metadata():

@@ -21,10 +21,12 @@ FLOORS = {
     'mmlocalmamba.weights': 4,
     'mmlocalmamba.search.results': 7,
     'mmlocalmamba.search': 4,
+    'mmlocalmamba.backbones.archs': 1,  # data
     'mmlocalmamba.backbones': 5,
     'mmlocalmamba.models': 6,
     'mmlocalmamba.visualization': 6,
     'mmlocalmamba.deployment': 7,
+    'mmlocalmamba.predict': 7,
     DOOR: 8,
     'mmlocalmamba.__main__': 9,
 }
@@ -32,7 +34,8 @@ CORE = {'torch', 'numpy', 'safetensors', 'mmlocalmamba', *sys.stdlib_module_name
 # Packages that a function imports for the user who asks for it, and where.
 OPTIONAL = {'matplotlib': 'mmlocalmamba.visualization', 'triton': 'mmlocalmamba.ops', 'mamba_ssm': 'mmlocalmamba.ops',
             'onnx_ir': ('mmlocalmamba.ops', 'mmlocalmamba.deployment'), 'onnxscript': 'mmlocalmamba.deployment',
-            'torchvision': 'mmlocalmamba.deployment'}
+            'torchvision': ('mmlocalmamba.deployment', 'mmlocalmamba.predict'), 'PIL': 'mmlocalmamba.predict',
+            'rich': 'mmlocalmamba.predict'}
 
 
 def room(module):

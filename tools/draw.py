@@ -27,7 +27,9 @@ from PIL import Image
 from mmlocalmamba.backbones import LocalVim
 from mmlocalmamba.backbones.archs import LOCAL_VIM
 from mmlocalmamba.backbones.base import resolve_arch
+from mmlocalmamba.deployment.graphs import image_channels
 from mmlocalmamba.directions import check_scan
+from mmlocalmamba.predict import find_pictures, read_picture
 from mmlocalmamba.search import CANDIDATES
 from mmlocalmamba.visualization import (
     draw_directions,
@@ -39,17 +41,15 @@ from mmlocalmamba.visualization import (
     scattn_gates,
 )
 
-ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
-
 
 def find_images(parser, paths, count):
     """Return at most ``count`` image files, evenly spaced."""
-    files = []
-    for path in map(Path, paths):
-        found = sorted(path.rglob('*')) if path.is_dir() else [path]
-        files += [file for file in found if file.suffix.lower() in ENDINGS and file.is_file()]
+    try:
+        files = [picture.path for picture in find_pictures(paths)[0]]
+    except FileNotFoundError as error:
+        parser.error(f'--images: {error}')
     if not files:
-        parser.error(f'--images: no image ({", ".join(ENDINGS)}) in {", ".join(map(str, paths))}')
+        parser.error(f'--images: no picture in {", ".join(map(str, paths))}')
     if count < 1:
         parser.error(f'--count must be at least 1, got {count}')
     return [files[index * len(files) // min(count, len(files))] for index in range(min(count, len(files)))]
@@ -81,10 +81,14 @@ def load(parser, args, adapt=None):
     backbone.requires_grad_(False)
 
     normalise = cfg.model.get('data_preprocessor') or cfg.data_preprocessor
-    mean, std = (torch.tensor(normalise[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    mean, std = (torch.tensor(normalise[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     height, width = args.size
-    images = [np.asarray(Image.open(file).convert('RGB').resize((width, height))).copy() for file in files]
-    images = torch.stack([(torch.from_numpy(image).permute(2, 0, 1) - mean) / std for image in images])
+    try:
+        images = [read_picture(file, image_channels(backbone)).resize((width, height)) for file in files]
+    except ValueError as error:
+        parser.error(f'--images: {error}')
+    images = [torch.from_numpy(np.array(image).reshape(height, width, -1)).permute(2, 0, 1) for image in images]
+    images = torch.stack([(image - mean) / std for image in images])
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     title = (f'{Path(args.config).stem}, {Path(weights).name if weights else "random weights"}, '
              f'{len(files)} image{"s" * (len(files) > 1)} of {height}x{width}')

@@ -27,6 +27,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 
+from mmlocalmamba.deployment.graphs import image_channels
 from mmlocalmamba.directions import scan_index
 from mmlocalmamba.layers import LocalVimMixer
 from mmlocalmamba.layers.mixers import DirectionalSSM
@@ -81,7 +82,7 @@ def count_flops(model, shape):
     # The reference backend has no operator to count. The other backends give the same number.
     chosen = os.environ.pop(BACKEND_VARIABLE, None)
     try:
-        analyzer = FlopAnalyzer(model, torch.zeros(1, 3, *shape)).set_op_handle(**HANDLES)
+        analyzer = FlopAnalyzer(model, torch.zeros(1, image_channels(model), *shape)).set_op_handle(**HANDLES)
         analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         operators = analyzer.by_module_and_operator()
     finally:

@@ -225,8 +225,13 @@ class LocalMambaBackbone(nn.Module):
         """Return what these weights need and their shapes do not show. State dicts carry it as metadata."""
         return dict(directions=[list(block) for block in self.directions])
 
-    def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit weights to this model where that keeps their meaning, such as positions of another grid, and log it."""
+    def adapt_state_dict(self, weights: dict[str, Tensor], grid: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Fit weights to this model where that keeps their meaning, such as positions of another grid, and log it.
+
+        Args:
+            weights: of this backbone.
+            grid: (rows, columns) of their learned positions; None if it is not known.
+        """
         return weights
 
     def is_new_for_task(self, name: str) -> bool:
@@ -273,11 +278,11 @@ def _prepare_to_load(backbone: LocalMambaBackbone, state_dict: dict[str, Tensor]
     own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
     if not any(name in own for name, _ in backbone.named_parameters()):
         raise RuntimeError(f'{type(backbone).__name__}: the checkpoint has no weight of it under "{prefix}". If the '
-                           'file is of another project, load it by init_cfg or load_from, which convert it, or convert '
-                           'it first: tools/model_converters/official_to_mmlocalmamba.py. If it holds other parts of '
-                           'the model, load it into these')
+                           'file is of another project, name it mmlocalmamba://FILE, which converts it. If it holds '
+                           'other parts of the model, load it into these')
     check_requirements(backbone, metadata, 'the checkpoint')
-    state_dict.update({prefix + name: value for name, value in backbone.adapt_state_dict(own).items()})
+    adapted = backbone.adapt_state_dict(own, metadata.get('grid'))
+    state_dict.update({prefix + name: value for name, value in adapted.items()})
 
 
 def check_frozen_stages(frozen_stages: int, count: int) -> int:

@@ -233,7 +233,7 @@ class LocalVim(LocalMambaBackbone):
         return rows, columns
 
     def requirements(self) -> dict[str, Any]:
-        needed = dict(super().requirements(), stride=self.stride)
+        needed = dict(super().requirements(), stride=self.stride, grid=list(self.grid))
         if self.rope == 'resized':
             needed['rope'] = self.rope
         if self.middle_token == 'flipped':
@@ -253,15 +253,30 @@ class LocalVim(LocalMambaBackbone):
             return int(name.split('.')[1]) + 1, count
         return count - 1, count
 
-    def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, weights: dict[str, Tensor], grid: Sequence[int] | None = None) -> dict[str, Tensor]:
         loaded = weights.get('pos_embed')
-        if loaded is not None and loaded.shape != self.pos_embed.shape and loaded.shape[-1] == self.embed_dims:
-            side = round((loaded.shape[1] - self.num_cls_tokens) ** 0.5)
-            if side * side + self.num_cls_tokens == loaded.shape[1]:
-                _LOGGER.info('%s: positions of %dx%d tokens are resized to %dx%d', type(self).__name__, side, side,
-                             *self.grid)
-                loaded = resize_pos_embed(loaded, (side, side), self.grid, self.num_cls_tokens)
-                weights = {**weights, 'pos_embed': loaded}
+        if loaded is None or loaded.shape[-1] != self.embed_dims:
+            return weights
+        known, tokens = grid is not None, loaded.shape[1] - self.num_cls_tokens
+        if grid is None:
+            side = round(tokens ** 0.5)
+            if tokens == self.grid[0] * self.grid[1]:
+                grid = self.grid
+            elif side * side == tokens:
+                grid = (side, side)
+            else:
+                return weights
+        rows, columns = grid
+        if rows * columns != tokens:
+            return weights
+        if not known:
+            _LOGGER.info('%s: the checkpoint does not say the grid of its %d positions: %dx%d is assumed (init_cfg '
+                         'takes grid=(ROWS, COLUMNS))', type(self).__name__, tokens, rows, columns)
+        if (rows, columns) != self.grid:
+            _LOGGER.info('%s: positions of %dx%d tokens are resized to %dx%d', type(self).__name__, rows, columns,
+                         *self.grid)
+            loaded = resize_pos_embed(loaded, (rows, columns), self.grid, self.num_cls_tokens)
+            weights = {**weights, 'pos_embed': loaded}
         return weights
 
     def is_new_for_task(self, name: str) -> bool:

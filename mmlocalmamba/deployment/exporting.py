@@ -42,7 +42,7 @@ def _program(graph: Graph, shape: Sequence[int], any_batch: bool, backend: str |
         raise NotImplementedError(f'a {graph.task} graph takes one image at a time: set --batch 1')
     dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)}, ) if any_batch else None
     # torch would treat a batch size of 1 as a constant.
-    example = torch.zeros(2 if any_batch else 1, 3, *shape)
+    example = torch.zeros(2 if any_batch else 1, graph.channels, *shape)
     with torch.no_grad():
         graph(example)
     with torch.no_grad(), table_cache.constants(), _backend(backend), warnings.catch_warnings():

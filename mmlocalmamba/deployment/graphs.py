@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from mmlocalmamba.backbones.base import LocalMambaBackbone
 
 
+def image_channels(model: nn.Module) -> int:
+    """Return the number of channels of a model's images: those of its first convolution; 3 without one."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+
+
 class Graph(nn.Module):
     """Base class of the graphs.
 
@@ -18,6 +23,7 @@ class Graph(nn.Module):
         task: 'classification', 'detection', 'segmentation' or 'features'.
         outputs: names of the tensors that ``forward`` returns, in order.
         any_batch: False if the graph takes one image at a time.
+        channels: of the images.
     """
     task: str
     outputs: tuple[str, ...]
@@ -26,9 +32,10 @@ class Graph(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.channels = image_channels(model)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Map normalised images (B, 3, H, W), float32, to the outputs."""
+        """Map normalised images (B, channels, H, W), float32, to the outputs."""
         raise NotImplementedError
 
 
@@ -182,7 +189,7 @@ def graph_of(model: nn.Module, shape: tuple[int, int], features: bool = False) -
     if features or model is backbone:
         owner: Any = model if model is backbone or hasattr(model, 'extract_feat') else backbone
         with torch.no_grad():
-            maps = getattr(owner, 'extract_feat', owner)(torch.zeros(1, 3, *shape))
+            maps = getattr(owner, 'extract_feat', owner)(torch.zeros(1, image_channels(owner), *shape))
         return Features(owner, len(maps)).eval()
     if hasattr(model, 'decode_head'):
         return Segmentor(model).eval()
@@ -204,8 +211,12 @@ def metadata(graph: Graph, shape: tuple[int, int], classes: Sequence[str] | None
         shape: (H, W) of the images.
         classes: their names, or None.
         mean, std: of the pixels (0 to 255), for the channels in the order of ``channels``.
-        channels: 'RGB' or 'BGR'.
+        channels: 'RGB' or 'BGR'. Only images of three channels have an order; the file of another model says 'GREY' or
+            the number of its channels.
     """
+    if graph.channels != 3:
+        channels = 'GREY' if graph.channels == 1 else str(graph.channels)
+        mean, std = ([values[0]] * graph.channels if len(set(values)) == 1 else values for values in (mean, std))
     return dict(task=graph.task, outputs=list(graph.outputs), input='images', layout='NCHW', height=shape[0],
                 width=shape[1], channels=channels, mean=list(mean), std=list(std),
                 classes=None if classes is None else list(classes))

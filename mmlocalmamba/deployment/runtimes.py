@@ -18,7 +18,7 @@ class Opened(NamedTuple):
     """An exported file that can be run.
 
     Attributes:
-        run: function of normalised images (B, 3, H, W), float32, that returns a list of arrays.
+        run: function of normalised images (B, channels, H, W), float32, that returns a list of arrays.
         metadata: metadata that were given at the export.
     """
     run: Function
@@ -43,13 +43,14 @@ def normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
     """Normalise an image for an exported file.
 
     Args:
-        pixels: RGB image (H, W, 3) of the file's size, uint8 or float, 0 to 255.
-        metadata: metadata of the file, with ``channels`` ('RGB' or 'BGR'), ``mean`` and ``std``.
+        pixels: image of the file's size, uint8 or float, 0 to 255: RGB (H, W, 3), grey (H, W), or (H, W, channels) in
+            the order that the model was trained with.
+        metadata: metadata of the file, with ``channels`` ('RGB', 'BGR', 'GREY' or their number), ``mean`` and ``std``.
 
     Returns:
-        Contiguous float32 array (1, 3, H, W).
+        Contiguous float32 array (1, channels, H, W).
     """
-    pixels = pixels.astype(np.float32)
+    pixels = pixels.astype(np.float32).reshape(*pixels.shape[:2], -1)
     if metadata['channels'] == 'BGR':
         pixels = pixels[..., ::-1]
     pixels = (pixels - np.float32(metadata['mean'])) / np.float32(metadata['std'])

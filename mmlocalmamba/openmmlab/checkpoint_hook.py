@@ -1,7 +1,6 @@
 """Checkpoints given as ``load_from``, to resume or to test."""
 import logging
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from mmengine.runner import BaseLoop
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab.compat import weights_only
 from mmlocalmamba.registry import HOOKS
-from mmlocalmamba.weights.loading import REQUIREMENTS, fit, grouped, read, unwrap_model, weights_for
+from mmlocalmamba.weights.loading import REQUIREMENTS, adapted, fit, grouped, read, unwrap_model, weights_for
 
 
 @HOOKS.register_module()
@@ -28,11 +27,13 @@ class LoadCheckpointHook(Hook):
         strict: False reports what is missing and goes on.
         key: entry of the checkpoint that holds the weights; None for the first of STATE_DICT_KEYS.
         allow: requirements of the weights that may differ: 'directions', 'stride', 'rope', 'cls_token'.
+        channels, grid: see :func:`mmlocalmamba.weights.load_pretrained`.
     """
     priority = 'HIGHEST'
 
-    def __init__(self, strict: bool = True, key: str | None = None, allow: Sequence[str] = ()) -> None:
-        self.strict, self.key, self.allow = strict, key, allow
+    def __init__(self, strict: bool = True, key: str | None = None, allow: Sequence[str] = (),
+                 channels: str | None = None, grid: Sequence[int] | None = None) -> None:
+        self.strict, self.key, self.allow, self.channels, self.grid = strict, key, allow, channels, grid
 
     def before_run(self, runner: Any) -> None:
         if runner._load_from is not None:
@@ -58,7 +59,7 @@ class LoadCheckpointHook(Hook):
                 f"is of {contents.family}'s authors"
             raise RuntimeError(f'the checkpoint {held}: a training cannot resume from it, but start, with load_from '
                                'and without resume')
-        own, weights = weights_for(contents, backbone, 'the checkpoint', self.allow)
+        own, weights = weights_for(contents, backbone, 'the checkpoint', self.allow, self.channels, self.grid)
         found = fit(backbone, own)
         lines = []
         if found.missing or found.unfit:
@@ -74,17 +75,16 @@ class LoadCheckpointHook(Hook):
             report = '\n'.join(lines)
             raise RuntimeError(f'{report}\nThe checkpoint is of another model. If you want a partial match, set '
                                'strict=False on the LoadCheckpointHook in custom_hooks.')
-        if contents.family is not None:
+        if contents.family is not None or self.channels is not None:
             lines = [*contents.remarks, *lines]
         if lines:
             print_log('\n  '.join(lines), logger='current', level=logging.WARNING)
         raw = checkpoint.get('state_dict', {})
         if not self.allow and raw.keys() == weights.keys() and all(raw[name] is weights[name] for name in raw):
             return
-        checkpoint['state_dict'] = OrderedDict(weights)
-        checkpoint['state_dict']._metadata = OrderedDict(
-            (name, {key: value for key, value in entry.items() if key not in REQUIREMENTS or key not in self.allow})
-            for name, entry in contents.metadata.items())
+        checkpoint['state_dict'] = adapted(weights, backbone, contents.prefix, {
+            name: {key: value for key, value in entry.items() if key not in REQUIREMENTS or key not in self.allow}
+            for name, entry in contents.metadata.items()})
 
 
 @HOOKS.register_module()

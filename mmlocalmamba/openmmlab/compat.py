@@ -1,12 +1,15 @@
 """The differences between the OpenMMLab and OneDL packages, and between MMEngine's ways to load a checkpoint."""
 import logging
+import re
 from typing import Any
 
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.registry import DATASETS
 from mmengine.runner import CheckpointLoader
 
 from mmlocalmamba import files
-from mmlocalmamba.files import SCHEME, SUFFIX, load_checkpoint
+from mmlocalmamba.files import SCHEME, SUFFIX
+from mmlocalmamba.weights import load_checkpoint, released
 
 # A scheme of MMEngine's checkpoint loader: what follows is loaded by load_checkpoint.
 WEIGHTS_ONLY = 'weights_only:'
@@ -49,18 +52,32 @@ files.replace_in_pickles(**{'mmengine.logging.history_buffer.HistoryBuffer': His
 
 def load_from_weights_only(name: str, map_location: Any = None) -> Any:
     """Load for MMEngine, see :func:`register_loader`. MMEngine shows users the end of this function's name."""
-    return load_checkpoint(name.removeprefix(WEIGHTS_ONLY), map_location)
+    name = name.removeprefix(WEIGHTS_ONLY)
+    loaded = load_checkpoint(name, map_location)
+    named = released.find(name) if '://' in name else None
+    if named is not None and named[1].dataset is not None:  # else the file knows its classes
+        meta = loaded['meta'] = loaded.get('meta') or {}
+        meta.setdefault('dataset_meta', class_names(named[1].dataset))
+    return loaded
+
+
+def class_names(dataset: str) -> dict[str, Any]:
+    """Return ``classes``, and ``palette`` if there is one, of a type of data set, such as 'mmdet.CocoDataset'."""
+    known = getattr(DATASETS.get(dataset), 'METAINFO', {})
+    return {key: known[key] for key in ('classes', 'palette') if key in known}
 
 
 def register_loader() -> None:
-    """Let MMEngine load by :func:`mmlocalmamba.files.load_checkpoint`: names of :func:`weights_only`, packaged weights
-    and safetensors files."""
+    """Let MMEngine load by :func:`mmlocalmamba.weights.load_checkpoint`: names of :func:`weights_only`, names and
+    addresses of released weights, and safetensors files."""
     # MMEngine takes the beginning of a path for a regular expression.
-    CheckpointLoader.register_scheme([WEIGHTS_ONLY, SCHEME, rf'.*\{SUFFIX}$'], load_from_weights_only, force=True)
+    addresses = [re.escape(entry.file) for entry in released.NAMED.values() if not entry.packaged]
+    CheckpointLoader.register_scheme([WEIGHTS_ONLY, SCHEME, rf'.*\{SUFFIX}$', *addresses], load_from_weights_only,
+                                     force=True)
 
 
 def weights_only(path: str) -> str:
-    """Return the name under which MMEngine loads a file or http(s) URL by :func:`mmlocalmamba.files.load_checkpoint`.
+    """Return the name under which MMEngine loads a file or http(s) URL by :func:`mmlocalmamba.weights.load_checkpoint`.
 
     Both stacks load URLs without weights_only, and OneDL's loader tries again without it when a file was refused.
     Neither names the file in its errors. Paths of other schemes are returned as they are.

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.deployment import graphs
-from mmlocalmamba.files import load_checkpoint
+from mmlocalmamba.openmmlab.compat import load_from_weights_only
 from mmlocalmamba.weights.loading import load_whole_model, read
 
 
@@ -36,7 +36,7 @@ def load_model(cfg: Config, checkpoint: str | None) -> tuple[nn.Module, Sequence
     if checkpoint is None:
         return model.eval(), metainfo.get('classes')
     prefix, backbone = find_backbone(model)
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_from_weights_only(checkpoint, 'cpu')
     load_whole_model(model, backbone, read(loaded, prefix=prefix), checkpoint)
     meta = loaded.get('meta') or {}
     return model.eval(), {**metainfo, **(meta.get('dataset_meta') or {})}.get('classes')

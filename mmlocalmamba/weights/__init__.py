@@ -4,9 +4,10 @@ from mmlocalmamba.weights.loading import (
     architecture,
     backbone_state_dict,
     find_state_dict,
+    load_checkpoint,
     load_pretrained,
 )
 from mmlocalmamba.weights.official import from_official, to_official
 
 __all__ = ['STATE_DICT_KEYS', 'architecture', 'backbone_state_dict', 'find_state_dict', 'from_official',
-           'load_pretrained', 'to_official']
+           'load_checkpoint', 'load_pretrained', 'to_official']

@@ -3,7 +3,10 @@
 init_cfg, ``load_from``, the inferencers and export all use these functions.
 """
 import logging
+import math
+import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,9 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmlocalmamba.files import load_checkpoint
+from mmlocalmamba import files
+from mmlocalmamba.files import SCHEME
+from mmlocalmamba.weights import released
 from mmlocalmamba.weights.official import (
     BACKBONE,
+    DIRECTIONS_UNKNOWN,
     VMAMBA_DIRECTIONS,
     StateDict,
     family_of,
@@ -29,6 +35,7 @@ STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict', 'state_dict_ema', 
 # Requirements that weights can have without showing them in their shapes.
 REQUIREMENTS = ('directions', 'stride', 'rope', 'cls_token')
 PARTIALS = (None, 'vmamba')
+CHANNELS = (None, 'sum', 'repeat')
 # Attributes in which DistributedDataParallel, averages, torch.compile, checkpointing and FSDP keep a model.
 _WRAPPERS = ('module', '_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module')
 _WRAPPERS_IN_NAMES = re.compile(rf'(?:^|(?<=\.))(?:{"|".join(_WRAPPERS)})\.')
@@ -153,8 +160,63 @@ def read(checkpoint: Any, key: str | None = None, prefix: str | None = None) -> 
         prefix = BACKBONE if any(name.startswith(BACKBONE) for name in weights) else ''
     if family is None:
         own = metadata.get(prefix[:-1], {})
-        needed = {name: own[name] for name in REQUIREMENTS if name in own}
+        needed = {name: own[name] for name in (*REQUIREMENTS, 'grid') if name in own}
     return Contents(weights, metadata, needed, family, lines, prefix)
+
+
+def load_checkpoint(checkpoint: str, map_location: Any = 'cpu', key: str | None = None) -> Any:
+    """Load a checkpoint from a file, an http(s) URL or ``mmlocalmamba://NAME``. No code in it is executed.
+
+    What ``mmlocalmamba://`` names comes under our names, converted if it is of the authors, whatever loads it: weights
+    of the package, released weights (:mod:`mmlocalmamba.weights.released`, downloaded once; their address does the
+    same), or a file: ``mmlocalmamba://local_vim_tiny.ckpt``.
+
+    Args:
+        checkpoint: file, URL or name.
+        map_location: as for torch.load.
+        key: entry that holds the weights, for files that are converted.
+
+    Raises:
+        RuntimeError: as :func:`mmlocalmamba.files.load_checkpoint`, or released weights are not complete.
+        FileNotFoundError: there is no such file or name.
+    """
+    checkpoint = str(checkpoint)
+    named = released.find(checkpoint) if '://' in checkpoint else None
+    if named is not None and named[1].packaged:
+        return files.load_safetensors(SCHEME + named[1].file, map_location)
+    if named is not None:
+        name, entry = named
+        loaded = files.load_checkpoint(entry.file, map_location, entry.least_bytes)
+        _LOGGER.info(entry.describe(name))
+        # By its address a file is what it is anywhere else: the first of STATE_DICT_KEYS.
+        best = entry.key if key is None and checkpoint.startswith(SCHEME) else None
+        return _converted(loaded, key, entry, best)
+    rest = checkpoint.removeprefix(SCHEME)
+    if rest == checkpoint or rest in files.packaged_names():
+        return files.load_checkpoint(checkpoint, map_location)
+    if not os.path.isfile(os.path.expanduser(rest)):
+        raise FileNotFoundError(2, 'no weights have this name, and no file; names are '
+                                f'{", ".join(sorted({*released.NAMED, *files.packaged_names()}))}', checkpoint)
+    return _converted(files.load_checkpoint(rest, map_location), key, None)
+
+
+def _converted(loaded: Any, key: str | None, entry: released.Weights | None, best: str | None = None) -> Any:
+    """Return a checkpoint under our names, with what its weights need as metadata of the state dict."""
+    contents = read(loaded, best if best is not None and _is_state_dict(loaded.get(best)) else key)
+    if contents.family is None:
+        return loaded
+    found = sum(value.numel() for value in contents.weights.values())
+    if entry is not None and (len(contents.weights) < entry.tensors or found < entry.values):
+        raise RuntimeError(f'{entry.file} holds {len(contents.weights)} tensors of {found:,} values, but the model has '
+                           f'{entry.tensors} of {entry.values:,}: remove {files.cached(entry.file)} and try again')
+    needed = dict(contents.requirements)
+    if entry is not None and 'directions' not in needed and (directions := entry.directions()) is not None:
+        needed['directions'] = directions
+        contents.remarks.remove(DIRECTIONS_UNKNOWN)
+    weights = OrderedDict(contents.weights)
+    weights._metadata = OrderedDict({contents.prefix[:-1]: needed})  # type: ignore[attr-defined]
+    _LOGGER.info('\n  '.join(contents.remarks))
+    return {key or 'state_dict': weights, 'meta': loaded.get('meta') or {}}
 
 
 def backbone_state_dict(checkpoint: Any, prefix: str | None = None) -> StateDict:
@@ -233,6 +295,38 @@ class Fit:
         return '\n  '.join(lines)
 
 
+def _other_channels(name: str, value: Tensor, shape: Sequence[int]) -> bool:
+    """Return True if a weight of a patch embedding differs from the model's in the channels of the image alone."""
+    return ('patch_embed.' in f'.{name}' and value.dim() == len(shape) == 4 and value.shape[1] != shape[1]
+            and (value.shape[0], *value.shape[2:]) == (shape[0], *shape[2:]))
+
+
+def _hint(name: str, value: Tensor, shape: Sequence[int]) -> str:
+    """Return the argument of :func:`load_pretrained` that makes a weight fit."""
+    if _other_channels(name, value, shape):
+        return "; channels='sum' or channels='repeat' adapts it"
+    positions = f'.{name}'.endswith('.pos_embed') and value.shape[-1] == shape[-1]
+    return '; grid=(ROWS, COLUMNS) says how to resize it' if positions else ''
+
+
+def _adapt_channels(weights: StateDict, backbone: nn.Module, channels: str) -> tuple[StateDict, list[str]]:
+    """Fit the weights of the patch embedding to the channels of the model's images; see :func:`load_pretrained`."""
+    lines, own = [], backbone.state_dict()
+    for name, value in weights.items():
+        if name not in own or not _other_channels(name, value, own[name].shape):
+            continue
+        theirs, ours = value.shape[1], own[name].shape[1]
+        if channels == 'sum':
+            adapted = value.sum(1, keepdim=True).expand(-1, ours, -1, -1) / ours
+            done = f'each is the sum over the {theirs} channels in the file, divided by {ours}'
+        else:
+            adapted = value[:, torch.arange(ours) % theirs] * (theirs / ours)
+            done = f'those of the {theirs} channels in the file in turn, multiplied by {theirs}/{ours}'
+        weights = {**weights, name: adapted}
+        lines.append(f'{name}: weights of {ours} channels, {done}')
+    return weights, lines
+
+
 def fit(model: nn.Module, weights: StateDict, new: str | None = None) -> Fit:
     """Compare weights under the model's own names with it.
 
@@ -243,8 +337,8 @@ def fit(model: nn.Module, weights: StateDict, new: str | None = None) -> Fit:
     """
     is_new = getattr(model, 'is_new_for_task', lambda name: False)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    unfit = {name: f'({tuple(weights[name].shape)} in the file, {shape} here)' for name, shape in own.items()
-             if name in weights and tuple(weights[name].shape) != shape}
+    unfit = {name: f'({tuple(weights[name].shape)} in the file, {shape} here{_hint(name, weights[name], shape)})'
+             for name, shape in own.items() if name in weights and tuple(weights[name].shape) != shape}
     absent = [name for name in own if name not in weights]
     fresh = {name for name in absent if is_new(name) or (new is not None and new in name)}
     return Fit([name for name in own if name in weights and name not in unfit],
@@ -310,29 +404,58 @@ def check_architecture(weights: StateDict, backbone: nn.Module, source: str) -> 
     raise RuntimeError(message)
 
 
-def weights_for(contents: Contents, backbone: Any, source: str,
-                allow: Sequence[str] = ()) -> tuple[StateDict, StateDict]:
+def weights_for(contents: Contents, backbone: Any, source: str, allow: Sequence[str] = (),
+                channels: str | None = None, grid: Sequence[int] | None = None) -> tuple[StateDict, StateDict]:
     """Fit a checkpoint's weights to a backbone.
 
     Args:
-        contents: see :func:`read`.
+        contents: see :func:`read`. What is adapted is added to its remarks.
         backbone: one of our backbones.
         source: name of the file, for messages.
         allow: requirements that may differ.
+        channels, grid: see :func:`load_pretrained`.
 
     Returns:
         Weights of the backbone, and weights of the whole model that contain them.
 
     Raises:
         RuntimeError: the weights are of another class than ``backbone``, or a requirement differs.
+        ValueError: ``channels`` is unknown, or the file has not as many positions as ``grid``.
     """
+    if channels not in CHANNELS:
+        raise ValueError(f'channels must be one of {CHANNELS}, got {channels!r}')
     check_architecture(contents.backbone(), backbone, source)
     check_requirements(backbone, contents.requirements, source, allow)
-    own = backbone.adapt_state_dict(contents.backbone())
+    own = contents.backbone()
+    if grid is not None and 'pos_embed' in own:
+        tokens = own['pos_embed'].shape[1] - getattr(backbone, 'num_cls_tokens', 0)
+        if math.prod(grid) != tokens:
+            raise ValueError(f'grid={tuple(grid)} has {math.prod(grid)} positions, but {source} has {tokens}')
+    own = backbone.adapt_state_dict(own, contents.requirements.get('grid') if grid is None else grid)
+    if channels is not None:
+        own, lines = _adapt_channels(own, backbone, channels)
+        contents.remarks.extend(lines)
     return own, {**contents.weights, **{contents.prefix + name: value for name, value in own.items()}}
 
 
 # ---- loading ----
+
+
+def adapted(weights: StateDict, backbone: Any, prefix: str,
+            metadata: Mapping[str, Mapping[str, Any]] | None = None) -> OrderedDict:
+    """Return a state dict whose metadata say that its positions have the backbone's own grid.
+
+    Args:
+        weights: as :func:`weights_for` returns them.
+        backbone: one of our backbones.
+        prefix: of the backbone in ``weights``.
+        metadata: further metadata by module.
+    """
+    state_dict = OrderedDict(weights)
+    entries = {name: dict(entry) for name, entry in (metadata or {}).items()}
+    entries.setdefault(prefix.removesuffix('.'), {}).update(grid=backbone.requirements().get('grid'))
+    state_dict._metadata = OrderedDict(entries)  # type: ignore[attr-defined]
+    return state_dict
 
 
 def _from_vmamba(contents: Contents, backbone: nn.Module, source: str) -> StateDict:
@@ -362,7 +485,8 @@ def _from_vmamba(contents: Contents, backbone: nn.Module, source: str) -> StateD
 
 def load_pretrained(backbone: Any, checkpoint: str | None, strict: bool = True, prefix: str | None = None,
                     map_location: Any = 'cpu', key: str | None = None, allow: Sequence[str] = (),
-                    partial: str | None = None) -> None:
+                    partial: str | None = None, channels: str | None = None,
+                    grid: Sequence[int] | None = None) -> None:
     """Load pre-trained weights into a backbone: ``init_cfg=dict(type='Pretrained', checkpoint=FILE_OR_URL)``.
 
     Checkpoints can be of this package (of a backbone, or of a classifier, detector or segmentor that holds one) or of
@@ -379,6 +503,11 @@ def load_pretrained(backbone: Any, checkpoint: str | None, strict: bool = True, 
         allow: requirements that may differ: 'directions', 'stride', 'rope', 'cls_token'.
         partial: 'vmamba' starts a LocalVMamba from a VMamba: SCAttn is new, each direction starts from the VMamba
             direction that it resembles, and everything else must match.
+        channels: how weights for images of other channels are adapted; None does not. 'sum': each channel gets the
+            sum over the file's channels, divided by the number of channels here, so that a grey image gives what its
+            three equal channels gave. 'repeat': the file's channels in turn, scaled so that their sum stays, as timm
+            does for more than one channel.
+        grid: (rows, columns) of the file's learned positions, where the file does not say it.
 
     Raises:
         RuntimeError: the weights are of the other backbone or for other scan directions; with ``strict``, some are
@@ -393,25 +522,26 @@ def load_pretrained(backbone: Any, checkpoint: str | None, strict: bool = True, 
         _LOGGER.info('%s: init_cfg names no checkpoint (None), so the backbone has its initial weights', kind)
         return
     try:
-        contents = read(load_checkpoint(checkpoint, map_location), key, prefix)
+        contents = read(load_checkpoint(checkpoint, map_location, key), key, prefix)
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from None
     if partial == 'vmamba':
         check_architecture(contents.backbone(), backbone, checkpoint)
         weights, new = backbone.adapt_state_dict(_from_vmamba(contents, backbone, checkpoint)), '.scattn.'
     else:
-        weights, new = weights_for(contents, backbone, checkpoint, allow)[0], None
+        weights, new = weights_for(contents, backbone, checkpoint, allow, channels, grid)[0], None
     found = fit(backbone, weights, new)
     report = '\n  '.join([found.report(kind, checkpoint), *contents.remarks])
     if not found.complete and strict:
         raise RuntimeError(f'{report}\nThis checkpoint is not of this backbone. If you want a partial match, add '
                            'strict=False to init_cfg.')
     if found.fitting:
-        backbone.load_state_dict({name: weights[name] for name in found.fitting}, strict=False)
+        backbone.load_state_dict(adapted({name: weights[name] for name in found.fitting}, backbone, ''), strict=False)
     _LOGGER.log(logging.INFO if found.complete else logging.WARNING, report)
 
 
-def load_whole_model(model: nn.Module, backbone: Any, contents: Contents, source: str) -> None:
+def load_whole_model(model: nn.Module, backbone: Any, contents: Contents, source: str,
+                     channels: str | None = None) -> None:
     """Load a checkpoint into all parts of a model.
 
     Args:
@@ -419,14 +549,17 @@ def load_whole_model(model: nn.Module, backbone: Any, contents: Contents, source
         backbone: one of our backbones, or None.
         contents: see :func:`read`.
         source: name of the file, for messages.
+        channels: see :func:`load_pretrained`.
 
     Raises:
         RuntimeError: a weight is missing, unexpected or of another shape, or a requirement differs.
     """
-    weights = contents.weights if backbone is None else weights_for(contents, backbone, source)[1]
+    weights = contents.weights if backbone is None else weights_for(contents, backbone, source, channels=channels)[1]
     found = fit(model, weights)
     if not found.complete:
         raise RuntimeError(f'{source} is not a checkpoint of this {type(model).__name__}. '
                            f'{found.report(type(model).__name__, source)}\nName the configuration that it was trained '
                            'with.')
-    model.load_state_dict(weights)
+    model.load_state_dict(weights if backbone is None else adapted(weights, backbone, contents.prefix))
+    if contents.remarks:
+        _LOGGER.info('\n  '.join([f'{source}:', *contents.remarks]))

@@ -27,6 +27,10 @@ _VIM_DIRECTIONS = ('h', 'h_flip')
 # Vim's grids at 224 pixels: patches of 16 at this stride.
 _VIM_STRIDES = {14: 16, 27: 8}
 
+# A line of remarks().
+DIRECTIONS_UNKNOWN = ("the authors' files do not say which scan directions they belong to: the configuration's are "
+                      'taken')
+
 # Names that only one family has. VMamba's version 2 has those of LocalVMamba, with MLPs and without SCAttn.
 _MARKS = {family: re.compile(pattern) for family, pattern in (
     ('LocalVim', r'layers\.\d+\.mixer\.(?:A_log|D|(?:conv1d|x_proj|dt_proj))_\d+(?:\.\w+)?'),
@@ -98,6 +102,11 @@ def implied_requirements(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         exact = rotary_tables(side, side, cos.shape[1], 14, cos.device)[0]
         if exact.shape == cos.shape and (exact - cos).abs().max() > 0.01:
             needed['rope'] = 'resized'
+    if (positions := weights.get('pos_embed')) is not None:  # the authors' images are square
+        tokens = positions.shape[1] - int('cls_token' in weights)
+        side = round(tokens ** 0.5)
+        if side * side == tokens:
+            needed['grid'] = [side, side]
     return needed
 
 
@@ -106,7 +115,7 @@ def remarks(state_dict: Mapping[str, Tensor]) -> list[str]:
     family, weights, _ = _backbone_of(state_dict)
     if family not in ('LocalVim', 'LocalVMamba'):
         return []
-    lines = ["the authors' files do not say which scan directions they belong to: the configuration's are taken"]
+    lines = [DIRECTIONS_UNKNOWN]
     embedding = weights.get('patch_embed.proj.weight')
     if family == 'LocalVim' and embedding is not None and len(embedding) == 384:
         lines.append("the authors' code has two models called local_vim_small, and the later one, without search, "
@@ -357,8 +366,10 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
         LocalMamba's authors, which VMamba's present code reads, too.
 
     Raises:
-        ValueError: these are not our names.
+        ValueError: these are not our names, or the grid of learned positions is unknown.
     """
+    metadata = getattr(state_dict, '_metadata', {})
+    grid = next((metadata[module]['grid'] for module in ('backbone', '') if 'grid' in metadata.get(module, {})), None)
     if not any(name.startswith('backbone.') for name in state_dict):
         state_dict = {f'backbone.{name}': tensor for name, tensor in state_dict.items()}
     if 'backbone.layers.0.mixer.ssm.A_log' in state_dict:
@@ -402,8 +413,11 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
             unmatched.append(name)
     if arch == 'LocalVim' and 'cls_token' not in official:
         tokens, channels = official['pos_embed'].shape[1:]
-        side = round(tokens ** 0.5)
-        tables = rotary_tables(side, side, channels, 14, official['pos_embed'].device)
+        rows, columns = grid or (round(tokens ** 0.5), ) * 2
+        if rows * columns != tokens:
+            raise ValueError(f'the grid of {tokens} positions is unknown: they are of no square, and the state dict '
+                             'has no metadata that say it')
+        tables = rotary_tables(rows, columns, channels, 14, official['pos_embed'].device)
         official['rope.freqs_cos'], official['rope.freqs_sin'] = (table.clone() for table in tables)
     if rest:
         official = {BACKBONE + name: tensor for name, tensor in official.items()}

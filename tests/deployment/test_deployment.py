@@ -12,6 +12,7 @@ from deployment import evaluate, export
 from mmengine.config import Config
 from torch import nn
 
+from mmlocalmamba import __main__, create_model
 from mmlocalmamba import directions as scans
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.deployment import exporting, graphs, runtimes
@@ -249,6 +250,72 @@ def test_open_refuses(tmp_path):
         runtimes.open_file(str(tmp_path / 'file.pt2'))
     with pytest.raises(ValueError, match='not read by aoti'):
         runtimes.open_file('model.onnx', 'aoti')
+
+
+# Images of one channel, or of many.
+
+@pytest.mark.parametrize('in_channels', [1, 4])
+@pytest.mark.parametrize('features', [False, True])
+def test_programs_for_other_channels(in_channels, features, tmp_path):
+    model = randomised(create_model('localvim_nano.digits', in_channels=in_channels))
+    graph = graphs.graph_of(model, (32, 32), features)
+    assert graph.channels == graphs.image_channels(model) == in_channels
+    metadata = graphs.metadata(graph, (32, 32), None, [127.5] * 3, [64.] * 3)
+    assert metadata['channels'] == {1: 'GREY', 4: '4'}[in_channels] and metadata['mean'] == [127.5] * in_channels
+    exporting.to_pt2(graph, (32, 32), str(tmp_path / 'model.pt2'), metadata)
+    opened = runtimes.open_file(str(tmp_path / 'model.pt2'))
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32) if in_channels == 1 else (32, 32, in_channels))
+    images = runtimes.normalised(pixels, opened.metadata)
+    assert images.shape == (1, in_channels, 32, 32)
+    expected = exporting.run_eager(graph, torch.from_numpy(images))
+    for a, b in zip(opened.run(images), expected, strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """The configuration and a checkpoint of a digits model for grey images."""
+    path = tmp_path / 'grey.py'
+    path.write_text(f'''_base_ = {str(ROOT / "configs/localvim-nano_digits.py")!r}
+model = dict(backbone=dict(in_channels=1))
+data_preprocessor = dict(mean=[127.5], std=[127.5], to_rgb=False)
+test_pipeline = [dict(type='LoadImageFromFile', color_type='grayscale'), dict(type='PackInputs')]
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+''')
+    cfg = Config.fromfile(path)
+    model, _ = deployment.load_model(cfg, None)
+    meta = dict(dataset_meta=dict(classes=tuple('0123456789')))
+    torch.save(dict(state_dict=randomised(model).state_dict(), meta=meta), tmp_path / 'grey.pth')
+    return str(path), str(tmp_path / 'grey.pth')
+
+
+def test_commands_for_grey_images(grey, tmp_path, monkeypatch, capsys):
+    """Export with a picture, features, FLOPs, receptive fields, gates and predictions."""
+    import draw
+    import get_flops
+    from PIL import Image
+    picture = tmp_path / 'a.png'
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32), dtype=np.uint8)).save(picture)
+    run(monkeypatch, *grey, tmp_path / 'model.pt2', '--shape', 32, 32, '--check', picture)
+    run(monkeypatch, *grey, tmp_path / 'features.pt2', '--shape', 32, 32, '--features')
+    metadata = runtimes.open_file(str(tmp_path / 'model.pt2')).metadata
+    assert metadata['channels'] == 'GREY' and metadata['mean'] == [127.5] and metadata['classes'] == list('0123456789')
+    monkeypatch.setattr(sys, 'argv', ['get_flops.py', grey[0], '--shape', '32', '32'])
+    get_flops.main()
+    assert '32x32, exact: 0.2' in capsys.readouterr().out
+    for command in ('receptive-field', 'gates'):
+        draw.main([command, *grey, '--images', str(picture), '--size', '32', '32', '--out', str(tmp_path / 'x.png')])
+    monkeypatch.setattr(sys, 'argv', ['x', 'predict', *grey, str(picture), '--out', str(tmp_path / 'out'),
+                                      '--device', 'cpu'])
+    with pytest.raises(SystemExit) as done:
+        __main__.main()
+    assert done.value.code == 0
+    found = json.loads((tmp_path / 'out/a.json').read_text())['classes'][0]
+    model, _ = deployment.load_model(Config.fromfile(grey[0]), grey[1])
+    images = torch.from_numpy(runtimes.normalised(np.asarray(Image.open(picture)), metadata))
+    with torch.no_grad():
+        scores = model(images, mode='tensor').softmax(1)[0]
+    assert found['label'] == int(scores.argmax()) and found['score'] == pytest.approx(float(scores.max()), abs=1e-5)
 
 
 # Detectors and segmentors.

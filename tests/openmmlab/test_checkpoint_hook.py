@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from file_server import saved, serving
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
@@ -19,7 +20,9 @@ from torch import nn
 
 from mmlocalmamba import files
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
+from mmlocalmamba.layers import resize_pos_embed
 from mmlocalmamba.weights import to_official
+from mmlocalmamba.weights.released import NAMED, Weights
 
 KEYS = ['state_dict', 'model', 'state_dict_ema', None]
 ARCH = dict(embed_dims=16, num_layers=2, d_state=2)
@@ -308,6 +311,43 @@ def test_positions_of_another_image_size(tmp_path, loader, official, caplog):
     assert model.backbone.pos_embed.shape == (1, 36, 16)
     assert torch.equal(model.backbone.pos_embed, expected.backbone.pos_embed)
     assert (model.backbone.pos_embed[0, 0] - corner).norm() < corner.norm()
+
+
+@pytest.mark.parametrize('loader', ['load_from', 'load_checkpoint', 'load_state_dict'])
+def test_positions_of_a_grid_with_as_many_tokens(tmp_path, loader):
+    """4x4 into 2x8: once, whatever loads them, the average as well."""
+    source, model = Classifier(img_size=32), Classifier(img_size=(16, 64))
+    torch.save(dict(state_dict=source.state_dict()), tmp_path / 'x.pth')
+    expected = resize_pos_embed(source.backbone.pos_embed, (4, 4), (2, 8))
+    if loader == 'load_from':
+        runner = build(tmp_path, model, load_from=str(tmp_path / 'x.pth'))
+        load(runner)
+        assert torch.equal(average_of(runner).backbone.pos_embed, expected)
+    elif loader == 'load_checkpoint':
+        load_checkpoint(model, str(tmp_path / 'x.pth'))
+    else:
+        model.load_state_dict(source.state_dict())
+    assert torch.equal(model.backbone.pos_embed, expected)
+
+
+def test_released_weights_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('http_proxy', raising=False)
+    weights, model = random(Classifier()), Classifier()
+    with serving({'x.pth': saved(dict(model=to_official(weights)[0]))}) as (address, _):
+        monkeypatch.setitem(NAMED, 'of-others', Weights('of-others', f'{address}/x.pth', dataset=None))
+        load(build(tmp_path, model, load_from=f'{files.SCHEME}of-others'))
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_images_of_other_channels(tmp_path):
+    source, model = Classifier(), Classifier(in_channels=1)
+    torch.save(dict(state_dict=source.state_dict()), tmp_path / 'x.pth')
+    with pytest.raises(RuntimeError, match="channels='sum' or channels='repeat' adapts it"):
+        load(build(tmp_path, Classifier(in_channels=1), load_from=str(tmp_path / 'x.pth')))
+    load(build(tmp_path, model, load_from=str(tmp_path / 'x.pth'), hook=dict(channels='sum')))
+    torch.testing.assert_close(model.backbone.patch_embed.projection.weight,
+                               source.backbone.patch_embed.projection.weight.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize('loader', ['load_from', 'load_checkpoint', 'load_state_dict', 'resume'])

@@ -322,9 +322,10 @@ def test_what_vmamba_t_fills_of_localvmamba_t(tmp_path, log):
 @pytest.mark.parametrize('error', [urllib.error.URLError('Name or service not known'), TimeoutError('timed out'),
                                    urllib.error.HTTPError('https://x.org/a.pth', 404, 'Not Found', {}, None),
                                    http.client.RemoteDisconnected('closed'), ConnectionResetError(104, 'reset')])
-def test_network_failures_are_no_damage(error):
+def test_network_failures_are_no_damage(error, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     model = SMALL['LocalVim']()
-    with mock.patch('torch.hub.load_state_dict_from_url', side_effect=error), \
+    with mock.patch('mmlocalmamba.files.urlopen', side_effect=error), \
             pytest.raises(RuntimeError, match='https://x.org/a.pth was not fetched') as raised:
         model.load_pretrained('https://x.org/a.pth')
     assert 'damaged' not in str(raised.value) and str(error) in str(raised.value)
@@ -407,3 +408,122 @@ def test_their_rotary_tables_show_how_they_were_made(tmp_path, resized):
     with pytest.raises(RuntimeError, match='rope'):
         build().load_state_dict(build(rope='resized').state_dict())
     build(rope='resized').load_state_dict(build().state_dict())
+
+
+# ---- images of other channels ----
+
+def embedding(kind, in_channels):
+    torch.manual_seed(in_channels)
+    return SMALL[kind](in_channels=in_channels)
+
+
+@pytest.mark.parametrize('kind', SMALL)
+@pytest.mark.parametrize('in_channels', [1, 4, 13])
+@pytest.mark.parametrize('channels', ['sum', 'repeat'])
+def test_weights_of_three_channels_for_others(kind, in_channels, channels, tmp_path, log):
+    source = embedding(kind, 3).eval()
+    model = load(embedding(kind, in_channels), tmp_path, source.state_dict(), channels=channels).eval()
+    before, after = (part.patch_embed.projection.weight for part in (source, model))
+    if channels == 'sum':
+        expected = before.sum(1, keepdim=True).repeat(1, in_channels, 1, 1) / in_channels
+    else:
+        expected = torch.cat([before] * 5, dim=1)[:, :in_channels] * 3 / in_channels
+    torch.testing.assert_close(after, expected)
+    assert f'patch_embed.projection.weight: weights of {in_channels} channels' in log[-1][0]
+    assert torch.equal(model.patch_embed.projection.bias, source.patch_embed.projection.bias)
+
+
+def test_a_grey_image_gives_what_its_three_channels_gave(tmp_path):
+    source = embedding('LocalVMamba', 3).eval()
+    model = load(embedding('LocalVMamba', 1), tmp_path, source.state_dict(), channels='sum').eval()
+    grey = torch.rand(1, 1, 32, 32)
+    torch.testing.assert_close(model(grey), source(grey.expand(-1, 3, -1, -1)))
+
+
+def test_other_channels_are_adapted_on_request_alone(tmp_path):
+    weights = embedding('LocalVim', 3).state_dict()
+    with pytest.raises(RuntimeError, match="patch_embed.*channels='sum' or channels='repeat' adapts it"):
+        load(embedding('LocalVim', 1), tmp_path, weights)
+    with pytest.raises(ValueError, match="channels must be one of .*'sum'.*got 'mean'"):
+        load(embedding('LocalVim', 1), tmp_path, weights, channels='mean')
+    load(embedding('LocalVim', 3), tmp_path, weights, channels='sum')  # nothing to adapt
+
+
+# ---- the grid of learned positions ----
+
+def positions(*grid, **options):
+    """A LocalVim whose learned positions have this grid, and differ from each other."""
+    torch.manual_seed(0)
+    return LocalVim(dict(embed_dims=8, num_layers=1, d_state=1), img_size=(4 * grid[0], 4 * grid[1]), patch_size=4,
+                    directions=['h'], **options)
+
+
+def resized(model, old, new, tokens=0):
+    return resize_pos_embed(model.pos_embed, old, new, tokens)
+
+
+GRIDS = [((8, 8), (4, 16)), ((16, 64), (32, 32)), ((8, 18), (12, 12)), ((4, 6), (5, 9)), ((3, 5), (15, 1))]
+
+
+@pytest.mark.parametrize('way', ['init_cfg', 'state dict', 'in a model'])
+@pytest.mark.parametrize('old, new', GRIDS)
+def test_positions_are_resized_from_their_own_grid(old, new, way, tmp_path, log):
+    source, model = positions(*old), positions(*new)
+    if way == 'init_cfg':
+        load(model, tmp_path, source.state_dict())
+    elif way == 'state dict':
+        model.load_state_dict(source.state_dict())
+    else:
+        nn.ModuleDict(dict(backbone=model)).load_state_dict(nn.ModuleDict(dict(backbone=source)).state_dict())
+    assert torch.equal(model.pos_embed, resized(source, old, new))
+    lines = '\n'.join(message for message, _ in log)
+    assert f'positions of {old[0]}x{old[1]} tokens are resized to {new[0]}x{new[1]}' in lines
+    assert 'is assumed' not in lines
+
+
+@pytest.mark.parametrize('cls_token', ['middle', 'vim'])
+def test_positions_beside_a_class_token(cls_token, tmp_path):
+    options = dict(cls_token=cls_token, rope=False, out_type='cls_token')
+    source = positions(8, 8, **options)
+    model = load(positions(4, 16, **options), tmp_path, source.state_dict())
+    assert torch.equal(model.pos_embed, resized(source, (8, 8), (4, 16), 1))
+
+
+def test_the_same_grid_is_left_alone(tmp_path, log):
+    source = positions(4, 16)
+    assert torch.equal(load(positions(4, 16), tmp_path, source.state_dict()).pos_embed, source.pos_embed)
+    assert not [message for message, _ in log if 'resized' in message or 'assumed' in message]
+
+
+@pytest.mark.parametrize('old, new, assumed', [
+    ((4, 16), (4, 16), (4, 16)),  # as many as here: the grid is that of the model
+    ((8, 8), (4, 16), (4, 16)),
+    ((8, 8), (6, 5), (8, 8)),  # else a square
+    ((4, 16), (6, 5), (8, 8)),
+])
+def test_what_is_assumed_of_a_file_that_does_not_say_it(old, new, assumed, tmp_path, log):
+    source = positions(*old)
+    model = load(positions(*new), tmp_path, dict(source.state_dict()))
+    assert torch.equal(model.pos_embed, resized(source, assumed, new))
+    lines = [message for message, _ in log if 'is assumed' in message]
+    assert len(lines) == 1 and f'of its {old[0] * old[1]} positions: {assumed[0]}x{assumed[1]} is assumed' in lines[0]
+
+
+def test_the_grid_can_be_told(tmp_path, log):
+    source = positions(8, 18)
+    model = load(positions(12, 12), tmp_path, dict(source.state_dict()), grid=(8, 18))
+    assert torch.equal(model.pos_embed, resized(source, (8, 18), (12, 12)))
+    assert not [message for message, _ in log if 'is assumed' in message]
+    with pytest.raises(RuntimeError, match=r'pos_embed.*grid=\(ROWS, COLUMNS\) says how to resize it'):
+        load(positions(12, 12), tmp_path, dict(positions(4, 6).state_dict()))
+    load(positions(12, 12), tmp_path, dict(positions(4, 6).state_dict()), grid=[4, 6])
+    with pytest.raises(ValueError, match=r'grid=\(5, 5\) has 25 positions, but .*x.pth has 24'):
+        load(positions(12, 12), tmp_path, dict(positions(4, 6).state_dict()), grid=[5, 5])
+
+
+def test_the_authors_positions_are_of_a_square(tmp_path):
+    """Their images are; 14x14 into 7x28 is a resize."""
+    source = float32(random_weights(vim_shapes(16, 2, N=3, classes=5)))
+    model = load(vim(img_size=(112, 448)), tmp_path, source)
+    expected = resize_pos_embed(source['pos_embed'], (14, 14), (7, 28), 1)
+    assert model.grid == (7, 28) and torch.equal(model.pos_embed, expected)

@@ -61,10 +61,14 @@ def parse_args():
 def read_picture(path, metadata):
     """Return an image as the file's input."""
     from PIL import Image
+    mode = {'RGB': 'RGB', 'BGR': 'RGB', 'GREY': 'L'}.get(metadata['channels'])
     try:
-        picture = Image.open(path).convert('RGB')
+        picture = Image.open(path)
+        picture = picture.convert(mode) if mode else picture
     except OSError as error:
         sys.exit(f'--check {path}: the image cannot be read ({error})')
+    if mode is None and len(picture.getbands()) != int(metadata['channels']):
+        sys.exit(f'--check {path}: the image has {len(picture.getbands())} channels, the model {metadata["channels"]}')
     pixels = np.asarray(picture.resize((metadata['width'], metadata['height']), Image.BILINEAR))
     return runtimes.normalised(pixels, metadata)
 
@@ -104,7 +108,7 @@ def export(args, cfg):
     def check(path):
         if args.no_check:
             return
-        images = (np.random.default_rng(0).standard_normal((1, 3, *shape), dtype=np.float32)
+        images = (np.random.default_rng(0).standard_normal((1, graph.channels, *shape), dtype=np.float32)
                   if args.check is None else read_picture(args.check, metadata))
         if any_batch:
             images = np.concatenate([images, images[..., ::-1], images[..., ::-1, :]])
