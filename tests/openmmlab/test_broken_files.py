@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from loss_task import build_runner, configure
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import IterBasedTrainLoop
+from PIL import Image
 from processes import ROOT
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -46,6 +48,11 @@ def truncate(path):
     path.write_bytes(content[:len(content) // 2])
 
 
+def write_floats(path):
+    """A TIFF that OpenCV reads as it is, but not in colour as the pipeline does."""
+    Image.fromarray(np.ones((32, 32), np.float32)).save(path, format='TIFF')
+
+
 DAMAGE = dict(missing=Path.unlink, truncated=truncate, empty=lambda path: path.write_bytes(b''),
               text=lambda path: path.write_text('404: not found'))
 
@@ -69,6 +76,16 @@ def test_an_image_that_cannot_be_read_is_named(digits, task, key, damage):
     assert data[0]
     with pytest.raises(RuntimeError, match=f'^{re.escape(path)} cannot be read: sample 1 of {type(data).__name__} '):
         data[1]
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+def test_a_picture_that_the_pipeline_cannot_read_is_skipped(digits, task, tmp_path):
+    data = dataset(digits, task)
+    path = data.get_data_info(1)['img_path']
+    write_floats(path)
+    data.prepare_data = broken_files._Reader(data, SkippedFiles(str(tmp_path / 'skipped.txt')), 1)
+    assert data[1]
+    assert (tmp_path / 'skipped.txt').read_text() == f'{path}\n'
 
 
 BROKEN_ANNOTATIONS = [
@@ -134,6 +151,7 @@ def runner(digits, task, name, skip, workers=1, **options):
     cfg = configure(digits, CONFIGS[task], digits.parent / name, iterations=3, batch=4, workers=workers,
                     options=options)
     cfg.launcher, cfg.default_hooks.broken_files.skip = 'none', skip
+    cfg.default_hooks.checks.audit = False  # it names the files before the training
     cfg.experiment_name = f'{digits.parent.name}_{name}'
     return build_runner(cfg)
 

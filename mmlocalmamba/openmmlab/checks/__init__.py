@@ -1,12 +1,15 @@
-"""Check before a training that data, classes and model agree, and which weights it starts from.
+"""Check before a training or test that data, classes, model and checkpoint agree.
 
-The functions return problems as texts. :class:`TrainingChecksHook` stops a training that has problems.
-``python -m mmlocalmamba check`` (:mod:`mmlocalmamba.openmmlab.checks.trial`) prints them and makes a step.
+:func:`audit_data` reads the data. The other functions return problems as texts. :class:`TrainingChecksHook` stops a
+training or test that has problems. ``python -m mmlocalmamba check`` (:mod:`mmlocalmamba.openmmlab.checks.trial`) prints
+them and makes a step.
 """
-from mmlocalmamba.openmmlab.checks.data import data_problems
-from mmlocalmamba.openmmlab.checks.hook import TrainingChecksHook
+from mmlocalmamba.openmmlab.checks.audit import Audit, audit_data, truths
+from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally
+from mmlocalmamba.openmmlab.checks.hook import TrainingChecksHook, audit_run
 from mmlocalmamba.openmmlab.checks.model import (
     FROM_SCRATCH,
+    batch_problems,
     class_problems,
     configuration_problems,
     heads,
@@ -14,5 +17,6 @@ from mmlocalmamba.openmmlab.checks.model import (
     problems,
 )
 
-__all__ = ['FROM_SCRATCH', 'TrainingChecksHook', 'class_problems', 'configuration_problems', 'data_problems', 'heads',
-           'metric_problems', 'problems']
+__all__ = ['FROM_SCRATCH', 'Audit', 'Finding', 'Note', 'Problem', 'Tally', 'TrainingChecksHook', 'audit_data',
+           'audit_run', 'batch_problems', 'class_problems', 'configuration_problems', 'heads', 'metric_problems',
+           'problems', 'truths']

@@ -7,14 +7,12 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.hooks import EarlyStoppingHook
@@ -24,8 +22,8 @@ from mmengine.runner import Runner
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab import checks
 
-# Number of samples whose labels are counted, and number of samples that are loaded.
-_COUNTED, _LOADED = 20000, 3
+# Number of samples that are loaded.
+_LOADED = 3
 
 
 class _Report:
@@ -53,7 +51,7 @@ class _Report:
 def isolated(cfg: Config, folder: str) -> Config:
     """Return a copy of a configuration that runs in this process only, without logging, and writes into ``folder``."""
     cfg = Config(cfg.to_dict())
-    cfg.merge_from_dict(dict(work_dir=folder, launcher='none', log_level='ERROR', resume=False,
+    cfg.merge_from_dict(dict(work_dir=folder, launcher='none', log_level='CRITICAL', resume=False,
                              experiment_name=f'check_{Path(folder).name}',
                              vis_backends=[dict(type='LocalVisBackend')]))
     if 'visualizer' in cfg:
@@ -66,47 +64,50 @@ def isolated(cfg: Config, folder: str) -> Config:
     for hook in cfg.get('custom_hooks') or ():
         if isinstance(hook, dict) and hook.get('held_out'):  # of a direction search
             hook['held_out'].update(num_workers=0, persistent_workers=False)
+    for hook in (cfg.get('default_hooks') or {}).values():
+        if str((hook or {}).get('type')).endswith('TrainingChecksHook'):
+            hook.audit = False  # it is made, and printed, by itself
     return cfg
 
 
-def labels_of(info: dict) -> list[int]:
-    """Return the class numbers of a sample from its ``get_data_info``, without loading it."""
-    if 'gt_label' in info:
-        return list(np.atleast_1d(info['gt_label']))
-    return [instance['bbox_label'] for instance in info.get('instances', ()) if not instance.get('ignore_flag')]
-
-
-def _describe_data(report: _Report, name: str, dataset: Any) -> None:
-    count, classes = len(dataset), dataset.metainfo.get('classes') or ()
-    report.line('', f'{name}: {type(dataset).__name__}, {count} samples, {len(classes)} classes')
-    seen = Counter(label for index in range(min(count, _COUNTED)) for label in labels_of(dataset.get_data_info(index)))
-    if seen and not isinstance(classes, str):
-        named = [f'{classes[label] if label < len(classes) else label}: {number}'
-                 for label, number in sorted(seen.items())]
-        report.line('', f'{name}: objects by class' + (f' (in the first {_COUNTED} samples)' * (count > _COUNTED))
-                    + f': {", ".join(named[:20])}{", ..." if len(named) > 20 else ""}')
-        empty = [str(classes[label]) for label in range(len(classes)) if label not in seen]
-        if empty and count <= _COUNTED:
-            report.line('note', f'{name}: no objects of {", ".join(empty[:20])}')
-
-
-def _load_samples(report: _Report, name: str, dataset: Any, made_for: int | None) -> None:
-    """Load the first sample and random ones, and compare the labels of label images with ``made_for`` classes."""
+def _load_samples(report: _Report, name: str, dataset: Any) -> None:
+    """Load the first sample and random ones."""
     count = len(dataset)
     for index in dict.fromkeys([0, *(random.randrange(count) for _ in range(_LOADED - 1))]):
-        info = dataset.get_data_info(index)
-        sample = report.attempt(f'{name}, sample {index} ({info.get("img_path")})', partial(dataset.__getitem__, index))
+        info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+        what = f'{name}: sample {index}, {info.get("img_path")}'
+        # The data set itself loads another sample where the pipeline gives none.
+        sample = report.attempt(what, partial(getattr(dataset, 'prepare_data', dataset.__getitem__), index))
         if sample is None:
+            if not report.problems:
+                report.line('note', f'{what}: the pipeline gives nothing, and another sample replaces it')
             continue
         size = 'x'.join(map(str, sample['inputs'].shape)) if torch.is_tensor(sample.get('inputs')) else 'no tensor'
-        report.line('', f'{name}: sample {index}, {info.get("img_path")}: {size}')
-        labels = getattr(sample.get('data_samples'), 'gt_sem_seg', None)
-        if labels is not None and made_for is not None:
-            wrong = sorted(set(labels.data.unique().tolist()) - {*range(made_for), 255})
-            if wrong:
-                report.line('problem', f'{name}: {info.get("seg_map_path")} has the labels {wrong[:8]}, but the model '
-                                       f'has the classes 0 to {made_for - 1} (255 is ignored). If 0 is no class, set '
-                                       'reduce_zero_label=True: it subtracts 1 and ignores 0')
+        report.line('', f'{what}: {size}')
+
+
+def _audit(report: _Report, cfg: Config, loops: dict[str, Any], model: torch.nn.Module) -> list[str]:
+    """Read the data of the loops and print what is found. Return the names of those whose classes are in doubt."""
+    found = report.attempt('the data', lambda: checks.audit_run(cfg, loops, model)) or checks.Audit()
+    for tally in found.tallies:
+        report.line('', f'\n{tally}\n')
+    for finding in sorted(found.findings, key=lambda finding: not finding.stops):
+        report.line('problem' if finding.stops else 'note', str(finding))
+    return [name for name in loops if found.doubts_classes(name)]
+
+
+def _other_test(report: _Report, runner: Runner, cfg: Config) -> dict[str, Any]:
+    """Return {'test': loop} if the data of the test are others than those of the validation."""
+    datasets = [{**loader.dataset.to_dict(), 'pipeline': None} for key in ('val_dataloader', 'test_dataloader')
+                if (loader := cfg.get(key)) and isinstance(loader.get('dataset'), dict)]
+    if not cfg.get('test_dataloader') or len(datasets) == 2 and datasets[0] == datasets[1]:
+        return {}
+    try:
+        with redirect_stdout(io.StringIO()):
+            return dict(test=runner.test_loop)
+    except Exception as error:  # as in a training, which does not need it
+        report.line('note', f'the test data cannot be read: {type(error).__name__}: {error}')
+        return {}
 
 
 def _peak(device: torch.device) -> str:
@@ -245,6 +246,8 @@ def check(cfg: Config) -> bool:
     report = _Report()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
+        for problem in checks.configuration_problems(cfg):
+            report.line('problem', problem)
         _check(report, isolated(cfg, folder))
         MMLogger.get_current_instance().handlers.clear()  # its log file is in the removed folder
     print(f'\n{report.problems} problems found, see above.' if report.problems else '\nNo problems found.')
@@ -276,8 +279,6 @@ def _check(report: _Report, cfg: Config) -> None:
                     f'{trained:,} of them trained, on {next(model.parameters()).device}')
     backbone = find_backbone(model)[1]
 
-    for problem in checks.configuration_problems(cfg):
-        report.line('problem', problem)
     report.attempt('weights to start from', model.init_weights)
     if backbone is None:
         report.line('note', 'the model has no backbone of mmlocalmamba')
@@ -290,19 +291,20 @@ def _check(report: _Report, cfg: Config) -> None:
     if runner._train_loop is None:
         test_loop = report.attempt('test data', lambda: runner.test_loop, silent=True)
         if test_loop is not None:
-            report.attempt('test', partial(_describe_data, report, 'test', test_loop.dataloader.dataset))
+            _audit(report, cfg, {'test': test_loop}, model)
             report.attempt('a step of the test', lambda: _evaluate(runner, test_loop, 'test_step'), silent=True)
     if loop is None:
         return
     train = loop.dataloader.dataset
     val, evaluator = (None, None) if val_loop is None else (val_loop.dataloader.dataset, val_loop.evaluator)
-    for problem in report.attempt('classes', lambda: checks.problems(model, train, val, evaluator)) or ():
+    loops = {name: part for name, part in (('training', loop), ('validation', val_loop)) if part is not None}
+    doubted = _audit(report, cfg, {**loops, **_other_test(report, runner, cfg)}, model)
+    for problem in report.attempt('classes', lambda: [*checks.problems(model, train, val, evaluator, doubted),
+                                                      *checks.batch_problems(model, loop.dataloader)]) or ():
         report.line('problem', problem)
-    made_for = min((head.num_classes for head in checks.heads(model).values()), default=None)
     for name, dataset in (('training', train), ('validation', val)):
         if dataset is not None and len(dataset):
-            report.attempt(name, partial(_describe_data, report, name, dataset))
-            _load_samples(report, name, dataset, made_for)
+            _load_samples(report, name, dataset)
     _prepare(report, runner)
     if not report.problems:
         report.attempt('a step of training', lambda: _step(report, runner, cfg))

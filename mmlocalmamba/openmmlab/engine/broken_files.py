@@ -1,7 +1,8 @@
 """Name or skip data files that cannot be read."""
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mmcv
@@ -18,14 +19,54 @@ from mmlocalmamba.registry import HOOKS
 SKIPPED_FILE = 'skipped_files.txt'
 
 
-def _can_be_read(path: str) -> bool:
-    """Return True if both decoders can read the file: OpenCV decodes images, Pillow decodes label images."""
-    try:
-        content = get(path)
-        return all(mmcv.imfrombytes(content, flag='unchanged', backend=backend) is not None
-                   for backend in ('cv2', 'pillow'))
-    except Exception:  # decoders raise exceptions of many types
-        return False
+@dataclass(frozen=True)
+class Loader:
+    """How a pipeline reads images: mmcv's ``flag`` and ``backend``; ``known`` is False for a loader of another kind."""
+    flag: str = 'color'
+    backend: str = 'cv2'
+    known: bool = True
+
+    def __call__(self, path: str) -> Any:
+        """Return the array. None or an exception: it cannot be read."""
+        return mmcv.imfrombytes(get(path), flag=self.flag, backend=self.backend)
+
+    def reads(self, path: str) -> bool:
+        try:
+            return self(path) is not None
+        except Exception:  # decoders raise exceptions of many types
+            return False
+
+    @property
+    def turns(self) -> bool:
+        """True if images are turned by their EXIF orientation."""
+        return self.flag in ('color', 'grayscale') and self.backend in ('cv2', 'pillow')
+
+
+def loading_steps(dataset: Any, word: str) -> Iterator[Any]:
+    """Yield the steps of a data set's pipeline whose class has the word in its name, also inside of others."""
+    def walk(steps: Any) -> Iterator[Any]:
+        for step in steps:
+            if isinstance(step, (list, tuple)):
+                yield from walk(step)
+                continue
+            if word in type(step).__name__:
+                yield step
+            yield from walk(getattr(step, 'transforms', None) or ())
+
+    yield from walk(getattr(getattr(dataset, 'pipeline', None), 'transforms', None) or ())
+
+
+def loaders(dataset: Any) -> tuple[Loader, Loader]:
+    """Return how the pipeline of a data set reads pictures and label images."""
+    some = bool(getattr(getattr(dataset, 'pipeline', None), 'transforms', None))
+    pictures, labels = Loader(known=not some), Loader('unchanged', 'pillow', known=not some)
+    for step in loading_steps(dataset, 'LoadImage'):
+        if hasattr(step, 'color_type'):
+            pictures = Loader(step.color_type, step.imdecode_backend or 'cv2')
+    for step in loading_steps(dataset, 'LoadAnnotations'):
+        if hasattr(step, 'imdecode_backend'):
+            labels = Loader('unchanged', step.imdecode_backend or 'cv2')
+    return pictures, labels
 
 
 class SkippedFiles:
@@ -73,9 +114,11 @@ class _Reader:
         try:
             return type(self.dataset).prepare_data(self.dataset, index)
         except Exception as error:
-            files = [value for key, value in self.dataset.get_data_info(index).items()
-                     if key.endswith('_path') and isinstance(value, str)]
-            broken = [path for path in files if not _can_be_read(path)]
+            files = {value: key for key, value in self.dataset.get_data_info(index).items()
+                     if key.endswith('_path') and isinstance(value, str)}
+            pictures, labels = loaders(self.dataset)
+            broken = [path for path, key in files.items()
+                      if not (pictures if key == 'img_path' else labels).reads(path)]
             sample = f'sample {index} of {type(self.dataset).__name__}'
             message = (f'{" and ".join(broken)} cannot be read: {sample}' if broken
                        else f'{sample} cannot be loaded from {" and ".join(files)}')

@@ -67,6 +67,7 @@ def naming_annotation_files() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        from mmlocalmamba.openmmlab.checks.audit import explain  # it looks at what the loops have built
         for frame, _ in traceback.walk_tb(error.__traceback__):
             dataset = frame.f_locals.get('self')
             if (frame.f_code.co_name == '_serialize_data' and dataset is not None
@@ -74,12 +75,12 @@ def naming_annotation_files() -> Iterator[None]:
                 source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_prefix', '')
                 raise RuntimeError(f'{type(dataset).__name__} has no samples: {source} has none of the classes '
                                    f'{dataset.metainfo.get("classes")}, or no file name ends in img_suffix. Check '
-                                   'both') from error
+                                   f'both{explain(dataset)}') from error
             if frame.f_code.co_name == 'load_data_list':
-                path = getattr(dataset, 'ann_file', None)
-                if path and path not in str(error):
+                path, why = getattr(dataset, 'ann_file', None), explain(dataset)
+                if path and (why or path not in str(error)):
                     raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
-                                       f'{error})') from error
+                                       f'{error}){why}') from error
         raise
 
 
