@@ -3,12 +3,13 @@
 All models and threads share its entries. Their bytes are bounded, and the least recently used entry is dropped first.
 Under torch.compile, torch.export and any other tracing, nothing is cached: the operations become part of the graph.
 So no traced tensor outlives its trace, and no graph holds the address of a tensor that may be freed. Inside
-:func:`constants`, a graph that is exported for one size holds the cached tensors instead.
+:func:`constants`, a graph that is exported for one size holds the cached tensors instead. So does a graph of
+torch.jit.trace, which is always for one size: it would otherwise depend on what the cache holds.
 """
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,6 +70,22 @@ def _indexed(device: str | torch.device) -> torch.device:
     return device
 
 
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Return a context whose operations torch.jit.trace does not record."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def as_ints(H: int, W: int) -> tuple[int, int]:
+    """Return a size as it is, but as numbers under torch.jit.trace, which makes tensors of it."""
+    return (int(H), int(W)) if torch.jit.is_tracing() else (H, W)
+
+
 def cached(make: Callable[[torch.device, bool], T], device: str | torch.device, *key: Hashable) -> T:
     """Return ``make(device, traced)``, or the result of an earlier call with this key and device.
 
@@ -100,7 +117,8 @@ def cached(make: Callable[[torch.device, bool], T], device: str | torch.device, 
         if capturing:
             raise RuntimeError(f'a CUDA graph is captured before its first run: no tables for {key[1:]} yet. Run the '
                                'model once at this size, then capture.')
-        with torch.inference_mode(False):  # autograd refuses tensors that were made in inference mode
+        # Autograd refuses tensors that were made in inference mode.
+        with torch.inference_mode(False), _unrecorded() if torch.jit.is_tracing() else nullcontext():
             value = make(device, False)
         entry = _Entry(value, list(_tensors(value)),
                        torch.cuda.current_stream(device) if device.type == 'cuda' else None)
