@@ -24,6 +24,7 @@ FLOORS = {
     'mmlocalmamba.backbones': 5,
     'mmlocalmamba.models': 6,
     'mmlocalmamba.visualization': 6,
+    'mmlocalmamba.timm': 7,
     'mmlocalmamba.deployment': 7,
     DOOR: 8,
     'mmlocalmamba.__main__': 9,
@@ -32,7 +33,7 @@ CORE = {'torch', 'numpy', 'safetensors', 'mmlocalmamba', *sys.stdlib_module_name
 # Packages that a function imports for the user who asks for it, and where.
 OPTIONAL = {'matplotlib': 'mmlocalmamba.visualization', 'triton': 'mmlocalmamba.ops', 'mamba_ssm': 'mmlocalmamba.ops',
             'onnx_ir': ('mmlocalmamba.ops', 'mmlocalmamba.deployment'), 'onnxscript': 'mmlocalmamba.deployment',
-            'torchvision': 'mmlocalmamba.deployment'}
+            'torchvision': 'mmlocalmamba.deployment', 'timm': 'mmlocalmamba.timm'}
 
 
 def room(module):
