@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.table_cache import cached
+from mmlocalmamba.table_cache import as_ints, cached
 
 # The paper's search space, in the authors' order.
 CANDIDATES = ('h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip')
@@ -196,8 +196,6 @@ def _add_middle_token(row: ScanTables, middle: int) -> ScanTables:
 
 def _stack(rows: Sequence[ScanTables]) -> ScanTables:
     lengths = [row.src.shape[0] for row in rows]
-    if torch.jit.is_tracing():
-        lengths = [int(length) for length in lengths]
     # A comparison of symbolic sizes would restrict an exported graph to its result.
     steps = max(lengths) if all(isinstance(length, int) for length in lengths) else reduce(torch.sym_max, lengths)
 
@@ -238,8 +236,7 @@ def scan_tables_of(sets: Iterable[Sequence[str]], H: int, W: int, pad: bool = Tr
         {names: ScanTables}, one for each different set.
     """
     names_of: tuple[tuple[str, ...], ...] = tuple(dict.fromkeys(map(tuple, sets)))
-    if torch.jit.is_tracing():  # by FLOP counters: sizes are tensors, and the graph is for one size
-        H, W = int(H), int(W)
+    H, W = as_ints(H, W)
     symbolic = not (isinstance(H, int) and isinstance(W, int))
     if symbolic or torch.compiler.is_dynamo_compiling():
         # A compiled graph holds one operator, which takes the tables from the cache when it runs: expressions for the

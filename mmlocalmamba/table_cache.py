@@ -3,7 +3,8 @@
 All models and threads share its entries. Their bytes are bounded, and the least recently used entry is dropped first.
 Under torch.compile, torch.export and any other tracing, nothing is cached: the operations become part of the graph.
 So no traced tensor outlives its trace, and no graph holds the address of a tensor that may be freed. Inside
-:func:`constants`, a graph that is exported for one size holds the cached tensors instead.
+:func:`constants`, a graph that is exported for one size holds the cached tensors instead. So does a graph of
+torch.jit.trace, which is always for one size: it would otherwise depend on what the cache holds.
 """
 import threading
 from collections import OrderedDict
@@ -70,6 +71,11 @@ def _indexed(device: str | torch.device) -> torch.device:
     return device
 
 
+def as_ints(H: int, W: int) -> tuple[int, int]:
+    """Return a size as it is, but as numbers under torch.jit.trace, which makes tensors of it."""
+    return (int(H), int(W)) if torch.jit.is_tracing() else (H, W)
+
+
 def cached(make: Callable[[torch.device, bool], T], device: str | torch.device, *key: Hashable) -> T:
     """Return ``make(device, traced)``, or the result of an earlier call with this key and device.
 
@@ -118,7 +124,7 @@ def _made_apart(make: Callable[[torch.device, bool], T], device: torch.device) -
     """Return ``make(device, False)``, called in a thread of its own.
 
     torch's modes belong to threads: transforms of ``torch.func``, whose tensors must not outlive them, inference mode,
-    whose tensors autograd refuses, and the default device.
+    whose tensors autograd refuses, torch.jit.trace, which would record them, and the default device.
     """
     stream = torch.cuda.current_stream(device) if device.type == 'cuda' else None
 

@@ -1,5 +1,5 @@
 """Figures of scan orders (the paper's Fig. 1), of the direction search (Figs. 4 and 5), and of a backbone's effective
-receptive fields and SCAttn gates."""
+receptive fields, SCAttn gates, and what its scans have read."""
 from __future__ import annotations
 
 import re
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mmlocalmamba.directions import CANDIDATES, scan_index
+from mmlocalmamba.directions import CANDIDATES, ScanTables, scan_index
 from mmlocalmamba.layers import SCAttn
+from mmlocalmamba.layers.ssm import DirectionalSSM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -392,4 +394,134 @@ def draw_gates(gates: Sequence[tuple[str, dict[str, np.ndarray]]]) -> Figure:
         axes.set_title(title, fontsize=9)
         _grid_of_blocks(axes, len(gates), names)
     axes.set_xlabel('block')
+    return figure
+
+
+def read_by(ssm: DirectionalSSM, x: Tensor, tables: ScanTables, in_scan_order: bool, token: int) -> Tensor:
+    """Return how much a token reads of each token, for every direction of a scan.
+
+    With the recurrence h_t = exp(A dt_t) h_(t-1) + dt_t B_t u_t and y_t = C_t h_t, y of step t contains u of step s
+    with the factor C_t exp(A (dt_(s+1) + ... + dt_t)) dt_s B_s. Returned is the mean of its absolute value over the
+    channels. The skip connection is not part of it, nor is what u holds (as in VMamba's maps, arXiv 2401.10166).
+
+    Args:
+        ssm: the scan.
+        x, tables, in_scan_order: its inputs for one image; see :func:`mmlocalmamba.layers.project_and_scan`.
+        token: index of the token that reads.
+
+    Returns:
+        (K, L) float32. Tokens that come later in a direction have 0.
+    """
+    x_proj, dt_proj, dt_bias, A_log, _ = (weight.float() for weight in ssm.weights())
+    rank, N = dt_proj.shape[-1], A_log.shape[-1]
+    found = x.new_zeros(*tables.inv.shape, dtype=torch.float32)
+    for k, (src, inv) in enumerate(zip(*tables)):
+        step = int(inv[token])
+        src = src[:step + 1].long()
+        if in_scan_order:
+            projected = x[0, k, :step + 1].float() @ x_proj[k].T
+        else:
+            projected = x[0].float() @ x_proj[k].T
+            projected = projected[src.clamp(min=0)] * (src >= 0)[:, None]  # pads are zeros
+        low, B, C = projected.split((rank, N, N), dim=-1)
+        dt = F.softplus(low @ dt_proj[k].T + dt_bias[k])
+        later = dt.sum(0) - dt.cumsum(0)
+        # One state at a time: (steps, channels).
+        factor = sum(C[-1, n] * (-A_log[k, :, n].exp() * later).exp() * dt * B[:, n, None] for n in range(N))
+        real = src >= 0
+        found[k, src[real]] = factor.abs().mean(1)[real]
+    return found
+
+
+@torch.no_grad()
+def scan_readings(backbone: nn.Module, image: Tensor, point: tuple[int, int],
+                  blocks: Sequence[int] | None = None) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """Return which tokens the token at one point of an image has read in the scans of a backbone's blocks.
+
+    Args:
+        backbone: LocalVim or LocalVMamba. It runs in evaluation mode; the modes of its submodules are restored.
+        image: (1, 3, H, W), normalised as for training.
+        point: row and column of a pixel.
+        blocks: numbers of blocks, from 0; None for four at equal distances (all, if there are fewer).
+
+    Returns:
+        The name of every block, from input to output, and {direction: (h, w) float64}; see :func:`read_by`.
+
+    Raises:
+        ValueError: the point is outside of the image, a number is unknown, or the backbone is one of a search.
+    """
+    H, W = image.shape[-2:]
+    if not (0 <= point[0] < H and 0 <= point[1] < W):
+        raise ValueError(f'point {tuple(point)} is outside of the image of {H}x{W} pixels')
+    mixers = [(name, module) for name, module in backbone.named_modules()
+              if isinstance(getattr(module, 'ssm', None), DirectionalSSM)]
+    count = len(mixers)
+    if blocks is None:
+        blocks = sorted({count * (place + 1) // 4 - 1 for place in range(4)} - {-1})
+    if not all(0 <= index < count for index in blocks):
+        raise ValueError(f'blocks must be numbers from 0 to {count - 1}, got {list(blocks)}')
+    found: dict[str, dict[str, np.ndarray]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def note_size(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            sizes[name] = inputs[1] if len(inputs) == 3 else backbone.token_grid(H, W)
+        return hook
+
+    def read(name: str, names: Sequence[str]) -> Callable[[DirectionalSSM, tuple[Any, ...]], None]:
+        def hook(ssm: DirectionalSSM, inputs: tuple[Any, ...]) -> None:
+            x, tables, *order = inputs
+            h, w = sizes[name]
+            middle, extra = h * w // 2, tables.inv.shape[1] - h * w
+            token = min(point[0] * h // H, h - 1) * w + min(point[1] * w // W, w - 1)
+            rows = read_by(ssm, x, tables, bool(order and order[0]), token + extra * (token >= middle))
+            rows = torch.cat([rows[:, :middle], rows[:, middle + extra:]], 1).unflatten(1, (h, w))
+            found[name] = dict(zip(names, rows.double().cpu().numpy()))
+        return hook
+
+    hooks = []
+    for name, mixer in (mixers[index] for index in sorted(blocks)):
+        hooks += [mixer.register_forward_pre_hook(note_size(name)),
+                  mixer.ssm.register_forward_pre_hook(read(name, mixer.directions))]
+    try:
+        with _evaluation_mode(backbone):
+            backbone(image)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not found:
+        raise ValueError(f'{type(backbone).__name__} mixes its directions in a search: derive directions first')
+    return [(name.removesuffix('.mixer'), rows) for name, rows in found.items()]
+
+
+def draw_readings(readings: Sequence[tuple[str, dict[str, np.ndarray]]], image: np.ndarray,
+                  point: tuple[int, int]) -> Figure:
+    """Draw what one token has read, with a row for each block and a column for each direction and for their sum.
+
+    Args:
+        readings: result of :func:`scan_readings`.
+        image: (H, W, 3) uint8, shown in the first column.
+        point: row and column of the pixel, marked by a cross.
+
+    Returns:
+        A matplotlib Figure. Each panel is scaled to its own maximum; brightness is the square root.
+    """
+    from matplotlib.figure import Figure
+
+    H, W = image.shape[:2]
+    columns = 2 + max(len(rows) for _, rows in readings)
+    figure = Figure(figsize=(1.9 * columns, (1.9 * H / W + 0.3) * len(readings)), layout='constrained')
+    panels = figure.subplots(len(readings), columns, squeeze=False)
+    for line, (name, rows) in zip(panels, readings):
+        line[0].imshow(image)
+        line[0].set_title(name, fontsize=8)
+        for axes, (title, row) in zip(line[1:], [*rows.items(), ('sum', np.sum([*rows.values()], axis=0))]):
+            axes.imshow(np.sqrt(row / max(row.max(), np.finfo(float).tiny)), cmap='magma', vmin=0, vmax=1,
+                        extent=(0, W, H, 0), interpolation='nearest')
+            axes.set_title(title, fontsize=9, family='monospace')
+        for axes in line:
+            axes.plot(point[1] + 0.5, point[0] + 0.5, '+', color='cyan', markersize=8)
+            axes.set(xticks=(), yticks=())
+        for axes in line[2 + len(rows):]:
+            axes.set_axis_off()
     return figure

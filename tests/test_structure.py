@@ -25,6 +25,7 @@ FLOORS = {
     'mmlocalmamba.backbones': 5,
     'mmlocalmamba.models': 6,
     'mmlocalmamba.visualization': 6,
+    'mmlocalmamba.timm': 7,
     'mmlocalmamba.deployment': 7,
     'mmlocalmamba.predict': 7,
     DOOR: 8,
@@ -35,7 +36,7 @@ CORE = {'torch', 'numpy', 'safetensors', 'mmlocalmamba', *sys.stdlib_module_name
 OPTIONAL = {'matplotlib': 'mmlocalmamba.visualization', 'triton': 'mmlocalmamba.ops', 'mamba_ssm': 'mmlocalmamba.ops',
             'onnx_ir': ('mmlocalmamba.ops', 'mmlocalmamba.deployment'), 'onnxscript': 'mmlocalmamba.deployment',
             'torchvision': ('mmlocalmamba.deployment', 'mmlocalmamba.predict'), 'PIL': 'mmlocalmamba.predict',
-            'rich': 'mmlocalmamba.predict'}
+            'rich': 'mmlocalmamba.predict', 'timm': 'mmlocalmamba.timm'}
 
 
 def room(module):
@@ -147,7 +148,8 @@ def test_the_rest_passes_without(door, tmp_path):
 _ELSEWHERE = """
 import importlib, os, signal, sys
 import torch
-for name in ('torch._dynamo', 'mmengine.runner', 'mmengine.model', 'mmcv.cnn', 'mmcv.transforms', 'pycocotools.coco', 'matplotlib', 'rich.progress'):
+for name in ('torch._dynamo', 'mmengine.runner', 'mmengine.model', 'mmcv.cnn', 'mmcv.transforms', 'pycocotools.coco',
+             'matplotlib', 'rich.progress'):
     try:
         importlib.import_module(name)
     except ImportError:

@@ -1,4 +1,4 @@
-"""Draw scan orders, the directions of a model, its receptive fields or its SCAttn gates.
+"""Draw scan orders, the directions of a model, its receptive fields, its SCAttn gates or what its scans read.
 
     python tools/draw.py scans --out scan_orders.png
     python tools/draw.py scans --directions h v w3 w3_flip --size 9 12 --image photo.jpg --out fig1.png
@@ -8,12 +8,16 @@
         --images data/imagenet/val --count 50 --out receptive_field.png
     python tools/draw.py gates configs/localvim-t_8xb128_in1k.py local_vim_tiny.ckpt \\
         --images data/imagenet/val --count 50 --out gates.png
+    python tools/draw.py attention configs/localvim-t_8xb128_in1k.py local_vim_tiny.ckpt \\
+        --images photo.jpg --point 100 150 --out attention.png
 
 scans            the order in which scan directions read the tokens of an image
 directions       the scan directions of each block of a backbone (the paper's Figs. 4 and 5)
 receptive-field  the effective receptive fields of a backbone (Luo et al., arXiv 1701.04128): how much each pixel
                  contributes to the feature in the middle of the map, for each stage, or for four blocks of LocalVim
 gates            the factors by which SCAttn multiplies each direction of each block, averaged over images
+attention        which tokens the token at one point has read, in each direction of some blocks: the products of the
+                 decays between the two tokens, with B and C, as VMamba draws them
 """
 import argparse
 from pathlib import Path
@@ -34,10 +38,12 @@ from mmlocalmamba.search import CANDIDATES
 from mmlocalmamba.visualization import (
     draw_directions,
     draw_gates,
+    draw_readings,
     draw_receptive_fields,
     draw_scan_distances,
     draw_scan_orders,
     receptive_fields,
+    scan_readings,
     scattn_gates,
 )
 
@@ -153,6 +159,20 @@ def gates(parser, args):
     save(draw_gates(scattn_gates(backbone, images)), args, title)
 
 
+def attention(parser, args):
+    args.count = 1
+    backbone, images, title = load(parser, args)
+    file, = find_images(parser, args.images, 1)
+    height, width = args.size
+    point = tuple(args.point or (height // 2, width // 2))
+    try:
+        readings = scan_readings(backbone, images, point, args.blocks)
+    except ValueError as error:
+        parser.error(str(error))
+    shown = np.asarray(Image.open(file).convert('RGB').resize((width, height)))
+    save(draw_readings(readings, shown, point), args, title)
+
+
 # ---- arguments ----
 
 def add_model_arguments(parser):
@@ -191,6 +211,12 @@ def main(arguments=None):
     add_model_arguments(
         command('receptive-field', receptive_field, 'Draw the effective receptive fields of a backbone.'))
     add_model_arguments(command('gates', gates, 'Draw the factors by which SCAttn multiplies each direction.'))
+    added = command('attention', attention, 'Draw which tokens one token has read in the scans, for the first image.')
+    add_model_arguments(added)
+    added.add_argument('--point', nargs=2, type=int, metavar=('ROW', 'COLUMN'),
+                       help='pixel of the resized image whose token reads (default: the middle)')
+    added.add_argument('--blocks', nargs='+', type=int, metavar='N',
+                       help='numbers of blocks, from 0 (default: four at equal distances)')
     args = parser.parse_args(arguments)
     args.run(args.parser, args)
 

@@ -1,6 +1,6 @@
 """LocalVim: Vim's plain hierarchy with local scans and SCAttn (paper section 4.3, Fig. 3a)."""
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from mmlocalmamba.backbones.base import (
 from mmlocalmamba.directions import ScanTables, scan_tables_of
 from mmlocalmamba.layers import (
     DropPath,
+    FinalRMSNorm,
     LocalVimMixer,
     PatchEmbed,
     ResidualRMSNorm,
@@ -177,7 +178,7 @@ class LocalVim(LocalMambaBackbone):
             self.out_norms = nn.ModuleList([nn.LayerNorm(self.embed_dims) for _ in self.out_indices])
         else:
             self.drop_path = DropPath(drop_path_rate)
-            self.norm = nn.RMSNorm(self.embed_dims, eps=_EPS)
+            self.norm = FinalRMSNorm(self.embed_dims, eps=_EPS)
         self.reset_parameters()
         self._freeze()
 
@@ -190,8 +191,11 @@ class LocalVim(LocalMambaBackbone):
             with torch.no_grad():
                 layer.mixer.out_proj.weight /= len(self.layers) ** 0.5
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image (B, in_channels, H, W), H and W >= patch_size -> see ``out_type``."""
+    def block_tokens(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
+        """Image (B, in_channels, H, W) -> output of each block and the residual stream before it (B, L, C), and (h, w).
+
+        A class token is at position h*w // 2.
+        """
         if min(x.shape[-2:]) < self.patch_size:
             raise ValueError(f'LocalVim: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
                              f'{self.patch_size}')
@@ -199,8 +203,8 @@ class LocalVim(LocalMambaBackbone):
         bottom, right = ((count - 1) * self.stride + self.patch_size - side for count, side in zip(grid, x.shape[-2:]))
         size: tuple[int, int]
         x, size = self.patch_embed(F.pad(x, (0, right, 0, bottom)))
-        middle = x.shape[1] // 2
         if self.cls_token is not None:
+            middle = x.shape[1] // 2
             x = torch.cat([x[:, :middle], self.cls_token.expand(len(x), -1, -1).to(x.dtype), x[:, middle:]], dim=1)
         x = x + resize_pos_embed(self.pos_embed, self.grid, size, self.num_cls_tokens)
         rotary = None
@@ -212,19 +216,25 @@ class LocalVim(LocalMambaBackbone):
                                 pad=self.window_pad == 'zero', middle_token=self.middle_token, device=x.device)
 
         residual = None
-        outs: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             x, residual = layer(x, residual, tables[layer.mixer.directions], rotary)
+            yield x, residual, size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image (B, in_channels, H, W), H and W >= patch_size -> see ``out_type``."""
+        outs: list[Tensor] = []
+        for index, (tokens, residual, size) in enumerate(self.block_tokens(x)):
+            middle = size[0] * size[1] // 2
             if self.out_type == 'featmap' and index in self.out_indices:
-                out = x if self.out_feature == 'mixer' else residual + x
+                out = tokens if self.out_feature == 'mixer' else residual + tokens
                 if self.num_cls_tokens:
                     out = torch.cat([out[:, :middle], out[:, middle + 1:]], dim=1)
                 out = self.out_norms[len(outs)](out)
                 outs.append(out.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
         if self.out_type == 'featmap':
             return tuple(outs)
-        x = self.norm(residual + self.drop_path(x))
-        return (x[:, middle] if self.out_type == 'cls_token' else x.mean(1), )
+        out = self.norm(residual + self.drop_path(tokens))
+        return (out[:, middle] if self.out_type == 'cls_token' else out.mean(1), )
 
     def token_grid(self, H: int, W: int) -> tuple[int, int]:
         """Return (rows, columns) of the tokens of an image of H x W pixels."""

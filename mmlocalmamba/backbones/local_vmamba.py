@@ -1,5 +1,5 @@
 """LocalVMamba: VMamba's hierarchy with local scans and SCAttn (paper section 4.3)."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -165,20 +165,25 @@ class LocalVMamba(LocalMambaBackbone):
         self.out_strides = [patch_size * 2 ** index for index in self.out_indices]
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image (B, in_channels, H, W), H and W >= patch_size -> one (B, C_i, H_i, W_i) per out_index."""
+    def stage_tokens(self, x: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Image (B, in_channels, H, W) -> tokens (B, H_i*W_i, C_i) and (H_i, W_i) of each stage, before its norm."""
         if min(x.shape[-2:]) < self.patch_size:
             raise ValueError(f'LocalVMamba: image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch of '
                              f'{self.patch_size}')
         x, size = self.patch_embed(x)
-        outs = []
-        for index, stage in enumerate(self.stages):
-            x = stage(x, size, pad=self.window_pad == 'zero')
-            if index in self.out_indices:
-                out = getattr(self, f'norm{index}')(x)
-                outs.append(out.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+        for stage in self.stages:
+            x = stage(x, size, self.window_pad == 'zero')
+            yield x, size
             if stage.downsample is not None:
                 x, size = stage.downsample(x, size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image (B, in_channels, H, W), H and W >= patch_size -> one (B, C_i, H_i, W_i) per out_index."""
+        outs = []
+        for index, (tokens, size) in enumerate(self.stage_tokens(x)):
+            if index in self.out_indices:
+                out = getattr(self, f'norm{index}')(tokens)
+                outs.append(out.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:

@@ -1,18 +1,12 @@
-"""The linear layer of the mixers."""
+"""The linear layers of the mixers are plain nn.Linear, the class that quantizers and wrappers of others know."""
 from torch import Tensor, nn
 
+from mmlocalmamba.layers.plain import is_plain
 from mmlocalmamba.ops import linear
 
 
-class TokenLinear(nn.Linear):
-    """nn.Linear without bias for tokens (..., in_features), computed by :func:`mmlocalmamba.ops.linear` and initialised
-    as the authors do."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+def call_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """Compute ``module(x)`` for tokens x (..., C), by :func:`mmlocalmamba.ops.linear` if it is a plain nn.Linear."""
+    if is_plain(module, nn.Linear):
+        return linear(x, module.weight, module.bias)
+    return module(x)

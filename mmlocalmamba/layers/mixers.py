@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlocalmamba.directions import ScanTables, check_scan
-from mmlocalmamba.layers.linear import TokenLinear
+from mmlocalmamba.layers.linear import call_linear
 from mmlocalmamba.layers.scattn import SCAttn
 from mmlocalmamba.layers.ssm import DirectionalSSM
 from mmlocalmamba.ops import directional_conv
@@ -29,11 +29,16 @@ class _Mixer(nn.Module):
         self.directions = tuple(directions)
         self.gate = gate
         inner = int(expand * channels)
-        self.in_proj = TokenLinear(channels, 2 * inner if gate else inner)
+        self.in_proj = nn.Linear(channels, 2 * inner if gate else inner, bias=False)
         self.ssm = DirectionalSSM(inner, len(self.directions), d_state,
                                   math.ceil(channels / 16) if dt_rank == 'auto' else dt_rank)
         self.scattn = SCAttn(inner, **(scattn if isinstance(scattn, dict) else {})) if scattn else None
-        self.out_proj = TokenLinear(inner, channels)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise the projections as the authors do."""
+        for projection in (self.in_proj, self.out_proj):
+            nn.init.trunc_normal_(projection.weight, std=0.02)
 
     def scan(self, x: Tensor, tables: ScanTables) -> Tensor:
         """Scan x (B, L, D) along K directions: (B, K, L, D)."""
@@ -71,20 +76,21 @@ class LocalVMambaMixer(_Mixer):
         inner = self.out_proj.in_features
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=(d_conv - 1) // 2, groups=inner, bias=conv_bias)
         self.out_norm = nn.LayerNorm(inner)
+        self.reset_parameters()
 
     def scan(self, x: Tensor, tables: ScanTables) -> Tensor:
         return self.ssm(x, tables)
 
     def forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
         """x (B, H*W, C), size (H, W), tables of this mixer's directions -> (B, H*W, C)."""
-        x = self.in_proj(x)
+        x = call_linear(self.in_proj, x)
         z = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         x = x.unflatten(1, size).permute(0, 3, 1, 2)
         x = F.silu(self.conv2d(x)).permute(0, 2, 3, 1).flatten(1, 2)
         y = self.out_norm(self.scan_and_sum(x, tables))
-        return self.out_proj(y if z is None else y * F.silu(z))
+        return call_linear(self.out_proj, y if z is None else y * F.silu(z))
 
 
 class LocalVimMixer(_Mixer):
@@ -107,15 +113,17 @@ class LocalVimMixer(_Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the convolutions as nn.Conv1d does for one input channel a group."""
+        """Initialise the projections as the authors do, and the convolutions as nn.Conv1d does for one input channel a
+        group."""
+        super().reset_parameters()
         bound = self.conv_weight.shape[-1] ** -0.5
         for parameter in (self.conv_weight, self.conv_bias):
             nn.init.uniform_(parameter, -bound, bound)
 
     def scan(self, x: Tensor, tables: ScanTables) -> Tensor:
-        return self.ssm(directional_conv(x, self.conv_weight, self.conv_bias, tables), tables, in_scan_order=True)
+        return self.ssm(directional_conv(x, self.conv_weight, self.conv_bias, tables), tables, True)
 
     def forward(self, x: Tensor, tables: ScanTables) -> Tensor:
         """x (B, L, C), tables of this mixer's directions over L tokens -> (B, L, C)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.scan_and_sum(x, tables, z))
+        x, z = call_linear(self.in_proj, x).chunk(2, dim=-1)
+        return call_linear(self.out_proj, self.scan_and_sum(x, tables, z))

@@ -2,12 +2,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlocalmamba.layers.scattn import _is_plain
-from mmlocalmamba.ops import linear
-
-
-def _call(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias) if _is_plain(layer, nn.Linear) else layer(x)
+from mmlocalmamba.layers.linear import call_linear
 
 
 class MLP(nn.Module):
@@ -32,4 +27,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> same shape."""
-        return _call(self.fc2, F.gelu(_call(self.fc1, x)))
+        return call_linear(self.fc2, F.gelu(call_linear(self.fc1, x)))

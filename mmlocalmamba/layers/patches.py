@@ -3,8 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlocalmamba.layers.scattn import _is_plain
-from mmlocalmamba.ops import linear
+from mmlocalmamba.layers.plain import is_plain
 from mmlocalmamba.ops.dispatch import autocasts
 
 
@@ -13,7 +12,8 @@ class PatchEmbed(nn.Module):
 
     In 16 bits on a CPU the patches are unfolded and multiplied: oneDNN's convolutions (3.10, with torch 2.11) leave
     pixels unwritten or give other numbers there on processors with AMX, for outputs one token wide and for patches of 8
-    or 16 pixels of 4 and more channels (https://github.com/pytorch/pytorch/issues/169688 and 163347).
+    or 16 pixels of 4 and more channels (https://github.com/pytorch/pytorch/issues/169688 and 163347). A convolution
+    that somebody has hooked or replaced is called all the same.
 
     Args:
         in_channels: channels of the image.
@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
         conv = self.projection
         dtype = torch.get_autocast_dtype('cpu') if autocasts(x) and x.dtype == torch.float32 else x.dtype
         size: tuple[int, int]
-        if x.device.type != 'cpu' or dtype.itemsize > 2:
+        if x.device.type != 'cpu' or dtype.itemsize > 2 or not is_plain(conv, nn.Conv2d):
             x = conv(x)
             size = (x.shape[2], x.shape[3])
             x = x.flatten(2).transpose(1, 2)
@@ -88,7 +88,7 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     h, w = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in
             zip(x.shape[-2:], conv.padding, conv.kernel_size, conv.stride))
     few = not torch.compiler.is_compiling() and 4 * x.shape[0] * h * w < conv.out_channels
-    if x.device.type != 'cpu' or not (few or dtype.itemsize <= 2) or not _is_plain(conv, nn.Conv2d):
+    if x.device.type != 'cpu' or not (few or dtype.itemsize <= 2) or not is_plain(conv, nn.Conv2d):
         return conv(x).permute(0, 2, 3, 1)
     columns = F.unfold(x.to(dtype), conv.kernel_size, padding=conv.padding, stride=conv.stride).transpose(1, 2)
     return linear(columns, conv.weight.flatten(1), conv.bias).unflatten(1, (h, w))

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlocalmamba.table_cache import cached
+from mmlocalmamba.table_cache import as_ints, cached
 
 _THETA = 10000.
 
@@ -38,6 +38,7 @@ def rotary_tables(H: int, W: int, channels: int, size: int, device: str | torch.
     Returns:
         cos, sin: float32 (H*W, channels). Shared and cached: do not write to them.
     """
+    H, W = as_ints(H, W)
     return cached(lambda device, traced: _make(H, W, channels, size, device), device, 'rotary', H, W, channels, size)
 
 
@@ -52,6 +53,8 @@ def resized_rotary_tables(H: int, W: int, channels: int, size: int, grid: tuple[
         H, W, channels, size, device: as for :func:`rotary_tables`.
         grid: (rows, columns) of the model's ``img_size``.
     """
+    H, W = as_ints(H, W)
+
     def make(device: torch.device, traced: bool) -> tuple[Tensor, Tensor]:
         tables = _make(size, size, channels, size, device)
         for old, new in (((size, size), grid), (grid, (H, W))):

@@ -3,14 +3,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmlocalmamba.layers.plain import is_plain
 from mmlocalmamba.ops import scattn_sum
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return True if a fused kernel may read the module's parameters instead of calling it: nobody has hooked,
-    parametrised, pruned, quantised or replaced the module."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                                         or module._backward_pre_hooks)
 
 
 class SCAttn(nn.Module):
@@ -67,8 +61,8 @@ class SCAttn(nn.Module):
 
     def sum_directions(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """Sum over K of ``forward(y * silu(z))``: y (B, K, L, C), z (B, L, C) or None -> (B, L, C)."""
-        if (self.spatial_select is None and _is_plain(self, SCAttn) and _is_plain(self.norm, nn.LayerNorm)
-                and _is_plain(self.global_reduce, nn.Linear) and _is_plain(self.channel_select, nn.Linear)):
+        if (self.spatial_select is None and is_plain(self, SCAttn) and is_plain(self.norm, nn.LayerNorm)
+                and is_plain(self.global_reduce, nn.Linear) and is_plain(self.channel_select, nn.Linear)):
             return scattn_sum(y, z, self.norm.weight, self.norm.bias, self.norm.eps, self.global_reduce.weight,
                               self.global_reduce.bias, self.channel_select.weight, self.channel_select.bias)
         return self(y if z is None else y * F.silu(z)[:, None]).sum(1)

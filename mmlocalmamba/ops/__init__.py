@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmlocalmamba.directions import ScanTables
-from mmlocalmamba.ops import unfused
+from mmlocalmamba.ops import flops, unfused
 from mmlocalmamba.ops.backends import chunked, cpu, mamba_ssm, onnx, reference, triton
 from mmlocalmamba.ops.dispatch import (
     BACKEND_VARIABLE,
@@ -38,6 +38,7 @@ __all__ = ['BACKENDS', 'BACKEND_VARIABLE', 'Backend', 'ScanInputs', 'add_rms_nor
 
 # In the order of preference.
 BACKENDS.update((module.BACKEND.name, module.BACKEND) for module in (cpu, triton, mamba_ssm, chunked, reference, onnx))
+flops.register_totals()
 
 
 def directional_scan(u: Tensor,

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BACKEND_VARIABLE = 'MMLOCALMAMBA_BACKEND'
 # A scan of at least so many elements warns if it does not run on the fastest backend of its device.
@@ -305,9 +306,12 @@ def fused_op(op: str, name: str | None, tokens: list[Tensor | None],
 
     Returns:
         The fused op of the chosen backend, and the parameters in the dtype of the computation. If the backend has no
-        fused version for these tokens: None, and the parameters as they are.
+        fused version for these tokens: None, and the parameters as they are. So it is for tensors that hold others, as
+        quantised and sharded weights do: PyTorch's ops know them, and the fused ones do not.
     """
     given = [x for x in tokens if x is not None]
+    if any(is_traceable_wrapper_subclass(x) for x in (*given, *parameters)):
+        return None, parameters
     backend = choose(given[0], name)
     function = getattr(backend, op)
     if function is None or not backend.reads(given):

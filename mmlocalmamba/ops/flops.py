@@ -1,13 +1,17 @@
-"""FLOPs of our ops for MMEngine's analyzer.
+"""FLOPs of our ops for MMEngine's analyzer (or fvcore's, which has the same handles) and for PyTorch's counter.
 
-A multiply-add counts once. Element-wise operations count inside a scan only. A scan of L steps, pads included, costs
-9*B*L*D*N for the recurrence and its output and B*L*D for the skip, for each direction (state-spaces/mamba issue 110, as
-VMamba and LocalVMamba report it)::
+In :data:`HANDLES`, a multiply-add counts once. Element-wise operations count inside a scan only. A scan of L steps,
+pads included, costs 9*B*L*D*N for the recurrence and its output and B*L*D for the skip, for each direction
+(state-spaces/mamba issue 110, as VMamba and LocalVMamba report it)::
 
     from mmengine.analysis import FlopAnalyzer
     analyzer = FlopAnalyzer(model, images).set_op_handle(**HANDLES)
 
 A handle gets the values of a traced graph and uses their shapes only.
+
+``torch.utils.flop_counter.FlopCounterMode`` knows our operators once :mod:`mmlocalmamba.ops` is imported. As it does
+elsewhere, it counts a multiply-add of products and convolutions twice, and no norms; a scan costs what is said above. A
+backward operator costs twice its forward operator, without what it recomputes.
 """
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +19,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = 'mmlocalmamba::'
 SCAN = 'directional_scan'
@@ -83,6 +88,58 @@ HANDLES: dict[str, Callable] = {
     f'{NAMESPACE}add_rms_norm': _native_norm,
     'prim::PythonOp._Scan': _chunked_scan,
 }
+
+
+
+# ---- PyTorch's counter ----
+
+def _scan_total(shapes: dict[str, Any]) -> int:
+    (batch, K, rows, _), (_, width, N) = shapes['delta'], shapes['A']
+    steps = shapes['src'][1] if shapes['src'] else rows
+    step_sizes = 2 * prod(shapes['delta']) * width if shapes['dt_weight'] else 0
+    return scan_flops(batch * K, steps, width, N) + step_sizes
+
+
+def _scan_backward_total(shapes: dict[str, Any]) -> int:
+    # The product's gradients are products of their own.
+    return 2 * _scan_total({**shapes, 'dt_weight': None})
+
+
+def _linear_total(shapes: dict[str, Any]) -> int:
+    return 2 * prod(shapes['x']) * shapes['weight'][-2]
+
+
+def _conv_total(shapes: dict[str, Any]) -> int:
+    return 2 * shapes['x'][0] * (shapes['src'] or shapes['x'])[1] * prod(shapes['weight'])
+
+
+def _scattn_total(shapes: dict[str, Any]) -> int:
+    return 2 * prod(shapes['y'][:2]) * (prod(shapes['reduce_weight']) + prod(shapes['select_weight']))
+
+
+# Name of an operator -> FLOPs from the shapes of its arguments by name.
+TOTALS: dict[str, Callable[[dict[str, Any]], int]] = {
+    'directional_scan': _scan_total,
+    'directional_scan_backward': _scan_backward_total,
+    'linear': _linear_total,
+    'directional_conv': _conv_total,
+    'directional_conv_backward': lambda shapes: 2 * _conv_total(shapes),
+    'scattn_sum': _scattn_total,
+    'scattn_sum_backward': lambda shapes: 2 * _scattn_total(shapes),
+    'add_rms_norm': lambda shapes: 0,
+}
+
+
+def register_totals() -> None:
+    """Tell PyTorch's counter of :data:`TOTALS`."""
+
+    def formula(operator: Any, total: Callable[[dict[str, Any]], int]) -> Callable[..., int]:
+        names = [argument.name for argument in operator.default._schema.arguments]
+        return lambda *shapes, **_: total(dict(zip(names, shapes)))
+
+    for name, total in TOTALS.items():
+        operator = getattr(torch.ops.mmlocalmamba, name)
+        register_flop_formula(operator)(formula(operator, total))
 
 
 def check_all_known(unsupported: Sequence[str]) -> None:

@@ -299,7 +299,9 @@ declare_scan_and_conv()
 def run_scan(inputs: ScanInputs, suffix: str = '') -> tuple[Tensor, Tensor]:
     """Run a scan by the operator ``directional_scan``: y (B, K, L, D) and the last states (B, K, D, N)."""
     tokens = inputs.delta.shape[2] if inputs.inv is None else inputs.inv.shape[1]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
+    # A trace serves both: without saved states, the backward pass computes them.
+    save = (torch.is_grad_enabled() and not torch.jit.is_tracing()
+            and any(x.requires_grad for x in inputs.tensors()))
     more = {'tokens': tokens, 'save': save}
     name = f'directional_scan{suffix}'
     y, last, _ = call(name, *[more[argument] if argument in more else getattr(inputs, argument)

@@ -40,6 +40,7 @@ CHANNELS = (None, 'sum', 'repeat')
 _WRAPPERS = ('module', '_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module')
 _WRAPPERS_IN_NAMES = re.compile(rf'(?:^|(?<=\.))(?:{"|".join(_WRAPPERS)})\.')
 _LIGHTNING = 'model.'
+_BLOCK = re.compile(r'((?:.+\.)?)(?:layers\.\d+|stages\.\d+\.blocks\.\d+)\.mixer\.ssm\.A_log')
 _LOCALVMAMBA_S = ('LocalVMamba', (2, 2, 27, 2), (96, 192, 384, 768))
 
 
@@ -85,7 +86,9 @@ def _entry(checkpoint: Any, key: str | None) -> tuple[str | None, Mapping[str, T
             key, found = name, found[name]
             break
     if not _is_state_dict(found):
-        raise ValueError(f'no state dict at the top of the checkpoint nor under {", ".join(STATE_DICT_KEYS)}')
+        entries = [f'key={name!r}' for name, value in found.items() if _is_state_dict(value)]
+        raise ValueError(f'no state dict at the top of the checkpoint nor under {", ".join(STATE_DICT_KEYS)}'
+                         + (f'; others are taken with {" or ".join(entries)}' if entries else ''))
     return key, found
 
 
@@ -127,6 +130,19 @@ class Contents(NamedTuple):
         return {name[len(self.prefix):]: value for name, value in self.weights.items() if name.startswith(self.prefix)}
 
 
+def _other_prefix(weights: Mapping[str, Tensor]) -> str:
+    """Return where the weights of a backbone of ours are in the model of somebody else: '' or a name with its dot.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = list(dict.fromkeys(match.group(1) for name in weights if (match := _BLOCK.fullmatch(name))))
+    if len(found) > 1 and '' not in found:
+        raise ValueError('the checkpoint holds several backbones: take one with '
+                         + ' or '.join(f'prefix={prefix[:-1]!r}' for prefix in found))
+    return '' if '' in found or not found else found[0]
+
+
 def read(checkpoint: Any, key: str | None = None, prefix: str | None = None) -> Contents:
     """Find and convert the weights of a loaded checkpoint of ours or of the authors.
 
@@ -157,7 +173,9 @@ def read(checkpoint: Any, key: str | None = None, prefix: str | None = None) -> 
         weights = {prefix + name[len(BACKBONE):] if name.startswith(BACKBONE) else name: value
                    for name, value in converted.items()}
     if prefix is None:
-        prefix = BACKBONE if any(name.startswith(BACKBONE) for name in weights) else ''
+        prefix = BACKBONE if any(name.startswith(BACKBONE) for name in weights) else _other_prefix(weights)
+        if prefix not in ('', BACKBONE):
+            lines.append(f'taken from the names that begin with {prefix}')
     if family is None:
         own = metadata.get(prefix[:-1], {})
         needed = {name: own[name] for name in (*REQUIREMENTS, 'grid') if name in own}

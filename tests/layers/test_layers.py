@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from mmlocalmamba.directions import scan_tables
@@ -18,7 +19,6 @@ from mmlocalmamba.layers import (
     PatchMerging,
     ResidualRMSNorm,
     SCAttn,
-    TokenLinear,
     resize_pos_embed,
     rotary_tables,
 )
@@ -71,8 +71,9 @@ def test_localvim_mixer_gates_before_scattn(scattn):
 
 def test_projections_of_tokens_begin_as_the_authors_begin_them():
     torch.manual_seed(0)
-    layer = TokenLinear(128, 256)
-    assert layer.bias is None and 0.0195 < layer.weight.std() < 0.0205 and abs(layer.weight.mean()) < 5e-4
+    for layer in (LocalVimMixer(128, ['h']).in_proj, LocalVMambaMixer(256, ['h'], expand=1.).out_proj):
+        assert type(layer) is nn.Linear and layer.bias is None  # the class that quantizers know
+        assert 0.0195 < layer.weight.std() < 0.0205 and abs(layer.weight.mean()) < 5e-4
 
 
 def test_convolutions_of_localvim_begin_as_conv1d_does():

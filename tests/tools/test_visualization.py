@@ -13,13 +13,17 @@ from torch import nn
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.backbones.archs import SEARCHED
-from mmlocalmamba.directions import scan_index
+from mmlocalmamba.directions import scan_index, scan_tables
+from mmlocalmamba.layers.ssm import DirectionalSSM
+from mmlocalmamba.ops import directional_scan
 from mmlocalmamba.visualization import (
     draw_directions,
     draw_gates,
     draw_receptive_fields,
     draw_scan_orders,
+    read_by,
     receptive_fields,
+    scan_readings,
     scattn_gates,
     square_of_share,
 )
@@ -98,6 +102,50 @@ def test_gates_of_each_direction_on_their_own():
         np.testing.assert_allclose(gates[name], expected.numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize('in_scan_order', [False, True])
+def test_what_a_token_reads_is_the_derivative_of_the_scan(in_scan_order):
+    """By the values that are scanned, with step sizes, B and C held fixed, and without the skip connection."""
+    torch.manual_seed(0)
+    names, N, R, D = ['h', 'w2_flip', 'v'], 2, 3, 4
+    ssm, tables = DirectionalSSM(D, 3, N, R), scan_tables(names, 3, 5)
+    nn.init.zeros_(ssm.D)
+    x = torch.randn(1, 3, tables.src.shape[1], D) if in_scan_order else torch.randn(1, 15, D)
+    projected = torch.einsum('bktd,kod->bkto' if in_scan_order else 'bld,kod->bklo', x, ssm.x_proj_weight)
+    dt, B, C = projected.detach().split((R, N, N), dim=-1)
+    u = x.clone().requires_grad_()
+    y = directional_scan(u, dt, -ssm.A_log.exp(), B, C, None, tables, ssm.dt_proj_bias, True, in_scan_order,
+                         ssm.dt_proj_weight)
+    with torch.no_grad():
+        found = read_by(ssm, x, tables, in_scan_order, token=8)
+    for k in range(3):
+        gradients = torch.stack([torch.autograd.grad(y[0, k, 8, d], u, retain_graph=True)[0][0][..., d]
+                                 for d in range(D)])
+        if in_scan_order:
+            gradients = gradients[:, k, tables.inv[k].long()]
+        torch.testing.assert_close(found[k], gradients.abs().mean(0))
+        assert 0 < (found[k] > 0).sum() <= 15
+
+
+@pytest.mark.parametrize('build', [
+    lambda: backbone(directions=['h', 'v_flip'], scattn=False),
+    lambda: backbone(directions=['h', 'v_flip'], scattn=False, cls_token='middle', rope=False),
+    lambda: LocalVMamba(dict(embed_dims=[8, 16], depths=[1, 1], d_state=1), directions=['h', 'v_flip'])])
+def test_a_token_reads_what_comes_before_it(build):
+    for name, rows in scan_readings(build(), torch.rand(1, 3, 24, 24), (9, 13)):
+        h, w = rows['h'].shape
+        row, column = 9 * h // 24, 13 * w // 24
+        before = {'h': np.arange(h * w).reshape(h, w) <= row * w + column,
+                  'v_flip': np.arange(h * w).reshape(w, h).T >= column * h + row}
+        assert set(rows) == set(before) and h == w == (3 if name == 'stages.1.blocks.0' else 6)
+        for direction, read in rows.items():
+            assert ((read > 0) == before[direction]).all(), (name, direction)
+
+
+def test_there_is_nothing_to_read_in_a_search():
+    with pytest.raises(ValueError, match='LocalVim mixes its directions in a search: derive directions first'):
+        scan_readings(backbone(directions='search'), torch.rand(1, 3, 24, 24), (0, 0))
+
+
 def test_gates_need_scattn():
     with pytest.raises(ValueError, match='scattn=False'):
         scattn_gates(backbone(directions=['h'], scattn=False), torch.rand(1, 3, 24, 24))
@@ -137,6 +185,8 @@ def test_pictures_have_a_panel_each():
     'receptive-field localvmamba-nano_digits --size 32 32 --images .',
     'receptive-field upernet_localvim-nano_digits --size 32 48 --images .',
     'gates mask-rcnn_localvmamba-nano_digits checkpoint.pth --size 32 32 --images image.png',
+    'attention localvim-nano_digits --size 32 32 --images image.png --blocks 0 5',
+    'attention mask-rcnn_localvmamba-nano_digits checkpoint.pth --size 32 64 --images image.png --point 3 60',
     'directions localvim-t_8xb128_in1k',
     'scans --directions h w3 --size 6 6 --image image.png',
     'scans --distances --size 6 6',
@@ -157,9 +207,12 @@ def test_commands(arguments, tmp_path, monkeypatch):
     ('scans --directions h w0', "'w0'"),
     ('scans --size 0 6', '--size needs two numbers >= 1, got [0, 6]'),
     ('gates config.py --images missing', '--images: [Errno 2] there is no such picture'),
+    ('attention config.py --images image.png --size 32 32 --point 3 32', 'point (3, 32) is outside of the image'),
+    ('attention config.py --images image.png --size 32 32 --blocks 6', 'blocks must be numbers from 0 to 5, got [6]'),
 ])
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (20, 30)).save('image.png')
     Path('config.py').write_text(f'_base_ = {str(ROOT / "configs/localvim-nano_digits.py")!r}')
     with pytest.raises(SystemExit):
         draw.main([*arguments.split(), '--out', 'picture.png'])

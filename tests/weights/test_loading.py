@@ -527,3 +527,45 @@ def test_the_authors_positions_are_of_a_square(tmp_path):
     model = load(vim(img_size=(112, 448)), tmp_path, source)
     expected = resize_pos_embed(source['pos_embed'], (14, 14), (7, 28), 1)
     assert model.grid == (7, 28) and torch.equal(model.pos_embed, expected)
+
+
+# ---- checkpoints of other programs ----
+
+def renamed(weights, prefix):
+    return {f'{prefix}{name}': value for name, value in weights.items()}
+
+
+OTHERS = {
+    'lightning': lambda own: {'pytorch-lightning_version': '2.5', 'epoch': 3,
+                              'state_dict': renamed(own, 'model.backbone.')},
+    'lightning with a loss': lambda own: dict(state_dict={**renamed(own, 'model.backbone.'),
+                                                          'criterion.weight': torch.ones(3)}),
+    'model_state_dict': lambda own: dict(epoch=3, model_state_dict=renamed(own, 'backbone.')),
+    'compiled': lambda own: renamed(own, '_orig_mod.backbone.'),
+    'compiled in Lightning': lambda own: dict(state_dict=renamed(own, 'model._orig_mod.backbone.')),
+    'compiled backbone': lambda own: dict(model=renamed(own, 'module.backbone._orig_mod.')),
+    'compiled blocks': lambda own: renamed({name.replace('layers.0.', 'layers.0._orig_mod.'): value
+                                            for name, value in own.items()}, 'backbone.'),
+    'another name': lambda own: dict(state_dict={**renamed(own, 'student.encoder.'), 'queue': torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize('kind', OTHERS)
+def test_checkpoints_of_other_programs_are_taken(kind, tmp_path, log):
+    source = vim()
+    model = load(vim(), tmp_path, OTHERS[kind](source.state_dict()))
+    assert all(map(torch.equal, model.state_dict().values(), source.state_dict().values()))
+    assert (kind == 'another name') == ('names that begin with student.encoder.' in log[-1][0])
+
+
+def test_a_choice_is_left_to_the_user(tmp_path):
+    """A checkpoint that holds several models is refused, and the message names the argument."""
+    own, ema = vim().state_dict(), vim().state_dict()
+    both = {**renamed(own, 'student.'), **renamed(ema, 'teacher.')}
+    with pytest.raises(ValueError, match="several backbones: take one with prefix='student' or prefix='teacher'"):
+        load(vim(), tmp_path, both)
+    model = load(vim(), tmp_path, both, prefix='teacher')
+    assert torch.equal(model.pos_embed, ema['pos_embed'])
+    with pytest.raises(ValueError, match="others are taken with key='net'"):
+        load(vim(), tmp_path, dict(net=own, optimizer={}))
+    assert torch.equal(load(vim(), tmp_path, dict(net=own), key='net').pos_embed, own['pos_embed'])
