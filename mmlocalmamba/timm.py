@@ -11,12 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 from timm.layers import ClassifierHead, global_pool_nlc
 from timm.models import (
     DefaultCfg,
@@ -31,11 +25,11 @@ from torch import Tensor, nn
 
 from mmlocalmamba import models
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.files import SCHEME, load_checkpoint
-from mmlocalmamba.weights.loading import fit, read, weights_for
+from mmlocalmamba.files import SCHEME
+from mmlocalmamba.weights.loading import adapted, fit, load_checkpoint, read, weights_for
+from mmlocalmamba.weights.released import NAMED, Weights
 
 __all__: list[str] = []  # timm adds the names of the models
-_IMAGE = 224
 # Parameters that are not decayed, although they have more than one axis: OpenMMLab's configurations name the same.
 _NO_DECAY = ('A_log', 'D', 'dt_proj_bias', 'conv_bias', 'pos_embed', 'cls_token')
 
@@ -319,27 +313,30 @@ def _converted(checkpoint: Any, model: _Model, source: str = 'the checkpoint') -
     if found.missing or found.new:
         raise RuntimeError(found.report(type(model).__name__, source))
     # The weights of a backbone alone have no prefix.
-    return whole if contents.prefix else {f'backbone.{name}': value for name, value in own.items()}
+    whole = whole if contents.prefix else {f'backbone.{name}': value for name, value in own.items()}
+    return adapted(whole, model.backbone, contents.prefix or 'backbone.')
 
 
-def _cfg(kind: type[nn.Module], arguments: dict[str, Any], **more: Any) -> PretrainedCfg:
-    size = arguments.get('img_size', _IMAGE)
-    stride = 8 * arguments.get('patch_size', 4) if kind is LocalVMamba else arguments.get('patch_size', 16)
-    settings = {**dict(num_classes=1000, crop_pct=0.875, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD), **more}
-    return PretrainedCfg(input_size=(3, size, size), pool_size=(size // stride, size // stride),
-                         interpolation='bicubic', classifier='head.fc', first_conv='backbone.patch_embed.projection',
-                         **settings)
+def _cfg(name: str, weights: Weights) -> PretrainedCfg:
+    kind, arguments = models._MODELS[weights.model]
+    patch = {**arguments, **weights.options}.get('patch_size', 4 if kind is LocalVMamba else 16)
+    side = weights.size // (8 * patch if kind is LocalVMamba else weights.options.get('stride', patch))
+    more = dict(file=f'{SCHEME}{name}', custom_load=True) if name in NAMED else {}
+    return PretrainedCfg(num_classes=weights.num_classes, input_size=(3, weights.size, weights.size),
+                         pool_size=(side, side), crop_pct=weights.size / weights.resize, interpolation='bicubic',
+                         mean=tuple(value / 255 for value in weights.mean),
+                         std=tuple(value / 255 for value in weights.std), classifier='head.fc',
+                         first_conv='backbone.patch_embed.projection', license=weights.licence, **more)
 
 
 def _cfgs() -> dict[str, DefaultCfg]:
-    cfgs = {name: DefaultCfg(tags=deque(['']), cfgs={'': _cfg(kind, arguments)})
-            for name, (kind, arguments) in models._MODELS.items()}
-    for name, (architecture, weights, num_classes, arguments) in models._PACKAGED.items():
-        tag = name.partition('.')[2]
-        cfgs[architecture].tags.append(tag)
-        cfgs[architecture].cfgs[tag] = _cfg(models._MODELS[architecture][0], arguments, num_classes=num_classes,
-                                            crop_pct=1., mean=IMAGENET_INCEPTION_MEAN,
-                                            std=IMAGENET_INCEPTION_STD, file=f'{SCHEME}{weights}', custom_load=True)
+    cfgs = {name: DefaultCfg(tags=deque(['']), cfgs={'': _cfg(name, NAMED.get(name, Weights('', '', model=name)))})
+            for name in models._MODELS}
+    for name, weights in NAMED.items():
+        architecture, _, tag = name.partition('.')
+        if weights.model and tag:  # a name without a tag is the model's own
+            cfgs[architecture].tags.append(tag)
+            cfgs[architecture].cfgs[tag] = _cfg(name, weights)
     return cfgs
 
 
@@ -352,8 +349,8 @@ def _register(name: str) -> None:
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         tag = options.get('pretrained_cfg')
-        packaged = models._PACKAGED.get(f'{name}.{tag}') if isinstance(tag, str) else None
-        options = {**arguments, **(packaged[3] if packaged else {}), **options}
+        weights = NAMED.get(f'{name}.{tag}' if isinstance(tag, str) and tag else name)
+        options = {**arguments, **(weights.options if weights else {}), **options}
         indices = models._feature_options(kind, options, None)['out_indices']
         feature_cfg = dict(out_indices=options.pop('out_indices', indices), feature_cls='getter')
         return build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=_converted, feature_cfg=feature_cfg,

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmlocalmamba import create_model, list_models
 from mmlocalmamba.weights import to_official
+from mmlocalmamba.weights.released import NAMED
 
 timm = pytest.importorskip('timm', reason='needs timm: pip install -r requirements/dev.txt')
 import mmlocalmamba.timm  # noqa: E402, F401
@@ -34,8 +35,9 @@ def images(side=64, batch=1, channels=3):
 
 
 def test_every_name_is_registered():
-    assert {name.partition('.')[0] for name in list_models()} <= set(timm.list_models())
-    assert set(list_models(pretrained=True)) <= set(timm.list_models(pretrained=True))
+    assert set(list_models()) <= set(timm.list_models())
+    classifiers = {name for name in list_models(pretrained=True) if NAMED[name].model}
+    assert classifiers <= set(timm.list_models(pretrained=True))
 
 
 @each_kind
@@ -194,7 +196,7 @@ def test_torch_fx(name, train):
 
 # ---- weights ----
 
-@pytest.mark.parametrize('name', [name for name in list_models(pretrained=True) if '.' in name])
+@pytest.mark.parametrize('name', [name for name in list_models(pretrained=True) if NAMED[name].packaged])
 def test_packaged_weights(name):
     model, own = timm.create_model(name, pretrained=True).eval(), create_model(name, pretrained=True).eval()
     x = images(model.default_cfg['input_size'][-1])
