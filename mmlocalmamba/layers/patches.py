@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlocalmamba.layers.plain import is_plain
+from mmlocalmamba.ops import linear
 from mmlocalmamba.ops.dispatch import autocasts
 
 
@@ -84,11 +85,13 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     few positions, since a product reads a large weight as it is, and a convolution reorders it in every call. A
     convolution that somebody has hooked or replaced is called all the same.
     """
+    if x.device.type != 'cpu' or not is_plain(conv, nn.Conv2d):
+        return conv(x).permute(0, 2, 3, 1)
     dtype = torch.get_autocast_dtype('cpu') if autocasts(x) and x.dtype == torch.float32 else x.dtype
     h, w = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in
             zip(x.shape[-2:], conv.padding, conv.kernel_size, conv.stride))
     few = not torch.compiler.is_compiling() and 4 * x.shape[0] * h * w < conv.out_channels
-    if x.device.type != 'cpu' or not (few or dtype.itemsize <= 2) or not is_plain(conv, nn.Conv2d):
+    if not (few or dtype.itemsize <= 2):
         return conv(x).permute(0, 2, 3, 1)
     columns = F.unfold(x.to(dtype), conv.kernel_size, padding=conv.padding, stride=conv.stride).transpose(1, 2)
     return linear(columns, conv.weight.flatten(1), conv.bias).unflatten(1, (h, w))
