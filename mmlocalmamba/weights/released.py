@@ -11,7 +11,9 @@ from typing import Any
 
 from mmlocalmamba.files import SCHEME
 
-IMAGENET, COCO, ADE20K = 'mmpretrain.ImageNet', 'mmdet.CocoDataset', 'mmseg.ADE20KDataset'
+IMAGENET = 'mmpretrain.ImageNet'
+COCO = 'mmdet.CocoDataset'
+ADE20K = 'mmseg.ADE20KDataset'
 TASKS = {IMAGENET: 'classification', COCO: 'detection', ADE20K: 'segmentation'}
 
 
