@@ -64,6 +64,13 @@ def test_named_files_exist(page):
             assert name in CONFIGS or '*' in name, f'configuration {name}'
 
 
+def test_pages_with_commands_say_how_to_enter_the_environment():
+    pages = [page for page in PAGES if '```bash' in page.read_text()
+             and page.name not in ('CONTRIBUTING.md', 'index.md')]
+    assert len(pages) > 10
+    assert not [page.name for page in pages if 'source .venv/bin/activate' not in page.read_text()]
+
+
 def test_no_page_has_the_name_of_one_of_sphinx():
     """Sphinx's search page would replace docs/search.md."""
     assert not {path.stem for path in PAGES} & {'search', 'genindex', 'py-modindex'}
