@@ -1,6 +1,7 @@
 """Checks before a training, on tiny digits: wrong classes, missing masks, the weights that it starts from."""
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mmengine.runner import Runner
 import mmlocalmamba
 from mmlocalmamba.openmmlab import checks
 from mmlocalmamba.openmmlab.checks.resumption import saved_settings
+from mmlocalmamba.weights.released import find
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
@@ -89,6 +91,9 @@ def test_released_weights_are_named_where_they_fit():
                                              ('rcnn_localvmamba-s', 'local_vssm_small.ckpt'),
                                              ('upernet_localvmamba-s', 'local_vssm_small.ckpt'))
                      if part in path.stem), None)
+        version_2 = re.search(r'(?:rcnn|upernet)_(vmamba-[tsb]-v2(?:-s2l5)?)_', path.stem)
+        if version_2:
+            fits = find(f'{version_2[1]}_8xb128_in1k')[1].file.rsplit('/', 1)[-1]
         checkpoint = (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint') or ''
         assert checkpoint.rsplit('/', 1)[-1] == (fits or ''), path.stem
 

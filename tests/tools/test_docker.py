@@ -210,6 +210,7 @@ def parse(command, monkeypatch):
 
     class Runner:
         train = staticmethod(lambda: None)
+        register_hook = staticmethod(lambda hook: None)
 
     monkeypatch.setattr(train, 'build_runner', lambda cfg: configurations.append(cfg) or Runner)
     train.main()
