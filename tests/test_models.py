@@ -207,6 +207,7 @@ def test_torch_hub_loads_a_clone():
 
 @pytest.mark.parametrize('former, present', [('scans', 'directions'), ('ops.mamba', 'ops.stand_ins'),
                                              ('weights.names', 'weights.official')])
+@pytest.mark.slow
 def test_former_names_of_modules(former, present):
     code = f'import mmlocalmamba.{former} as a, mmlocalmamba.{present} as b; print(a is b, b.__spec__.name)'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True)

@@ -202,6 +202,7 @@ def use(folder):
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sdist_holds_what_it_takes_to_build_test_and_join(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split('/', 1)[-1] for name in archive.getnames()}

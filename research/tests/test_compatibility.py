@@ -22,6 +22,7 @@ def upstream():
 @pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='each case runs in a fork')
 @pytest.mark.parametrize('backbone', compatibility.OURS)
 @pytest.mark.parametrize('method', compatibility.SAMPLE)
+@pytest.mark.slow
 def test_methods_train_and_predict(upstream, method, backbone):
     """Each parameter of the backbone gets a gradient, too."""
     torch.set_num_threads(1)

@@ -67,6 +67,7 @@ def classifier(configuration, tmp_path):
     return tmp_path / 'config.py', tmp_path / 'model.pth'
 
 
+@pytest.mark.slow
 def test_the_command(classifier, tiny_digits, tmp_path, capsys):
     table = tmp_path / 'table.csv'
     arguments = [*map(str, classifier), '--csv', str(table), '--ways', '2', '--shots', '1', '--queries', '1',

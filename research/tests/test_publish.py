@@ -8,6 +8,7 @@ from mmlocalmamba.files import SCHEME, load_checkpoint, load_safetensors
 NANO = f'{SCHEME}localvim-nano_digits'
 
 
+@pytest.mark.slow
 def test_publish(configuration, tmp_path, capsys):
     cfg = configuration('localvim-nano_digits')
     cfg.dump(str(tmp_path / 'config.py'))

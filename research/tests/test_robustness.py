@@ -79,6 +79,7 @@ def model(configuration, tmp_path):
     ('upernet_localvmamba-nano_digits', 'aAcc'),
     ('mask-rcnn_localvmamba-nano_digits', 'coco/bbox_mAP'),
 ])
+@pytest.mark.slow
 def test_each_task_meets_each_case_once(model, tmp_path, capsys, monkeypatch, name, metric):
     config, checkpoint = model(name)
     table, seen = tmp_path / 'table.csv', []
@@ -111,6 +112,7 @@ def test_each_task_meets_each_case_once(model, tmp_path, capsys, monkeypatch, na
     assert f'{metric}: clean {clean:.4g}, mean over corruptions {np.mean(list(values.values())):.4g}' in out
 
 
+@pytest.mark.slow
 def test_models_of_two_tasks_in_one_second(model, tmp_path, monkeypatch):
     import time
     monkeypatch.setattr(time, 'time', lambda: 1e9)  # MMEngine names its experiments by the time
@@ -119,6 +121,7 @@ def test_models_of_two_tasks_in_one_second(model, tmp_path, monkeypatch):
         assert len(robustness.read_rows(tmp_path / f'{name}.csv')) == 2
 
 
+@pytest.mark.slow
 def test_the_clean_score_is_that_of_the_test(model, tmp_path):
     from mmengine.config import Config
     from mmengine.runner import Runner

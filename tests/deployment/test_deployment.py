@@ -289,6 +289,7 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
     return str(path), str(tmp_path / 'grey.pth')
 
 
+@pytest.mark.slow
 def test_commands_for_grey_images(grey, tmp_path, monkeypatch, capsys):
     """Export with a picture, features, FLOPs, receptive fields, gates and predictions."""
     import draw

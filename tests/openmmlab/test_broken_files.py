@@ -326,6 +326,7 @@ def test_another_process_may_be_quicker(tmp_path, monkeypatch):
 
 # ---- systems and file systems that lack something ----
 
+@pytest.mark.slow
 def test_configurations_run_without_locks_and_signals_of_unix():
     """As on Windows."""
     code = ('import sys, signal\n'

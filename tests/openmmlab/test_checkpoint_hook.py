@@ -102,6 +102,7 @@ def test_mim_test_takes_the_authors_files(classifier, tmp_path, run, config, key
 @pytest.mark.parametrize('lost, message', [
     (r'layers\.1\.mixer\.A_log_\d', '1 missing in the file: layers.1.mixer.ssm.A_log'),
     ('head.weight', '1 more parameters of ImageClassifier are not in .* this is a test, .*: head.fc.weight')])
+@pytest.mark.slow
 def test_mim_test_refuses_what_would_stay_random(classifier, tmp_path, lost, message):
     configs, weights, _ = classifier
     official = to_official(weights)[0]
@@ -157,6 +158,7 @@ def load(runner):
 
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('ema', [False, True])
+@pytest.mark.slow
 def test_load_from_takes_safetensors(tmp_path, ema, compiled):
     """And what a training saves after them is its own: it resumes."""
     weights = random(Classifier())

@@ -71,6 +71,7 @@ def test_a_variable_that_is_no_longer_read_is_refused(configuration):
         runner(cfg).train()
 
 
+@pytest.mark.slow
 def test_an_initialisation_of_the_users_stays(configuration, tmp_path):
     path = weights('localvmamba-nano_digits', tmp_path)
     cfg = configuration('localvmamba-nano_digits')
@@ -131,6 +132,7 @@ def test_resuming_where_nothing_is_starts_from_scratch(configuration):
 
 @pytest.mark.parametrize('name, key', [('localvmamba-nano_digits', 'max_epochs'),
                                        ('upernet_localvmamba-nano_digits', 'max_iters')])
+@pytest.mark.slow
 def test_resuming_what_is_finished_says_so(name, key, configuration, messages):
     training = runner(configuration(name))
     training.train()

@@ -44,10 +44,12 @@ assert not loaded, loaded
 
 
 @pytest.mark.parametrize('code', [STATE, LIGHT], ids=['patches', 'imports'])
+@pytest.mark.slow
 def test_an_import_changes_nothing(code):
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_a_configuration_changes_nothing():
     """Reading one of ours is no reason to treat other packages' checkpoints in another way. What it adds are names and
     addresses that nothing else reads."""

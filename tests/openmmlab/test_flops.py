@@ -160,6 +160,7 @@ def test_command_line(capsys):
     assert 'backbone.layers' in text and '32x32, paper:' in text
 
 
+@pytest.mark.slow
 def test_counters_of_others_count_ours():
     """The packages' own get_flops ask MMEngine's counter, which leaves out ops that it does not know."""
     from mmengine.analysis import get_model_complexity_info

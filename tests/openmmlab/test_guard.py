@@ -205,6 +205,7 @@ def test_what_it_cannot_guard_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('config', ['localvim-nano_digits', 'localvmamba-nano_digits'])
+@pytest.mark.slow
 def test_bfloat16_is_not_stopped(tiny_digits, tmp_path, config):
     task = dict(config=config, iterations=4, batch=8)
     plain, low = (losses(tiny_digits, tmp_path / str(bfloat16), bfloat16=bfloat16, **task)

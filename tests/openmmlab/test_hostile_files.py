@@ -102,12 +102,14 @@ LOADERS = dict(load=load_checkpoint, init_cfg=pretrained, resume=resume, load_fr
 
 
 @pytest.mark.parametrize('loader', LOADERS)
+@pytest.mark.slow
 def test_a_file_that_executes_is_refused(loader, hostile):
     with pytest.raises(RuntimeError, match='hostile.pth was not loaded.*Files that execute code are refused'):
         LOADERS[loader](hostile)
 
 
 @pytest.mark.parametrize('loader', LOADERS)
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named(loader, truncated):
     with pytest.raises(RuntimeError, match='truncated.pth was not loaded.*is damaged'):
         LOADERS[loader](truncated)

@@ -67,6 +67,7 @@ def test_class_names_that_no_object_has(configuration, said):
     assert 'problem training data: ' in said(cfg)
 
 
+@pytest.mark.slow
 def test_pixels_of_no_class(configuration, said, tiny_digits, tmp_path):
     (tmp_path / 'images').mkdir()
     (tmp_path / 'labels').mkdir()
@@ -78,6 +79,7 @@ def test_pixels_of_no_class(configuration, said, tiny_digits, tmp_path):
     assert '1 label image' in (output := said(cfg)) and 'has the labels 40' in output
 
 
+@pytest.mark.slow
 def test_a_metric_that_the_model_cannot_serve(configuration, said):
     """Validation is tried, too: it comes an epoch later in a training."""
     output = said(configuration('faster-rcnn_localvmamba-nano_digits', "val_evaluator = dict(metric=['bbox', 'segm'])"))
@@ -118,6 +120,7 @@ def test_weights_of_another_model(configuration, said, tmp_path):
 
 
 @pytest.mark.parametrize('missing', [True, False])
+@pytest.mark.slow
 def test_held_out_data(configuration, said, missing, tmp_path):
     """A step on them is tried, too."""
     cfg = configuration('localvmamba-nano_digits')

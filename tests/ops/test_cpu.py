@@ -301,6 +301,7 @@ def test_backward_without_saved_states():
 
 
 @built
+@pytest.mark.slow
 def test_opcheck():
     inputs, tables = directional_inputs(H=5, W=9, D=3, N=2, dtype=torch.float32)
     tensors = [inputs[name] for name in ('u', 'delta', 'A', 'B', 'C', 'D')]
@@ -379,6 +380,7 @@ def test_bad_input_is_an_error_not_a_crash(monkeypatch):
         op(*arguments, *rest)
 
 
+@pytest.mark.slow
 def test_without_the_extension():
     """A fresh interpreter that cannot import it: falls back, says so once and only for scans of a serious size."""
     code = '''

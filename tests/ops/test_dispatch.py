@@ -94,11 +94,13 @@ def test_the_native_kernel_runs_with_every_build_of_its_torch(suffix):
 
 
 @built
+@pytest.mark.slow
 def test_the_native_kernel_is_not_used_with_another_torch():
     assert 'this is 1.13.0: install the package again' in reason_with_version('', '1.13.0')
 
 
 @built
+@pytest.mark.slow
 def test_a_native_kernel_that_fails_is_not_used():
     """Its first call finds problems that versions do not show."""
     code = '''

@@ -82,6 +82,7 @@ assert all(leaf.grad.isfinite().all() for leaf in (x, weight, bias))
 
 
 @pytest.mark.skipif(platform.machine() != 'x86_64', reason='the variable names instruction sets of x86-64')
+@pytest.mark.slow
 def test_where_onednn_has_no_bfloat16():
     """oneDNN raises an error there, so the op computes the product in another way."""
     finish(start(*PYTHON, '-c', PRODUCT, ONEDNN_MAX_CPU_ISA='AVX2'))
@@ -241,6 +242,7 @@ def test_models_take_the_native_kernels(kind, mixed):
 
 
 @pytest.mark.parametrize('kind', OWN)
+@pytest.mark.slow
 def test_models_are_as_exact_as_plain_pytorch(kind, monkeypatch):
     """Compare errors of outputs and gradients under autocast, for the images and backbones of test_properties.py.
 

@@ -521,6 +521,7 @@ IMPORTS = {
 }
 
 
+@pytest.mark.slow
 def test_one_line_stands_in_for_all():
     imports = '\n'.join(f'from {module} import {", ".join(names.split())}' for module, names in IMPORTS.items())
     result = run_python(f'''
@@ -558,6 +559,7 @@ print(mamba_ssm.__version__, causal_conv1d.__version__, beside.VALUE, sys.argv[1
     return tmp_path
 
 
+@pytest.mark.slow
 def test_installed_packages_stay(installed):
     result = run_python('''
 import warnings
@@ -585,6 +587,7 @@ assert mamba_ssm.__version__ == '2.3.2'
 
 
 @pytest.mark.parametrize('options,version', [(['program.py'], 'mine'), (['--replace', '-m', 'program'], '2.3.2')])
+@pytest.mark.slow
 def test_a_program_runs_unchanged(installed, options, version):
     result = subprocess.run([sys.executable, '-m', 'mmlocalmamba.ops.stand_ins', *options, '--lr', '1'],
                             capture_output=True, text=True, cwd=installed / 'repository')
@@ -592,6 +595,7 @@ def test_a_program_runs_unchanged(installed, options, version):
     assert result.stdout == f"{version} 1.7.0 5 ['--lr', '1']\n"
 
 
+@pytest.mark.slow
 def test_vmambas_cross_scan_runs_on_a_cpu(tmp_path, monkeypatch):
     """A file of that name, alone and in a package. Its functions ask CUDA for the device."""
     (tmp_path / 'models').mkdir()
@@ -639,6 +643,7 @@ def test_stand_in_is_refused():
 
 
 @pytest.mark.parametrize('real', [False, True])
+@pytest.mark.slow
 def test_the_adapter_does_not_take_itself_for_mamba_ssm(real, tmp_path, monkeypatch):
     """The adapter would otherwise call itself without end, also below a real mamba_ssm without its extension."""
     (tmp_path / 'mamba_ssm/ops').mkdir(parents=True)

@@ -18,6 +18,7 @@ def run(monkeypatch, *arguments):
     benchmark_model.main()
 
 
+@pytest.mark.slow
 def test_a_table_goes_on(monkeypatch, tmp_path):
     """Sizes need not be square, and a new measurement replaces the old one."""
     table, picture = tmp_path / 'x.csv', tmp_path / 'x.png'

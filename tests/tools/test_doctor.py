@@ -30,6 +30,7 @@ def test_report():
         assert [name, *state.split()] in lines
 
 
+@pytest.mark.slow
 def test_a_wrong_backend_is_called_so(monkeypatch, capsys):
     backend = ops.BACKENDS['chunked']
     right = backend.scan

@@ -68,6 +68,7 @@ def test_public_functions_have_types():
 
 
 @pytest.mark.parametrize('call,code', [("write_whole('name', 'text')", 0), ("write_whole(3, 'text')", 1)])
+@pytest.mark.slow
 def test_types_are_checked(tmp_path, call, code):
     """The settings of `make lint` accept a correct call and reject a wrong one."""
     program = shutil.which('mypy', path=Path(sys.executable).parent)

@@ -31,6 +31,7 @@ def node(code, given):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_scan_orders_are_those_of_python():
     scans = [(name + flip, H, W) for name in NAMES for flip in ('', '_flip') for H, W in GRIDS]
     found = node('given.scans.map(([name, H, W]) => demo.scanSteps(name, H, W, given.tables))',

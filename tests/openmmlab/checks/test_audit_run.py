@@ -166,6 +166,7 @@ def test_a_test_on_classes_in_another_order(trained, tiny_digits, tmp_path):
         runner(cfg, load_from=path).test()
 
 
+@pytest.mark.slow
 def test_a_test_without_a_class(trained, tiny_digits, tmp_path):
     cfg, path = trained(NAMES[0])
     cfg.test_dataloader.dataset.data_root = folders(tmp_path, tiny_digits, lambda folder: shutil.rmtree(folder / '3'))
@@ -176,6 +177,7 @@ def test_a_test_without_a_class(trained, tiny_digits, tmp_path):
     runner(cfg, load_from=path).test()
 
 
+@pytest.mark.slow
 def test_a_test_with_other_names_for_the_classes(trained, tiny_digits, tmp_path, messages):
     cfg, path = trained(NAMES[0])
     cfg.test_dataloader.dataset.metainfo = dict(classes=tuple('abcdefghij'))
@@ -203,6 +205,7 @@ def test_resumed_with_other_class_names(trained, tmp_path):
         resume(cfg, path)
 
 
+@pytest.mark.slow
 def test_resumed_with_another_number_of_classes(trained, tiny_digits, tmp_path):
     cfg, path = trained(NAMES[0])
 
@@ -219,6 +222,7 @@ def test_resumed_with_another_number_of_classes(trained, tiny_digits, tmp_path):
         resume(cfg, path)
 
 
+@pytest.mark.slow
 def test_resumed_with_another_schedule(trained, messages):
     schedule = dict(type='CosineAnnealingLR', by_epoch=False, T_max=10, end=10)
     cfg, path = trained(NAMES[0], param_scheduler=[schedule])
@@ -230,6 +234,7 @@ def test_resumed_with_another_schedule(trained, messages):
     assert any('weight_decay 0.05 (configuration: 0.3)' in text for text in messages)
 
 
+@pytest.mark.slow
 def test_a_start_from_weights_takes_any_classes(trained, tiny_digits, tmp_path):
     cfg, path = trained(NAMES[0])
     cfg.train_dataloader.dataset.metainfo = cfg.val_dataloader.dataset.metainfo = dict(classes=tuple('abcdefghij'))
@@ -317,6 +322,7 @@ def test_check_says_what_it_reads(configuration, capsys, tiny_digits, tmp_path):
     assert output.rstrip().splitlines()[-1].endswith('problems found, see above.')
 
 
+@pytest.mark.slow
 def test_check_looks_at_the_test_data(configuration, capsys, tmp_path):
     cfg = configuration(NAMES[1])
     spoil_coco(cfg, tmp_path, first_id, 'test', evaluator=True)
