@@ -39,7 +39,7 @@ help:
 	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (10 to 15 minutes)"
 	@echo "make test      install, run the fast tests; PYTEST_ARGS='-k scans' passes arguments on,"
 	@echo "               WORKERS=2 sets how many run at once (default: one per core, at most 8)"
-	@echo "make test-all  run all tests"
+	@echo "make test-all  run all tests (an hour on 2 cores); TEST_SHARE=0/3 takes a third of the slow ones"
 	@echo "make coverage  run the fast tests and list the lines that they do not reach"
 	@echo "make image-test  build and run the container image (root; Debian's docker.io, debootstrap; docs/jobs.md)"
 	@echo "make slurm-test  run a job on a Slurm of two nodes (root; Debian's slurmctld, slurmd, munge; docs/jobs.md)"

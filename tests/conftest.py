@@ -1,6 +1,7 @@
 """Triton's kernels run in its interpreter where there is no GPU, which must be said before Triton is imported; what
 several files of tests share."""
 import os
+import zlib
 from collections import OrderedDict
 
 import pytest
@@ -10,8 +11,17 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
 
-def pytest_collection_modifyitems(items):
-    """The longest first, so that no process is left alone with it at the end."""
+def pytest_collection_modifyitems(config, items):
+    """Put the longest tests first, so that no process is left alone with them at the end.
+
+    TEST_SHARE=K/N keeps the K-th of N parts of the slow tests, and all others.
+    """
+    if share := os.environ.get('TEST_SHARE'):
+        part, parts = map(int, share.split('/'))
+        left = {item for item in items
+                if 'slow' in item.keywords and zlib.crc32(item.nodeid.encode()) % parts != part % parts}
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
     items.sort(key=lambda item: 'test_pages.py' not in item.nodeid)
 
 
