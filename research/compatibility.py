@@ -298,10 +298,21 @@ def worker(channel, *case):
         channel.send(('failed', f'{type(error).__name__}: {text[:200]} [{Path(place.filename).name}:{place.lineno}]'))
 
 
-def in_process(path, package, backbone, timeout):
+def from_server():
+    """Return the context of processes that a server forks, which has imported the packages and computed nothing.
+
+    A fork of a process whose autograd engine has threads cannot compute gradients.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([*(f'{package}.models' for package in PACKAGES), 'mmdet.testing',
+                                    'mmlocalmamba.openmmlab.models', 'mmlocalmamba.openmmlab.necks'])
+    return context
+
+
+def in_process(path, package, backbone, timeout, context=None):
     """Run a case in a process. Return the result, the failed step, the reason and the parameters without gradient."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context('fork').Process(target=worker, args=(theirs, path, package, backbone))
+    process = (context or from_server()).Process(target=worker, args=(theirs, path, package, backbone))
     process.start()
     theirs.close()
     step, deadline = '', time.monotonic() + timeout
@@ -352,7 +363,6 @@ def main():
         return
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     warnings.simplefilter('ignore')
-    preload()
     cases = [(stack(), package, method, path.stem, backbone, path)
              for package in PACKAGES for method, path in methods(package).items() for backbone in (UPSTREAM, *OURS)
              if not args.only or package in args.only or f'{package}/{method}' in args.only]
@@ -365,15 +375,6 @@ def main():
         write(args.table, rows)
         print(f'{"/".join(case[1:3]):32}{case[4]:12}{time.monotonic() - start:5.0f} s  '
               + ' '.join(text for text in outcome if text), flush=True)
-
-
-def preload():
-    """Import the packages once, before processes are forked."""
-    for package in PACKAGES:
-        importlib.import_module(f'{package}.models')
-    importlib.import_module('mmdet.testing')
-    importlib.import_module('mmlocalmamba.openmmlab.models')
-    importlib.import_module('mmlocalmamba.openmmlab.necks')
 
 
 def markdown(rows):

@@ -14,12 +14,10 @@ def upstream():
     """Return {package/method: path of its configuration}."""
     for package in compatibility.PACKAGES:
         pytest.importorskip(package)
-    compatibility.preload()
     return {f'{package}/{method}': path for package in compatibility.PACKAGES
             for method, path in compatibility.methods(package).items()}
 
 
-@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='each case runs in a fork')
 @pytest.mark.parametrize('backbone', compatibility.OURS)
 @pytest.mark.parametrize('method', compatibility.SAMPLE)
 @pytest.mark.slow
@@ -37,6 +35,7 @@ def test_the_page_has_the_table():
     assert compatibility.markdown(rows) in (ROOT / 'docs' / 'compatibility.md').read_text()
 
 
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='the case runs in a fork')
 def test_a_process_that_hangs_or_dies_is_reported(monkeypatch, tmp_path):
     def stuck(path, package, backbone, report):
         report('training')
@@ -47,5 +46,7 @@ def test_a_process_that_hangs_or_dies_is_reported(monkeypatch, tmp_path):
         time.sleep(60)
 
     monkeypatch.setattr(compatibility, 'attempt', stuck)
-    assert compatibility.in_process('', 'hangs', '', 0.5) == ('failed', 'training', 'not done after 0.5 s', '')
-    assert compatibility.in_process('', 'dies', '', 60) == ('failed', 'training', 'the process ended with 9', '')
+    context = multiprocessing.get_context('fork')  # with what is replaced here
+    run = compatibility.in_process
+    assert run('', 'hangs', '', 0.5, context) == ('failed', 'training', 'not done after 0.5 s', '')
+    assert run('', 'dies', '', 60, context) == ('failed', 'training', 'the process ended with 9', '')
