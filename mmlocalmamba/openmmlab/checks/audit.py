@@ -13,7 +13,7 @@ from mmlocalmamba.files import write_whole
 from mmlocalmamba.openmmlab.checks import boxes, folders, pictures, pixels, reader
 from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally
 from mmlocalmamba.openmmlab.checks.splits import Split, describe, describe_names
-from mmlocalmamba.openmmlab.engine.broken_files import leaf_datasets
+from mmlocalmamba.openmmlab.engine.data import leaf_datasets
 
 # The result of an audit that took longer, in seconds, is kept for the next time.
 _WORTH_KEEPING = 2.0
@@ -88,7 +88,7 @@ def truths(evaluator: Any, configured: Any) -> list[Truth]:
 
 
 def audit_data(datasets: dict[str, Any], evaluated: dict[str, list[Truth]] | None = None, head: Any = None,
-          skip: int = 0, others: Iterable[str] = ()) -> Audit:
+               skip: int = 0, others: Iterable[str] = ()) -> Audit:
     """Audit data sets.
 
     Args:

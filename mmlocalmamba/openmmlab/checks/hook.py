@@ -158,7 +158,7 @@ def _audit_run(cfg: Any, loops: dict[str, Any], model: Any) -> Audit:
             skip = max(skip, hook.get('skip', 0))
     try:
         return audit_data({name: loop.dataloader.dataset for name, loop in loops.items()}, evaluated,
-                     segmentation_head(model), skip, _annotation_files(cfg))
+                          segmentation_head(model), skip, _annotation_files(cfg))
     except Exception as error:  # data of any kind; what the audit does not understand stops nothing
         place = traceback.extract_tb(error.__traceback__)[-1]
         return Audit([Note('', f'the data were not read: {type(error).__name__}: {error} [{place.name}, '
