@@ -83,10 +83,13 @@ esac
 log=$(mktemp "${TMPDIR:-/tmp}/mmlocalmamba-install.XXXXXX")
 work=  # a folder for what is built
 progress=  # a process that tells how far the compiler is
+building= built=  # the process that builds this package, and its folder
 clean_up() {
     local status=$?
     [ -z "$progress" ] || kill "$progress" 2>/dev/null || true
+    [ -z "$building" ] || { pkill -P "$building" 2>/dev/null; kill "$building" 2>/dev/null; } || true
     [ -z "$work" ] || rm -rf "$work"
+    [ -z "$built" ] || rm -rf "$built"
     [ $status != 0 ] && [ -s "$log" ] || rm -f "$log"
 }
 trap clean_up EXIT
@@ -131,12 +134,18 @@ for name in sys.argv[1:]:
     h.update(open(name, "rb").read())
 print(h.hexdigest())' "$@"; }
 
+# done_before NAME KEY
+done_before() {
+    local stamp=$venv/.stamps/$1
+    [ $use_venv = yes ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$2" ]
+}
+
 # step NAME KEY "TEXT" "TIME" COMMAND...
 step() {
     local name=$1 key=$2 text=$3 time=$4
     shift 4
     local stamp=$venv/.stamps/$name
-    if [ $use_venv = yes ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
+    if done_before "$name" "$key"; then
         say "[$name] $text: already done"
     else
         say "[$name] $text ($time)"
@@ -354,9 +363,24 @@ verify() {
         "$python" -c 'import mmpretrain, mmdet, mmseg, mim'
 }
 
+# Build the editable wheel beside the other steps: the compiler works while pip downloads.
+start_building() {
+    built=$(mktemp -d "${TMPDIR:-/tmp}/mmlocalmamba-package.XXXXXX")
+    "$python" -c 'import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])' "$built" \
+        >"$built/log" 2>&1 &
+    building=$!
+}
+
+finish_building() {
+    local status=0
+    wait "$building" || status=$?
+    building=
+    cat "$built/log"
+    [ $status = 0 ] && pip_install --no-deps --force-reinstall "$built"/*.whl
+}
+
 install_package() {
-    quietly "The error above comes from this project's setup.py." \
-        pip_install --no-deps --no-build-isolation --editable .
+    quietly "The error above comes from this project's setup.py." finish_building
     local problem
     problem=$("$python" -c 'from mmlocalmamba.openmmlab import multimodal; print(multimodal.problem() or "")' \
         2>/dev/null | tail -n 1) || true
@@ -386,13 +410,15 @@ step torch "$(digest requirements/torch.txt)" \
 step build "$(digest requirements/build.txt)" \
     "build tools: setuptools, wheel, ninja, psutil" "5 s" \
     quietly "$network" pip_install -r requirements/build.txt
-step mmcv "$mmcv_key" "$about" "$time" install_mmcv
-step stack "$(digest "${stack_files[@]}") $dev" \
-    "MMEngine, mmpretrain, mmdet, mmsegmentation, mim, test tools" "1 to 2 minutes" install_rest
-step verify "$mmcv_key $(digest "${stack_files[@]}")" "check: NMS and RoIAlign of mmcv run; the packages load" "10 s" verify
 # The build of this package depends on its metadata, its native sources and torch.
 mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.cu' -o -name '*.h' | sort)
 # `make clean` may have removed the links that an editable install puts into the source tree.
 [ -e mmlocalmamba/.mim/configs ] || rm -f "$venv/.stamps/package"
-step package "$root $(digest setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")" \
-    "mmlocalmamba itself, editable, with its CPU kernel" "10 to 60 s" install_package
+package_key="$root $(digest setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")"
+[ $until != package ] || done_before package "$package_key" || start_building
+step mmcv "$mmcv_key" "$about" "$time" install_mmcv
+step stack "$(digest "${stack_files[@]}") $dev" \
+    "MMEngine, mmpretrain, mmdet, mmsegmentation, mim, test tools" "1 to 2 minutes" install_rest
+step verify "$mmcv_key $(digest "${stack_files[@]}")" "check: NMS and RoIAlign of mmcv run; the packages load" "10 s" verify
+step package "$package_key" \
+    "mmlocalmamba itself, editable; its CPU kernel is compiled since the step mmcv" "5 to 60 s" install_package
