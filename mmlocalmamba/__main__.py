@@ -106,7 +106,7 @@ def doctor() -> bool:
     if ops.cpu.instruction_sets():
         print(f'\nInstruction sets of the CPU kernels: {", ".join(ops.cpu.instruction_sets())}')
     print("\nOther people's Mamba code: `python -m mmlocalmamba.ops.stand_ins SCRIPT` stands in for what is not "
-          'installed (docs/other_mamba_models.md):')
+          'installed (docs/extend.md):')
     for name, state in stand_ins.status().items():
         print(f'  {name:26}{state}')
     error = convolution_error()

@@ -1,6 +1,6 @@
 """Compare parameters and FLOPs with the paper's Tables 1, 2, 3, 4 and 6 (arXiv 2403.09338).
 
-    python research/reproduce_tables.py --out docs/tables.md
+    python research/reproduce_tables.py --out research/tables.md
 
 The script builds each model from its configuration and runs it once at the paper's image size, which takes minutes on a
 CPU. It fails if a row without a note differs: if neither way of counting is within 3 % of the paper's FLOPs, or if the
@@ -92,7 +92,7 @@ TABLES = [
 ]
 PREFACE = """# The paper's tables
 
-`python research/reproduce_tables.py --out docs/tables.md` writes this page. Paper: arXiv 2403.09338. **Parameters and
+`python research/reproduce_tables.py --out research/tables.md` writes this page. Paper: arXiv 2403.09338. **Parameters and
 FLOPs are measured here. Accuracies are the paper's**: nobody has trained these configurations to the end here.
 
 A multiply-add counts once. There are two ways of counting, `tools/get_flops.py --convention`:

@@ -1,4 +1,4 @@
-"""docs/tables.md has the rows of the script, and a row that differs needs a note."""
+"""research/tables.md has the rows of the script, and a row that differs needs a note."""
 from collections import Counter
 from pathlib import Path
 

@@ -60,7 +60,7 @@ def test_projections_of_localvmamba_act_on_tokens():
         projections + scan_flops(2, 36, 16, 2), rel=1e-3)
 
 
-# GFLOPs as the paper's tables have them; other sizes and tasks are in docs/tables.md.
+# GFLOPs as the paper's tables have them; other sizes and tasks are in research/tables.md.
 @pytest.mark.parametrize('name, convention, paper', [
     ('localvim-t_8xb128_in1k', 'paper', 1.5),
     ('localvmamba-t_8xb128_in1k', 'exact', 5.7),

@@ -479,7 +479,7 @@ def run_python(code):
 
 def test_stand_in():
     """The page's examples find the packages' names here."""
-    page = (ROOT / 'docs/other_mamba_models.md').read_text()
+    page = (ROOT / 'docs/extend.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', page, flags=re.S)
     assert 'stand_in_for()' in ''.join(blocks) and 'from mamba_ssm import Mamba' in ''.join(blocks)
     result = run_python('\n'.join(blocks) + '''

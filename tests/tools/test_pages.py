@@ -136,7 +136,7 @@ def test_a_reader_gets_to_the_end(pages, run, tmp_path):
 
 @pytest.mark.parametrize('package', ['mmdet', 'mmpretrain', 'mmseg'])
 def test_there_are_no_new_style_files_to_inherit(package):
-    """docs/new_style.md says so. When this fails, a configuration of ours can inherit them."""
+    """docs/training.md says so. When this fails, a configuration of ours can inherit them."""
     folder = Path(importlib.util.find_spec(package).origin).parent
     assert len(list(folder.rglob('*.py'))) > 100
     assert not [path for path in folder.rglob('*.py') if 'read_base()' in path.read_text(errors='replace')]

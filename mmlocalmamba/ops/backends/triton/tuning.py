@@ -52,7 +52,7 @@ class Key(NamedTuple):
 
 
 # The first candidate of each kernel is built in. The comments give registers per thread and instructions per element at
-# compute capability 9.0 with 16 states, from `tools/benchmark_scan.py --compile sm_90` (docs/benchmarks.md).
+# compute capability 9.0 with 16 states, from `tools/benchmark_scan.py --compile sm_90` (research/benchmarks.md).
 # ``programs`` follows from the registers, or limits them: see _registers in host.py.
 CANDIDATES = {
     'forward': (
