@@ -10,7 +10,7 @@ Usage: tools/install.sh [--no-venv] [--reinstall-torch] [--no-dev] [--until=STEP
   --no-venv          install into the current environment (a GPU machine that has
                      torch, a container) and keep its torch if that is >= 2.6
   --reinstall-torch  with --no-venv, install the pinned torch anyway
-  --no-dev           leave out the test tools
+  --no-dev           leave out the tools: tests, exporters, runtimes (the demo needs none)
   --until=STEP       stop after this step: venv, torch, build, mmcv, stack, verify
                      (the layers of a container image)
 
@@ -117,7 +117,7 @@ python=$PYTHON
 
 pip_install() {
     # Conflicts are not reported, because the only one is openmim's requirement of opendatalab
-    # (requirements/mim-openmmlab.txt). In a virtual environment, install_rest compiles all bytecode at once.
+    # (requirements/mim-openmmlab.txt). In a virtual environment, compile_bytecode compiles it all at once.
     local more=()
     [ $use_venv = no ] || more=(--no-compile)
     "$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts "${more[@]}" "$@"
@@ -334,15 +334,21 @@ tell_progress() {
     done
 }
 
-install_rest() {
+install_stack() {
     # There is no build isolation, because each source package would otherwise fetch its own build tools.
-    local lists=(-r "$wanted")
-    if [ $dev = yes ]; then
-        lists+=(-r requirements/dev.txt)
-        [ "$STACK" != onedl ] || lists+=(-r requirements/rotated-onedl.txt)
-    fi
-    quietly "$network" pip_install --no-build-isolation --constraint "$constraints" "${lists[@]}"
+    quietly "$network" pip_install --no-build-isolation --constraint "$constraints" -r "$wanted"
     quietly "$network" pip_install --no-deps -r "requirements/mim-$STACK.txt"
+    compile_bytecode
+}
+
+install_tools() {
+    local lists=(-r requirements/dev.txt)
+    [ "$STACK" != onedl ] || lists+=(-r requirements/rotated-onedl.txt)
+    quietly "$network" pip_install --no-build-isolation --constraint "$constraints" -r "$wanted" "${lists[@]}"
+    compile_bytecode
+}
+
+compile_bytecode() {
     # Compile 20,000 files on all cores; pip compiles them one after another. Without bytecode, every process that must
     # not write it (PYTHONDONTWRITEBYTECODE) compiles again, and `import mmdet.models` takes 16 s instead of 7. A few
     # files of packages are templates and not valid Python, so a failure is ignored.
@@ -403,7 +409,8 @@ case $chosen in
     torchvision) about="$mmcv without compiled ops; torchvision stands in for them" time="10 to 30 s" ;;
     compiled) about="$mmcv with its compiled ops" time="10 s from a wheel, 7 to 15 minutes when compiled on 2 cores" ;;
 esac
-stack_files=(requirements/common.txt requirements/*"$STACK".txt requirements/dev.txt requirements/deploy.txt)
+stack_files=(requirements/common.txt requirements/*"$STACK".txt)
+tool_files=("${stack_files[@]}" requirements/dev.txt requirements/deploy.txt)
 mmcv_key="$mmcv ${MMCV:-$chosen or what is there} $(digest requirements/torch.txt "$stand_in/mmcv/_ext.py")"
 step torch "$(digest requirements/torch.txt)" \
     "torch and torchvision" "60 to 100 s, several GB with CUDA" install_torch
@@ -417,8 +424,10 @@ mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.cu' -o -name 
 package_key="$root $(digest setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")"
 [ $until != package ] || done_before package "$package_key" || start_building
 step mmcv "$mmcv_key" "$about" "$time" install_mmcv
-step stack "$(digest "${stack_files[@]}") $dev" \
-    "MMEngine, mmpretrain, mmdet, mmsegmentation, mim, test tools" "1 to 2 minutes" install_rest
+step stack "$(digest "${stack_files[@]}")" \
+    "MMEngine, mmpretrain, mmdet, mmsegmentation, mim" "1 to 2 minutes" install_stack
+[ $dev = no ] || step tools "$(digest "${tool_files[@]}")" \
+    "test tools, exporters and runtimes" "1 minute" install_tools
 step verify "$mmcv_key $(digest "${stack_files[@]}")" "check: NMS and RoIAlign of mmcv run; the packages load" "10 s" verify
 step package "$package_key" \
     "mmlocalmamba itself, editable; its CPU kernel is compiled since the step mmcv" "5 to 60 s" install_package
