@@ -33,6 +33,11 @@ html_title = f'mmlocalmamba {release}'
 copybutton_exclude = '.linenos, .gp'
 
 
+def link_research(app, docname, source):
+    """Make plain links to pages of research/, which are no pages of the site, into downloads."""
+    source[0] = re.sub(r'\]\((\.\./research/[\w/-]+\.md)(?:#[\w-]+)?\)', r'](path:\1)', source[0])
+
+
 def copy_demo(app, error):
     """What `make web-demo` has built; without it the bare page, which says so."""
     if error is None and app.builder.format == 'html':
@@ -47,4 +52,5 @@ def copy_demo(app, error):
 
 
 def setup(app):
+    app.connect('source-read', link_research)
     app.connect('build-finished', copy_demo)

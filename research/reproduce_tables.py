@@ -92,8 +92,8 @@ TABLES = [
 ]
 PREFACE = """# The paper's tables
 
-`python research/reproduce_tables.py --out research/tables.md` writes this page. Paper: arXiv 2403.09338. **Parameters and
-FLOPs are measured here. Accuracies are the paper's**: nobody has trained these configurations to the end here.
+`python research/reproduce_tables.py --out research/tables.md` writes this page. Paper: arXiv 2403.09338. **Parameters
+and FLOPs are measured here. Accuracies are the paper's**: nobody has trained these configurations to the end here.
 
 A multiply-add counts once. There are two ways of counting, `tools/get_flops.py --convention`:
 

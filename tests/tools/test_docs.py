@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmlocalmamba import backbones, directions, layers, registry, search
 
 ROOT = Path(__file__).resolve().parents[2]
+RESEARCH = sorted((ROOT / 'research').glob('*.md'))
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *sorted((ROOT / 'docs').glob('*.md'))]
 CONFIGS = {path.stem for path in (ROOT / 'configs').glob('*.py')}
 CONFIG = r'[\w{},*-]+_(?:in1k|coco|ade20k-512x512|digits)\b'
@@ -26,6 +27,7 @@ OTHERS = {'--vit-like'}
 SCRIPTS = [name for name in ('tools', 'research', 'tests/stress', 'tests/systems', 'docs/demo')
            if (ROOT / name).is_dir()]
 PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
+TEXT = {'.py', '.sh', '.yml', '.toml', '.txt', '.cpp', '.h', '.js', '.html', '.css', '.ipynb', '.in'}
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 
 
@@ -46,7 +48,8 @@ def anchors(path):
     return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
-@each_page
+@pytest.mark.parametrize('page', [*PAGES, *RESEARCH, ROOT / 'CHANGELOG.md', ROOT / 'docs/quickstart.ipynb'],
+                         ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files_exist(page):
     text = without_examples(page.read_text())
     for target, anchor in re.findall(r'\]\((?!https?:)([^)#]*)#?([^)]*)\)', text):
@@ -64,15 +67,45 @@ def test_named_files_exist(page):
             assert name in CONFIGS or '*' in name, f'configuration {name}'
 
 
+def texts():
+    """Yield every text file that is not a page: code, build files, configurations."""
+    folders = ('mmlocalmamba', 'tools', 'research', 'configs', 'docker', 'requirements', 'tests', 'docs', '.github')
+    built = {'.mim', '_build', 'node_modules', '__pycache__'}
+    for path in itertools.chain(ROOT.glob('*'), *((ROOT / name).rglob('*') for name in folders)):
+        if path.is_file() and not built & set(path.parts) and (
+                path.suffix in TEXT or path.name in ('Dockerfile', 'Makefile')):
+            yield path
+
+
+def test_code_names_pages_that_exist():
+    """Messages, docstrings and comments send the reader to pages, with anchors as in links."""
+    found = {(path, *name) for path in texts()
+             for name in re.findall(r'(?<![\w./-])((?:docs|research)/[\w-]+\.md)(?:#([\w-]+))?', path.read_text())}
+    assert len({path.name for path, *_ in found}) > 10
+    wrong = [f'{path.relative_to(ROOT)}: {name}#{anchor}' for path, name, anchor in found
+             if ('research' in SCRIPTS or not name.startswith('research/'))
+             and not ((ROOT / name).is_file() and (not anchor or anchor in anchors(ROOT / name)))]
+    assert not wrong
+
+
+def test_the_design_names_every_module():
+    page = (ROOT / 'docs/design.md').read_text()
+    modules = [path for path in (ROOT / 'mmlocalmamba').rglob('*.py')
+               if not {'.mim', 'stand_ins'} & set(path.parts) and path.stem != '__init__']
+    assert not [path.stem for path in modules if not re.search(rf'(?<![\w-]){path.stem}(?![\w-])', page)]
+    drawing = page.split('```')[1].split('configs/  docs/')[0]
+    assert set(re.findall(r'(\w+)\.py\b', drawing)) <= {path.stem for path in (ROOT / 'mmlocalmamba').rglob('*.py')}
+
+
 def test_pages_with_commands_say_how_to_enter_the_environment():
     pages = [page for page in PAGES if '```bash' in page.read_text()
              and page.name not in ('CONTRIBUTING.md', 'index.md')]
-    assert len(pages) > 10
+    assert len(pages) > 7
     assert not [page.name for page in pages if 'source .venv/bin/activate' not in page.read_text()]
 
 
 def test_no_page_has_the_name_of_one_of_sphinx():
-    """Sphinx's search page would replace docs/search.md."""
+    """Sphinx's search page would replace a page of that name."""
     assert not {path.stem for path in PAGES} & {'search', 'genindex', 'py-modindex'}
 
 
@@ -225,7 +258,7 @@ def test_the_reference_is_complete():
         assert set(package.__all__) <= listed
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/scans.md', 'docs/own_project.md'])
+@pytest.mark.parametrize('page', ['README.md', 'docs/scans.md', 'docs/extend.md'])
 def test_python_runs(page, monkeypatch, tmp_path):
     """Blocks that inherit are configurations and are read as such."""
     monkeypatch.setattr(directions, '_SCANS', dict(directions._SCANS))  # examples register directions
