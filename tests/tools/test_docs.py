@@ -13,7 +13,6 @@ from mmengine.config import Config
 from mmlocalmamba import backbones, directions, layers, registry, search
 
 ROOT = Path(__file__).resolve().parents[2]
-RESEARCH = sorted((ROOT / 'research').glob('*.md'))
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *sorted((ROOT / 'docs').glob('*.md'))]
 CONFIGS = {path.stem for path in (ROOT / 'configs').glob('*.py')}
 CONFIG = r'[\w{},*-]+_(?:in1k|coco|ade20k-512x512|digits)\b'
@@ -23,11 +22,13 @@ DOCKER_AND_SLURM = {'--build-arg', '--build-context', '--cap-drop', '--ipc', '--
                     '--user'}
 # Options of mmpretrain's vis_cam.
 OTHERS = {'--vit-like'}
+RESEARCH = sorted((ROOT / 'research').glob('*.md'))
+# Endings of the files that may name a page.
+TEXT = {'.py', '.sh', '.yml', '.toml', '.txt', '.cpp', '.h', '.js', '.html', '.css', '.ipynb', '.in'}
 # Folders of scripts. research/ may be missing.
 SCRIPTS = [name for name in ('tools', 'research', 'tests/stress', 'tests/systems', 'docs/demo')
            if (ROOT / name).is_dir()]
 PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
-TEXT = {'.py', '.sh', '.yml', '.toml', '.txt', '.cpp', '.h', '.js', '.html', '.css', '.ipynb', '.in'}
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 
 
