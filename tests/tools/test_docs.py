@@ -94,7 +94,7 @@ def test_the_design_names_every_module():
     modules = [path for path in (ROOT / 'mmlocalmamba').rglob('*.py')
                if not {'.mim', 'stand_ins'} & set(path.parts) and path.stem != '__init__']
     assert not [path.stem for path in modules if not re.search(rf'(?<![\w-]){path.stem}(?![\w-])', page)]
-    drawing = page.split('```')[1].split('configs/  docs/')[0]
+    drawing = page.split('```')[1]
     assert set(re.findall(r'(\w+)\.py\b', drawing)) <= {path.stem for path in (ROOT / 'mmlocalmamba').rglob('*.py')}
 
 
