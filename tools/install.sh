@@ -83,7 +83,8 @@ esac
 log=$(mktemp "${TMPDIR:-/tmp}/mmlocalmamba-install.XXXXXX")
 work=  # a folder for what is built
 progress=  # a process that tells how far the compiler is
-building= built=  # the process that builds this package, and its folder
+building=  # the process that builds this package
+built=  # its folder
 clean_up() {
     local status=$?
     [ -z "$progress" ] || kill "$progress" 2>/dev/null || true
@@ -422,7 +423,7 @@ mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.cu' -o -name 
 # `make clean` may have removed the links that an editable install puts into the source tree.
 [ -e mmlocalmamba/.mim/configs ] || rm -f "$venv/.stamps/package"
 package_key="$root $(digest setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")"
-[ $until != package ] || done_before package "$package_key" || start_building
+[ "$until" != package ] || done_before package "$package_key" || start_building
 step mmcv "$mmcv_key" "$about" "$time" install_mmcv
 step stack "$(digest "${stack_files[@]}")" \
     "MMEngine, mmpretrain, mmdet, mmsegmentation, mim" "1 to 2 minutes" install_stack
