@@ -101,8 +101,8 @@ def build(args):
         megabytes = (out / 'model.onnx').stat().st_size / 1e6
         name = Path(args.config).stem
         about = (f'{name}, {megabytes:.1f} MB with weights in 16 bits, classifies {100 * right:.1f} % of '
-                 f'{len(pictures)} validation digits correctly. It knows only digits, white on black. It takes any other '
-                 'picture for a digit, too.')
+                 f'{len(pictures)} validation digits correctly. It knows only digits, white on black, and takes '
+                 'any other picture for a digit.')
         (out / 'demo.json').write_text(json.dumps(dict(
             name=name, model=metadata, directions=directions, about=about, examples=examples, tables=tables(grids),
             grids=[dict(height=H, width=W, label=label) for (H, W), label in grids.items()])))

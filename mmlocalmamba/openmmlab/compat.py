@@ -15,7 +15,7 @@ from mmlocalmamba.files import SCHEME, SUFFIX
 from mmlocalmamba.weights import load_checkpoint, released
 
 # The last line of an error under mim.
-BEFORE_MIM = 'The error is above this line. What follows is a traceback of mim, which only says that its command failed.'
+BEFORE_MIM = "The error is above this line. What follows is mim's traceback, which only says that its command failed."
 # A scheme of MMEngine's checkpoint loader: what follows is loaded by load_checkpoint.
 WEIGHTS_ONLY = 'weights_only:'
 

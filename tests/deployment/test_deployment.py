@@ -384,7 +384,8 @@ def test_the_detector_of_the_page(tiny_digits, tmp_path, monkeypatch, capsys):
     known = json.loads((tiny_digits / 'coco/annotations/instances_val.json').read_text())
     right = wrong = there = 0
     # (left, top, right, bottom) of the part that is cut out, and its enlargement.
-    for entry, (part, scale) in zip(known['images'], [((0, 0, 128, 128), 1), ((0, 0, 128, 80), 3), ((40, 0, 128, 128), 2)]):
+    cuts = [((0, 0, 128, 128), 1), ((0, 0, 128, 80), 3), ((40, 0, 128, 128), 2)]
+    for entry, (part, scale) in zip(known['images'], cuts):
         picture = Image.open(tiny_digits / 'coco/val' / entry['file_name']).crop(part)
         picture.resize((scale * picture.width, scale * picture.height), Image.BILINEAR).save('photo.png')
         capsys.readouterr()
