@@ -11,8 +11,7 @@ each sequence is cut into chunks, all chunks advance together, and a short loop 
 along. The loop's body also makes the step sizes, in arrays that stay in the processor's cache.
 
 (Opset 27's ``LinearAttention`` can express such a scan, too: D heads with one key and one value each. ONNX Runtime 1.32
-turns it into a ``Scan`` over single steps, which is many times slower. Unrolling 2, 4, 7 or 14 steps in one iteration of
-the loop was slower, too.)
+turns it into a ``Scan`` over single steps, which is many times slower.)
 """
 import math
 from typing import Any, NamedTuple
