@@ -66,10 +66,12 @@ def grids_of(config, metadata):
     model, _ = load_model(Config.fromfile(config), None)
     backbone, found = model.backbone, {}
     side = metadata['height'] // backbone.patch_size, metadata['width'] // backbone.patch_size
-    for stage in range(len(getattr(backbone, 'stages', [None]))):
+    stages = len(getattr(backbone, 'stages', [None]))
+    for stage in range(stages):
         grid = side[0] >> stage, side[1] >> stage
         if min(grid) > 1:  # a single token has only one order
-            found[grid] = f'{grid[0]}x{grid[1]} (this model, stage {stage + 1})'
+            name = f'this model, stage {stage + 1}' if stages > 1 else 'this model'
+            found[grid] = f'{grid[0]}x{grid[1]} ({name})'
     return {**found, **OTHER_GRIDS}, list(dict.fromkeys(name for block in backbone.directions for name in block))
 
 
