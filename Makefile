@@ -23,8 +23,6 @@ DEMO_DATA := data/digits
 DEMO_DIR := work_dirs/demo
 
 WEB := docs/demo
-WEB_CONFIG := configs/localvmamba-nano_digits.py
-WEB_CHECKPOINT := work_dirs/localvmamba-nano_digits/epoch_40.pth
 
 # The tensors of the tests and the demo are small, so a second thread costs more than it saves. Threads that spin while
 # they wait starve the data loader: an iteration takes 5.2 s instead of 0.36 s on 2 cores.
@@ -47,7 +45,7 @@ help:
 	@echo "make smoke     install, build every configuration; train, resume and test each task on tiny data"
 	@echo "make install   install only"
 	@echo "make docs      build the documentation into docs/_build (Python >= 3.11; its own environment, 10 s)"
-	@echo "make web-demo  build the browser demo in docs/demo/_build (npm; trains a classifier first, 2 to 4 minutes)"
+	@echo "make web-demo  build the browser demo in docs/demo/_build (npm; packaged weights, no training)"
 	@echo "make web-demo-test   build the browser demo and test it in a headless Chromium (npm, chromium)"
 	@echo "make lint      run ruff and mypy"
 	@echo "make wheels    write the source distribution and both wheels into dist/ (CONTRIBUTING.md)"
@@ -124,17 +122,12 @@ audit: .venv-audit/.stamp | install
 
 # ---- browser demo ----
 
-# The last checkpoint exists when the training is done. An interrupted training continues.
-$(WEB_CHECKPOINT): | install $(DEMO_DATA)
-	@echo "Training the classifier of the demo: 2 to 4 minutes on 2 idle cores"
-	@$(BIN)/python tools/train.py $(WEB_CONFIG) --work-dir $(@D) --resume
-
 $(WEB)/node_modules/.package-lock.json: $(WEB)/package-lock.json
 	@command -v npm > /dev/null || { echo "npm is not installed: apt-get install npm (Node.js >= 18)"; exit 1; }
 	@npm ci --prefix $(WEB) --ignore-scripts --no-audit --no-fund
 
-web-demo: $(WEB)/node_modules/.package-lock.json $(WEB_CHECKPOINT) | install $(DEMO_DATA)
-	@$(BIN)/python docs/demo/web_demo.py build $(WEB_CONFIG) $(WEB_CHECKPOINT)
+web-demo: $(WEB)/node_modules/.package-lock.json | install $(DEMO_DATA)
+	@$(BIN)/python docs/demo/web_demo.py build
 
 web-demo-test: web-demo
 	@$(BIN)/python docs/demo/web_demo.py test

@@ -1,5 +1,6 @@
 """The cache of tensors that are derived from image table_cache."""
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def empty(monkeypatch):
     table_cache.clear()
     yield
     table_cache.clear()
+
+
+def test_the_page_names_the_limit():
+    page = (Path(__file__).parents[1] / 'docs/jobs.md').read_text()
+    assert f'the cache of scan tables holds at most {table_cache.MAX_BYTES >> 20} MiB' in page
 
 
 @pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)

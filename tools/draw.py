@@ -203,7 +203,7 @@ def main(arguments=None):
                        help='token grid (default: 14 14)')
     added.add_argument('--image', help='picture to draw on (default: none)')
     added.add_argument('--distances', action='store_true',
-                       help='draw how many steps each token is away from one of them, instead of the path')
+                       help='draw the distance of each token from one of them in steps, instead of the path')
     added = command('directions', directions, "Draw the scan directions of each block of a configuration's backbone.")
     added.add_argument('config', help='configuration file of any task')
     added.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',

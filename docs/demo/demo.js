@@ -1,5 +1,5 @@
-// Scan orders over a picture, and the digits' classifier in WebAssembly. Beside it lie what `make web-demo` has made:
-// demo.json, model.onnx, examples/, ort/.
+// Scan orders over a picture, and the classifier of digits in WebAssembly. `make web-demo` writes demo.json, model.onnx,
+// examples/ and ort/ beside this file.
 
 const LARGEST_K = 256;
 const WORDS = {h: 'rows', v: 'columns', 'w<K>': 'windows', diag: 'diagonals', zigzag: 'rows, to and fro',
@@ -191,7 +191,7 @@ function scanView(demo) {
     context.stroke();
     const {row, col, token} = steps[now];
     $('where').textContent = `${name}, step ${now + 1} of ${steps.length}: ` +
-      (token < 0 ? 'a pad, which completes a window' : `token ${token} (row ${row + 1}, column ${col + 1})`);
+      (token < 0 ? 'a pad that completes a window' : `token ${token} (row ${row + 1}, column ${col + 1})`);
   }
 
   function strokePath(points, color, width) {
@@ -363,7 +363,7 @@ function pictures(demo, changed) {
     try {
       bitmap = await createImageBitmap(file);
     } catch {
-      say(`${name || 'This'} is no picture that this browser can read. PNG, JPEG and WebP are.`, true);
+      say(`This browser cannot read ${name || 'this'} as a picture. It reads PNG, JPEG and WebP.`, true);
       return;
     }
     use(ofBitmap(bitmap), []);
@@ -423,7 +423,7 @@ function pictures(demo, changed) {
   document.addEventListener('drop', async event => {
     event.preventDefault();
     const [file] = event.dataTransfer.files;
-    file ? await open(file) : say('That was no file: drop a picture from a folder.', true);
+    file ? await open(file) : say('That is not a file. Drop a picture from a folder.', true);
   });
   const example = async ({file, label}) => open(await (await fetch(file)).blob(), `the ${label}`);
   for (const known of demo.examples) {
@@ -442,7 +442,7 @@ function pictures(demo, changed) {
 async function start() {
   const answer = await fetch('demo.json');
   if (!answer.ok) {
-    throw new Error('it was not built. In a clone, `make web-demo` does that');
+    throw new Error('it is not built. In a clone, run `make web-demo`');
   }
   const demo = await answer.json(), {height, width} = demo.model;
   $('input').width = width;
@@ -457,8 +457,9 @@ async function start() {
     classify(picture && normalise(pixels(), demo.model));
   };
   const showFirst = pictures(demo, changed);
-  $('blocks').textContent = `This model reads every image in the directions ${demo.directions.join(', ')}, and adds ` +
-    'what they find.';
+  $('blocks').textContent = `The model reads every image in the directions ${demo.directions.join(', ')}, and adds ` +
+    'their outputs.';
+  $('name').textContent = ` (${demo.name})`;
   $('model').textContent = demo.about;
   say('Loading the model ...');
   classify = await classifier(demo);

@@ -114,6 +114,7 @@ const checks = {
       assert.equal(await tab.locator('#result li span').first().textContent(), best(expected));
     }
     assert.deepEqual(wrong, []);
+    assert.equal(await tab.textContent('#name'), ` (${given.name})`);
     return `${given.images.length} images, largest difference ${worst.toExponential(1)}`;
   },
 
@@ -227,7 +228,7 @@ const checks = {
     assert.match(await tab.textContent('#where'), /^v_flip, step 2 of 64: token 55 /);
     // Canvases say what they are.
     for (const [role, name] of [['img', 'Scan v_flip over 8x8 tokens: 64 steps, 0 of them pads'],
-      ['application', 'Draw a digit'], ['img', 'What the model gets']]) {
+      ['application', 'Draw a digit'], ['img', 'Input of the model']]) {
       assert.equal(await tab.getByRole(role, {name, exact: true}).count(), 1, name);
     }
     // A digit, of straight lines, and one more line that is taken back.
@@ -267,13 +268,13 @@ const checks = {
     const {tab, wrong} = await open();
     const before = await logits(tab);
     await drop(tab, {name: 'notes.txt', type: 'text/plain', text: 'hello'});
-    await says(tab, /^notes\.txt is no picture that this browser can read/);
+    await says(tab, /cannot read notes\.txt as a picture/);
     await drop(tab, {name: 'broken.png', type: 'image/png', text: '\x89PNG\r\n'});
-    await says(tab, /^broken\.png is no picture/);
+    await says(tab, /cannot read broken\.png as a picture/);
     await tab.setInputFiles('#file', {name: 'empty.jpg', mimeType: 'image/jpeg', buffer: Buffer.alloc(0)});
-    await says(tab, /^empty\.jpg is no picture/);
+    await says(tab, /cannot read empty\.jpg as a picture/);
     await drop(tab, {text: 'a line of text'});
-    await says(tab, /^That was no file/);
+    await says(tab, /^That is not a file/);
     for (const K of ['0', '', '33', '2.5']) {
       await tab.selectOption('#direction', 'w<K>');
       await tab.fill('#size', K);
@@ -334,7 +335,7 @@ const checks = {
   async 'a folder that was not built, or holds half, says so'() {
     const missing = name => tab => tab.route(`**/${name}`, route => route.fulfill({status: 404}));
     const {tab} = await open({ready: false, prepare: missing('demo.json')});
-    await says(tab, /cannot start: it was not built.*make web-demo/);
+    await says(tab, /cannot start: it is not built.*make web-demo/);
     const {tab: half} = await open({ready: false, prepare: missing('model.onnx')});
     await says(half, /cannot start: /);
   },

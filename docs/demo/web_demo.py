@@ -1,14 +1,16 @@
 """Build and test the browser demo. `make web-demo` and `make web-demo-test` call this script.
 
-    python docs/demo/web_demo.py build CONFIG CHECKPOINT
+    python docs/demo/web_demo.py build [CONFIG CHECKPOINT]
     python docs/demo/web_demo.py test [--only WORD] [--screenshots FOLDER]
 
-`build` exports a classifier and writes it to docs/demo/_build, with the page of docs/demo, ONNX Runtime Web, examples
-and tables of scans. Any file server can serve that folder. `test` serves it, opens the page in a headless Chromium and
+`build` exports a classifier of digits, by default the one that comes with the package, and writes it to
+docs/demo/_build, with the page of docs/demo, ONNX Runtime Web, examples and tables of scans. Any file server can serve
+that folder. `test` serves it, opens the page in a headless Chromium and
 compares its results with those of onnxruntime and mmlocalmamba.directions in Python.
 """
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,9 @@ RUNTIME_FILES = {'ort.wasm.bundle.min.mjs': 'ort.js', 'ort-wasm-simd-threaded.wa
 DIGITS = ROOT / 'data/digits/imagenet/val'
 PHOTO = ROOT / 'data/digits/coco/val/0000_astronaut.png'
 SHAPE = ('32', '32')
+# Packaged weights, so that the demo needs no training.
+CONFIG = ROOT / 'configs/localvim-nano_digits.py'
+CHECKPOINT = 'mmlocalmamba://localvim-nano_digits'
 # Token grids in addition to the model's.
 OTHER_GRIDS = {(14, 14): '14x14 (224 pixels, patches of 16)'}
 # The page computes these scans itself. tests/tools/test_web_demo.py compares them with Python's.
@@ -61,20 +66,22 @@ def grids_of(config, metadata):
     model, _ = load_model(Config.fromfile(config), None)
     backbone, found = model.backbone, {}
     side = metadata['height'] // backbone.patch_size, metadata['width'] // backbone.patch_size
-    for stage in range(len(getattr(backbone, 'stages', [None]))):
+    stages = len(getattr(backbone, 'stages', [None]))
+    for stage in range(stages):
         grid = side[0] >> stage, side[1] >> stage
         if min(grid) > 1:  # a single token has only one order
-            found[grid] = f'{grid[0]}x{grid[1]} (this model, stage {stage + 1})'
+            name = f'this model, stage {stage + 1}' if stages > 1 else 'this model'
+            found[grid] = f'{grid[0]}x{grid[1]} ({name})'
     return {**found, **OTHER_GRIDS}, list(dict.fromkeys(name for block in backbone.directions for name in block))
 
 
 def build(args):
     from mmlocalmamba.deployment import runtimes
     if not all((RUNTIME / name).is_file() for name in RUNTIME_FILES):
-        sys.exit(f'{RUNTIME} is missing: npm ci --prefix {SOURCE}')
+        sys.exit(f'{RUNTIME} is missing. Install it: npm ci --prefix {SOURCE}')
     if not DIGITS.is_dir():
-        sys.exit(f'{DIGITS} is missing: python tools/dataset_converters/digits.py data/digits')
-    with tempfile.TemporaryDirectory(dir=SOURCE, prefix='_build.') as folder:
+        sys.exit(f'{DIGITS} is missing. Write it: python tools/dataset_converters/digits.py data/digits')
+    with tempfile.TemporaryDirectory(dir=BUILT.parent, prefix='_build.') as folder:
         out = Path(folder) / 'page'
         for name in ('ort', 'examples'):
             (out / name).mkdir(parents=True)
@@ -94,11 +101,12 @@ def build(args):
             shutil.copy(min((DIGITS / label).glob('*.png')), out / 'examples' / f'{label}.png')
             examples.append(dict(file=f'examples/{label}.png', label=f'validation digit {label}'))
         megabytes = (out / 'model.onnx').stat().st_size / 1e6
-        about = (f'{Path(args.config).stem}, {megabytes:.1f} MB with weights in 16 bits, gets {100 * right:.1f} % of '
-                 f'{len(pictures)} validation digits right. It knows nothing but digits, white on black: of any other '
-                 'picture it makes the digit that is least wrong.')
+        name = Path(args.config).stem
+        about = (f'{name}, {megabytes:.1f} MB with weights in 16 bits, classifies {100 * right:.1f} % of '
+                 f'{len(pictures)} validation digits correctly. It knows only digits, white on black, and takes '
+                 'any other picture for a digit.')
         (out / 'demo.json').write_text(json.dumps(dict(
-            model=metadata, directions=directions, about=about, examples=examples, tables=tables(grids),
+            name=name, model=metadata, directions=directions, about=about, examples=examples, tables=tables(grids),
             grids=[dict(height=H, width=W, label=label) for (H, W), label in grids.items()])))
         for name in PAGE:
             shutil.copy(SOURCE / name, out)
@@ -107,8 +115,8 @@ def build(args):
         shutil.rmtree(BUILT, ignore_errors=True)
         out.rename(BUILT)
     size = sum(path.stat().st_size for path in BUILT.rglob('*') if path.is_file())
-    place = BUILT.relative_to(ROOT)
-    print(f'{about}\n{place}: {size / 1e6:.1f} MB. Look at it: python -m http.server --directory {place}')
+    place = os.path.relpath(BUILT)
+    print(f'{about}\n{place}: {size / 1e6:.1f} MB. To see it: python -m http.server --directory {place}')
 
 
 def expected():
@@ -118,14 +126,14 @@ def expected():
     opened = runtimes.open_file(str(BUILT / 'model.onnx'), 'onnxruntime', threads=1)
     files = [path for folder in sorted(DIGITS.iterdir()) for path in sorted(folder.glob('*.png'))[1:4]]
     names = ['h', 'v_flip', 'w2', 'w7', 'w3_flip', 'w20', 'diag', 'zigzag_flip', 'hilbert']
-    grids = json.loads((BUILT / 'demo.json').read_text())['grids']
+    demo = json.loads((BUILT / 'demo.json').read_text())
     return dict(
-        classes=opened.metadata['classes'],
+        name=demo['name'], classes=opened.metadata['classes'],
         images=[dict(file=str(path), logits=opened.run(normalised(path, opened.metadata))[0][0].tolist())
                 for path in files],
         scans=[dict(name=name, grid=index, height=grid['height'], width=grid['width'],
                     table=scan_index(name, grid['height'], grid['width']).tolist())
-               for index, grid in enumerate(grids) for name in names])
+               for index, grid in enumerate(demo['grids']) for name in names])
 
 
 def test(args):
@@ -135,7 +143,7 @@ def test(args):
     if shutil.which('node') is None:
         sys.exit('Node.js is not installed: apt-get install nodejs npm')
     if not (BUILT / 'model.onnx').is_file():
-        sys.exit('The demo is not built: make web-demo')
+        sys.exit('The demo is not built. Build it: make web-demo')
     with ThreadingHTTPServer(('127.0.0.1', 0), Quiet) as server, tempfile.TemporaryDirectory() as folder:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         given = Path(folder) / 'expected.json'
@@ -161,8 +169,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser('build', help='build docs/demo/_build from a trained classifier of digits')
-    command.add_argument('config', help='configuration file')
-    command.add_argument('checkpoint', help='its checkpoint')
+    command.add_argument('config', nargs='?', help="configuration file (default: the package's classifier of digits)")
+    command.add_argument('checkpoint', nargs='?', help='its checkpoint')
     command.set_defaults(run=build)
     command = commands.add_parser('test', help='test the page in a headless Chromium')
     command.add_argument('--screenshots', default='work_dirs/web_demo', metavar='FOLDER',
@@ -170,6 +178,11 @@ def main():
     command.add_argument('--only', default='', metavar='WORD', help='run only checks whose names contain WORD')
     command.set_defaults(run=test)
     args = parser.parse_args()
+    if args.run is build:
+        if args.config is None:
+            args.config, args.checkpoint = CONFIG, CHECKPOINT
+        elif args.checkpoint is None:
+            parser.error(f'{args.config} needs a CHECKPOINT')
     args.run(args)
 
 

@@ -55,10 +55,10 @@ class LoadCheckpointHook(Hook):
         contents = read(checkpoint, self.key, prefix)
         # MMEngine would complain about one missing entry after the other.
         if runner._resume and (contents.family is not None or 'message_hub' not in checkpoint):
-            held = 'has weights alone, no state of a training' if contents.family is None else \
+            held = 'holds only weights, no training state' if contents.family is None else \
                 f"is of {contents.family}'s authors"
-            raise RuntimeError(f'the checkpoint {held}: a training cannot resume from it, but start, with load_from '
-                               'and without resume')
+            raise RuntimeError(f'the checkpoint {held}: a training cannot resume from it. To start from its weights, '
+                               'set load_from without resume')
         own, weights = weights_for(contents, backbone, 'the checkpoint', self.allow, self.channels, self.grid)
         found = fit(backbone, own)
         lines = []

@@ -1,6 +1,9 @@
 """The differences between the OpenMMLab and OneDL packages, and between MMEngine's ways to load a checkpoint."""
 import logging
+import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from mmengine.logging import HistoryBuffer, print_log
@@ -11,6 +14,8 @@ from mmlocalmamba import files
 from mmlocalmamba.files import SCHEME, SUFFIX
 from mmlocalmamba.weights import load_checkpoint, released
 
+# The last line of an error under mim.
+BEFORE_MIM = "The error is above this line. What follows is mim's traceback, which only says that its command failed."
 # A scheme of MMEngine's checkpoint loader: what follows is loaded by load_checkpoint.
 WEIGHTS_ONLY = 'weights_only:'
 
@@ -32,6 +37,31 @@ def send_messages_to_mmengine() -> None:
         logger.addHandler(_ToMMEngine())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def _parent_is_mim() -> bool:
+    try:
+        command = Path(f'/proc/{os.getppid()}/cmdline').read_bytes().split(b'\0')
+    except OSError:  # the system has no such file, or the parent has ended
+        return False
+    return any(word.rpartition(b'/')[2] == b'mim' for word in command[:2])  # of `python /.../bin/mim train ...`
+
+
+def point_at_errors_under_mim() -> None:
+    """If mim has started this process, write a last line after the traceback of an uncaught error.
+
+    mim then prints a traceback of its own, which hides the error from a reader who looks at the end.
+    """
+    previous = sys.excepthook
+    if getattr(previous, 'under_mim', False) or not _parent_is_mim():
+        return
+
+    def excepthook(*error: Any) -> None:
+        previous(*error)
+        print(BEFORE_MIM, file=sys.stderr)
+
+    excepthook.under_mim = True  # type: ignore[attr-defined]
+    sys.excepthook = excepthook
 
 
 # ---- checkpoints ----

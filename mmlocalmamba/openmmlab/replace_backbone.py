@@ -113,7 +113,7 @@ def _build(backbone: dict) -> Any:
     with torch.device('meta'):
         built = MODELS.build(dict(backbone, init_cfg=None))
     if not hasattr(built, 'out_channels'):
-        raise ValueError(f'{backbone.get("type")} is no backbone of mmlocalmamba')
+        raise ValueError(f'{backbone.get("type")} is not a backbone of mmlocalmamba')
     return built
 
 
@@ -122,7 +122,7 @@ def _owner(model: dict) -> dict:
     owners = [model] if 'backbone' in model else [part for part in _parts(model) if 'backbone' in part]
     if len(owners) != 1:
         raise ValueError(f'{model.get("type")} has {len(owners)} parts with a backbone: '
-                         'with_backbone takes a part with one')
+                         'give with_backbone a part that has one')
     for part in _parts(owners[0]):
         for key in {'shared_head', 'rfp_backbone'} & set(part):
             raise ValueError(f'{part.get("type")} has {key}, which is made for {owners[0]["backbone"].get("type")}: '

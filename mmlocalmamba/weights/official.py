@@ -28,8 +28,7 @@ _VIM_DIRECTIONS = ('h', 'h_flip')
 _VIM_STRIDES = {14: 16, 27: 8}
 
 # A line of remarks().
-DIRECTIONS_UNKNOWN = ("the authors' files do not say which scan directions they belong to: the configuration's are "
-                      'taken')
+DIRECTIONS_UNKNOWN = ("the authors' files do not name their scan directions: those of the configuration are used")
 
 # Names that only one family has. VMamba's version 2 has those of LocalVMamba, with MLPs and without SCAttn.
 _MARKS = {family: re.compile(pattern) for family, pattern in (
@@ -119,8 +118,8 @@ def remarks(state_dict: Mapping[str, Tensor]) -> list[str]:
     embedding = weights.get('patch_embed.proj.weight')
     if family == 'LocalVim' and embedding is not None and len(embedding) == 384:
         lines.append("the authors' code has two models called local_vim_small, and the later one, without search, "
-                     'hides the other: a file that was trained by that name belongs to localvim-s-nosearch, and '
-                     'nothing in it shows that')
+                     'hides the other: a file that was trained under that name belongs to localvim-s-nosearch, '
+                     'but nothing in it shows that')
     return lines
 
 
@@ -175,9 +174,9 @@ def as_localmamba(state_dict: Mapping[str, Tensor]
                              f'{"x".join(map(str, value.shape[2:]))} ({name}), which have no counterpart here. '
                              'Versions 0 and 2 are converted')
     if family == 'LocalVim' and any(re.fullmatch(r'layers\.\d+\.norm\.bias', name) for name in own):
-        raise ValueError("this LocalVim normalises by LayerNorm (it has layers.0.norm.bias), as the authors' detectors "
-                         'and segmentors by rms_norm=False; LocalVim is by RMSNorm here, as in their classifiers, and '
-                         'cannot give its numbers')
+        raise ValueError("this LocalVim has LayerNorm (layers.0.norm.bias), as the authors' detectors and segmentors "
+                         'with rms_norm=False have. LocalVim has RMSNorm here, as their classifiers have, and cannot '
+                         'compute the same')
     rename = dict(Vim=_vim_name, VMamba=_vmamba_name).get(family, str)
     names = {rename(name): prefix + name for name in own}
     weights = {rename(name): _vim_tensor(name, value) if family == 'Vim' else value for name, value in own.items()}
@@ -319,7 +318,7 @@ def _convert_local_vmamba(weights: Mapping[str, Tensor]) -> tuple[StateDict, lis
                 shown = [op + other for other in ('x_proj_weight', 'dt_projs_weight', 'dt_projs_bias')]
                 K = next((len(weights[other]) for other in shown if other in weights), None)
                 if K is None:
-                    raise ValueError(f'{name}: the number of scan directions cannot be told, the checkpoint has none '
+                    raise ValueError(f'{name}: the number of scan directions is unknown: the checkpoint has none '
                                      f'of {", ".join(shown)}')
                 tensor = tensor.reshape(K, -1, *tensor.shape[1:])
             elif leaf == 'multi_scan.weights':
@@ -415,8 +414,8 @@ def to_official(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]
         tokens, channels = official['pos_embed'].shape[1:]
         rows, columns = grid or (round(tokens ** 0.5), ) * 2
         if rows * columns != tokens:
-            raise ValueError(f'the grid of {tokens} positions is unknown: they are of no square, and the state dict '
-                             'has no metadata that say it')
+            raise ValueError(f'the grid of {tokens} positions is unknown: {tokens} is not a square number, and the '
+                             'state dict has no metadata with the grid')
         tables = rotary_tables(rows, columns, channels, 14, official['pos_embed'].device)
         official['rope.freqs_cos'], official['rope.freqs_sin'] = (table.clone() for table in tables)
     if rest:

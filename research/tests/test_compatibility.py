@@ -32,7 +32,7 @@ def test_methods_train_and_predict(upstream, method, backbone):
 def test_the_page_has_the_table():
     rows = compatibility.read(compatibility.TABLE).values()
     assert {row['result'] for row in rows} == {'ok', 'failed'}
-    assert compatibility.markdown(rows) in (ROOT / 'docs' / 'compatibility.md').read_text()
+    assert compatibility.markdown(rows) in (ROOT / 'research' / 'compatibility.md').read_text()
 
 
 @pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='the case runs in a fork')

@@ -1,6 +1,7 @@
 """Exported files compute what the models compute, in the runtimes that read them, and a bad one is not left behind."""
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from deployment import evaluate, export
 from mmengine.config import Config
+from PIL import Image
 from torch import nn
 
 from mmlocalmamba import __main__, create_model
@@ -294,7 +296,6 @@ def test_commands_for_grey_images(grey, tmp_path, monkeypatch, capsys):
     """Export with a picture, features, FLOPs, receptive fields, gates and predictions."""
     import draw
     import get_flops
-    from PIL import Image
     picture = tmp_path / 'a.png'
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32), dtype=np.uint8)).save(picture)
     run(monkeypatch, *grey, tmp_path / 'model.pt2', '--shape', 32, 32, '--check', picture)
@@ -361,6 +362,48 @@ def test_detectors(name, tmp_path):
     found = runtimes.open_file(path, threads=1).run(images.numpy())
     (line, error), = exporting.errors(graph, [value.numpy() for value in expected], found)
     assert error < 1e-4, line
+
+
+def overlap(a, b):
+    """Return the intersection over union of two boxes (x1, y1, x2, y2)."""
+    width, height = (min(a[2 + i], b[2 + i]) - max(a[i], b[i]) for i in (0, 1))
+    both = max(width, 0) * max(height, 0)
+    return both / (sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - both)
+
+
+@pytest.mark.slow
+def test_the_detector_of_the_page(tiny_digits, tmp_path, monkeypatch, capsys):
+    """The page's few lines of ONNX Runtime find the digits on photographs of any shape, in their pixels."""
+    name = 'mask-rcnn_localvmamba-nano_digits'
+    run(monkeypatch, f'{ROOT}/configs/{name}.py', f'mmlocalmamba://{name}', tmp_path / 'detector.onnx',
+        '--shape', 128, 128)
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs/deployment.md').read_text(), flags=re.S)
+    code, = (block for block in blocks if 'detector.onnx' in block)
+    assert len([line for line in code.splitlines() if line and 'import' not in line]) <= 12
+    monkeypatch.chdir(tmp_path)
+    known = json.loads((tiny_digits / 'coco/annotations/instances_val.json').read_text())
+    right = wrong = there = 0
+    # (left, top, right, bottom) of the part that is cut out, and its enlargement.
+    cuts = [((0, 0, 128, 128), 1), ((0, 0, 128, 80), 3), ((40, 0, 128, 128), 2)]
+    for entry, (part, scale) in zip(known['images'], cuts):
+        picture = Image.open(tiny_digits / 'coco/val' / entry['file_name']).crop(part)
+        picture.resize((scale * picture.width, scale * picture.height), Image.BILINEAR).save('photo.png')
+        capsys.readouterr()
+        exec(re.sub(r"'data/digits/\S+\.png'", "'photo.png'", code), {})
+        found = [(line[0], json.loads(line[line.index('['):])) for line in capsys.readouterr().out.splitlines()]
+        truths = []
+        for truth in known['annotations']:
+            x, y, width, height = truth['bbox']
+            x, y = x - part[0], y - part[1]
+            if truth['image_id'] == entry['id'] and 0 <= x and 0 <= y and x + width <= picture.width \
+                    and y + height <= picture.height:
+                label = next(kind['name'] for kind in known['categories'] if kind['id'] == truth['category_id'])
+                truths.append((label, [scale * value for value in (x, y, x + width, y + height)]))
+        there += len(truths)
+        good = [any(label == other and overlap(box, place) > 0.5 for label, box in found) for other, place in truths]
+        right += sum(good)
+        wrong += len(found) - sum(good)
+    assert there >= 3 and right >= 0.7 * there and wrong <= 0.5 * there, (there, right, wrong)
 
 
 def test_errors_of_detections():

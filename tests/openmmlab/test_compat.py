@@ -15,7 +15,7 @@ from processes import ROOT
 
 from mmlocalmamba import config_path
 from mmlocalmamba.files import allow_checkpoints, load_checkpoint
-from mmlocalmamba.openmmlab.compat import weights_only
+from mmlocalmamba.openmmlab.compat import BEFORE_MIM, weights_only
 from mmlocalmamba.openmmlab.engine.checkpoints import histories, to_plain_values
 
 # What the package of the first version replaced, by identity.
@@ -63,6 +63,31 @@ def test_a_configuration_changes_nothing():
                          'import ')
     assert 'Config.fromfile' in code and 'safetensors' in code
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+
+
+# ---- mim's own traceback ----
+
+STARTER = """
+import subprocess, sys
+subprocess.check_call([sys.executable, '-c', sys.argv[1]])
+"""
+TRAINING = """
+from mmlocalmamba.openmmlab.checks import TrainingChecksHook
+TrainingChecksHook()
+TrainingChecksHook()
+raise ValueError('the reason')
+"""
+
+
+@pytest.mark.parametrize('name', ['mim', 'other'])
+@pytest.mark.slow
+def test_an_error_under_mim_says_where_it_is(name, tmp_path):
+    """mim, whose program this stands for, prints a traceback of its own after that of the training."""
+    (tmp_path / name).write_text(STARTER)
+    done = subprocess.run([sys.executable, tmp_path / name, TRAINING], cwd=ROOT, capture_output=True, text=True)
+    pointer = f'{BEFORE_MIM}\n' if name == 'mim' else ''
+    assert f'ValueError: the reason\n{pointer}Traceback (most recent call last):\n' in done.stderr
+    assert 'CalledProcessError' in done.stderr.splitlines()[-1]
 
 
 # ---- what torch may read ----

@@ -210,7 +210,7 @@ def test_several_maps_of_a_classifier():
     (detector(), dict(VMAMBA, out_indices=(1, 2)), r'RetinaNet reads 4 maps, but out_indices=\(1, 2\) gives 2'),
     (detector(backbone=VIT), VMAMBA, 'RetinaNet reads maps of one stride, as VisionTransformer gives: use LocalVim'),
     (detector(), dict(type='mmlocalmamba.SimpleFPN', backbone_channel=8, out_channels=8, num_outs=4),
-     'mmlocalmamba.SimpleFPN is no backbone of mmlocalmamba'),
+     'mmlocalmamba.SimpleFPN is not a backbone of mmlocalmamba'),
 ])
 def test_refusals_name_the_part(model, backbone, message):
     with pytest.raises(ValueError, match=message):

@@ -94,7 +94,7 @@ def search(**options):
 
 @pytest.mark.parametrize('options, problem', [
     ({'default_hooks.checkpoint.save_best': 'accuracy/top7', 'default_hooks.checkpoint.rule': 'greater'},
-     "CheckpointHook.save_best='accuracy/top7' is no metric of val_evaluator, which has accuracy/top1"),
+     "CheckpointHook.save_best='accuracy/top7' is not a metric of val_evaluator, which has accuracy/top1"),
     ({'custom_hooks': [dict(type='EarlyStoppingHook', monitor='none', rule='less')]},
      "EarlyStoppingHook.monitor='none' is no metric"),
     ({'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='none', rule='less')]},

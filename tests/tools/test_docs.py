@@ -261,9 +261,13 @@ def test_the_reference_is_complete():
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/scans.md', 'docs/extend.md'])
 def test_python_runs(page, monkeypatch, tmp_path):
-    """Blocks that inherit are configurations and are read as such."""
+    """Blocks that inherit are configurations and are read as such.
+
+    tests/ops/test_stand_ins.py runs those of other Mamba code.
+    """
     monkeypatch.setattr(directions, '_SCANS', dict(directions._SCANS))  # examples register directions
-    names, blocks = {}, re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), flags=re.S)
+    text = (ROOT / page).read_text().partition('## Other Mamba code\n')[0]
+    names, blocks = {}, re.findall(r'```python\n(.*?)```', text, flags=re.S)
     for block in blocks:
         if re.search('^_base_ = ', block, flags=re.M):
             (tmp_path / 'mine.py').write_text(block)

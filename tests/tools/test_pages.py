@@ -36,7 +36,7 @@ PAGES = {
         'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'found_classes/*.png',
         'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'work_dirs/robustness.png', 'work_dirs/few_shot.csv'],
     'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
-    'deployment': ['digits.onnx', 'digits.pt2'],
+    'deployment': ['digits.onnx', 'detector.onnx', 'digits.pt2'],
 }
 # Things that a test does not have.
 NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling')

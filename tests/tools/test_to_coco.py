@@ -225,7 +225,7 @@ def test_lines_that_are_no_object_are_named(yolo, convert):
 
 def test_units_and_forms_that_are_said(yolo, convert):
     text(yolo / 'a.txt', '0 10 5 30 15')
-    refused(convert, 'nothing is left', 'data')
+    refused(convert, 'no object is left', 'data')
     assert objects(convert('data', '--units', 'pixels', '--boxes', 'xyxy')[0]) == {('a.JPG', 'cat'): [10, 5, 20, 10]}
 
 
@@ -321,7 +321,7 @@ def test_voc_polygons_and_sizes(tmp_path, convert):
     assert content['annotations'][0]['segmentation'] == [[10.5, 5, 30, 5, 30, 15]]
     voc(tmp_path / 'data/a.xml', [('cat', (20, 10, 60, 30), '')],
         size='<size><width>80</width><height>40</height></size>')
-    assert 'nothing is left' in refused(convert, 'no object', 'data', '--overwrite')
+    assert 'no object is left' in refused(convert, 'no object', 'data', '--overwrite')
     content, _ = convert('data', '--overwrite', '--resized', 'scale', '--base', '0')
     assert objects(content) == {('a.jpg', 'cat'): [10, 5, 20, 10]}
     content, _ = convert('data', '--overwrite', '--resized', 'keep', '--base', '0')
@@ -711,7 +711,7 @@ def test_the_program(yolo, tmp_path):
     program = [sys.executable, ROOT / 'tools/dataset_converters/to_coco.py', yolo, tmp_path / 'out.json']
     text(yolo / 'a.txt', '0 0.5 0.5\n')
     done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == 1 and 'nothing is left' in done.stderr and f'{yolo}/a.txt:1: ' in done.stdout
+    assert done.returncode == 1 and 'no object is left' in done.stderr and f'{yolo}/a.txt:1: ' in done.stdout
     assert not list(tmp_path.glob('out*'))
 
 

@@ -104,6 +104,40 @@ def test_the_test_says_what_is_missing(program, message, monkeypatch):
         web_demo.main()
 
 
+@pytest.mark.skipif(shutil.which('make') is None, reason='make is not installed')
+def test_the_build_trains_nothing():
+    done = subprocess.run(['make', '-n', 'web-demo'], cwd=DEMO.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'web_demo.py build' in done.stdout and 'train' not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_build_takes_the_weights_of_the_package(monkeypatch, tmp_path, tiny_digits):
+    """It needs no other checkpoint. The page names the model that it has."""
+    import onnx
+
+    from mmlocalmamba.files import SCHEME, packaged_names
+    monkeypatch.setattr(web_demo, 'RUNTIME', tmp_path)
+    for name in web_demo.RUNTIME_FILES:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(web_demo, 'DIGITS', tiny_digits / 'imagenet/val')
+    monkeypatch.setattr(web_demo, 'BUILT', tmp_path / '_build')
+    monkeypatch.setattr(sys, 'argv', ['web_demo.py', 'build'])
+    web_demo.main()
+    demo = json.loads((tmp_path / '_build/demo.json').read_text())
+    assert demo['name'] in packaged_names() and web_demo.CHECKPOINT == SCHEME + demo['name']
+    right = re.match(rf'{demo["name"]}, .* classifies ([\d.]+) % of \d+ validation digits', demo['about'])
+    assert float(right[1]) > 80
+    assert demo['model']['classes'] == list('0123456789') and len(demo['examples']) == 10
+    onnx.checker.check_model(str(tmp_path / '_build/model.onnx'))
+
+
+def test_the_page_names_no_model_by_itself():
+    """demo.json has the name."""
+    sources = ''.join((DEMO / name).read_text() for name in web_demo.PAGE)
+    assert not re.search('LocalVim|LocalVMamba', sources)
+
+
 def test_the_build_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(web_demo, 'RUNTIME', tmp_path / 'runtime')
     monkeypatch.setattr(sys, 'argv', ['web_demo.py', 'build', 'a.py', 'a.pth'])

@@ -100,7 +100,7 @@ def test_detectors_of_the_authors(tmp_path, family, way):
 
 @pytest.mark.parametrize('change, message', [
     ({'layers.0.norm.bias': torch.zeros(16)},
-     r'normalises by LayerNorm \(it has layers.0.norm.bias\).*cannot give its numbers$'),
+     r'has LayerNorm \(layers.0.norm.bias\).*cannot compute the same$'),
     ({'layers.1.mixer.A_log_0': None},
      r'layers.1.mixer.ssm.A_log: the checkpoint has directions \[1\], expected 0 to 1'),
 ])
@@ -138,7 +138,7 @@ def test_no_word_on_the_number_of_directions():
     op = 'layers.1.blocks.0.op.'
     for name in ('x_proj_weight', 'dt_projs_weight', 'dt_projs_bias'):
         del weights[op + name]
-    with pytest.raises(ValueError, match=f'{op}A_logs: the number of scan directions cannot be told'):
+    with pytest.raises(ValueError, match=f'{op}A_logs: the number of scan directions is unknown'):
         from_official(weights)
 
 
@@ -196,7 +196,7 @@ def test_the_shadowed_name_is_told(tmp_path, log, channels, told):
     build = lambda: LocalVim(arch, img_size=32, directions=['h', 'v'])  # noqa: E731
     load(build(), tmp_path, official_of(build())[0])
     assert ('localvim-s-nosearch' in log[-1][0]) == told
-    assert 'do not say which scan directions' in log[-1][0]
+    assert 'do not name their scan directions' in log[-1][0]
 
 
 VIM_GRIDS = {16: 14, 8: 27}

@@ -94,7 +94,7 @@ def test_downloaded_once_and_converted(served, model, cache, log):  # noqa: F811
     lines = '\n'.join(message for message, _ in log)
     assert 'downloading http://127.0.0.1' in lines and "converted from LocalVim's names" in lines
     assert 'licence: MIT, reported at https://example.org: top-1 12.3' in lines
-    assert 'do not say which scan directions' not in lines  # the name does
+    assert 'do not name their scan directions' not in lines  # the name does
     features = create_model(TINY, pretrained=True, num_classes=0).eval()
     torch.testing.assert_close(model.head(features(images)), model(images))
     assert len(create_model(TINY, pretrained=True, features_only=True, out_indices=(1, 3))(images)) == 2

@@ -456,10 +456,10 @@ def parse_args(args):
     parser.add_argument('--images', type=Path, help='folder of the pictures; file names become relative to it')
     parser.add_argument('--classes', help='class names in order, separated by commas, or a file with one a line; for '
                                           'YOLO in the order of their numbers, for other formats the ones to keep')
-    parser.add_argument('--split', help='write this split alone')
+    parser.add_argument('--split', help='write only this split')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    parser.add_argument('--strict', action='store_true', help='write nothing if something is left out')
-    parser.add_argument('--examples', type=int, default=3, help='places to print of each change (default: 3)')
+    parser.add_argument('--strict', action='store_true', help='write nothing if anything would be left out')
+    parser.add_argument('--examples', type=int, default=3, help='examples to print of each change (default: 3)')
     parser.add_argument('--unlabelled', choices=['keep', 'leave-out'],
                         help='pictures without an annotation file (default: keep for YOLO, else leave-out)')
     parser.add_argument('--boxes', choices=['xywh', 'xyxy', 'cxcywh'], help='numbers of a box in YOLO and COCO files')
@@ -518,7 +518,7 @@ def main(args=None):
     for split, (content, _) in files.items():
         print(summary(content, split))
     if not any(content['annotations'] for content, _ in files.values()):
-        raise SystemExit('nothing is left: no object. Nothing is written')
+        raise SystemExit('no object is left, so nothing is written')
     if args.strict and any(group == 'left out' for group, _ in log.counts):
         raise SystemExit('--strict: something is left out, so nothing is written')
     present = [path for path in (*targets.values(), *args.embedded) if path.exists()]

@@ -236,8 +236,8 @@ _SIZE_TEXTS = {
     'swapped': (Problem, '', "Exchange 'width' and 'height' if the boxes fit the picture; otherwise turn the boxes, "
                              "too"),
     'near': (Note, '', "Correct 'width' and 'height'"),
-    'other': (Problem, '', 'The pictures were resized after annotation, or are others: scale the boxes, or use the '
-                           'pictures that were annotated'),
+    'other': (Problem, '', 'The pictures were resized after annotation, or are other pictures: scale the boxes, or use '
+                           'the pictures that were annotated'),
 }
 
 
@@ -276,8 +276,8 @@ def evaluator_findings(split: Split, coco: CocoFile, truth: CocoFile, masks: boo
         yield Problem(file, "it has no 'iscrowd', and pycocotools stops with a KeyError", "Write 'iscrowd': 0",
                       noun='annotation', entries=lacking, key='id')
     if not truth.annotations:
-        yield Problem(file, 'it has no annotations: AP is -1 always',
-                      'Name an annotation file with the truth, or turn the validation off')
+        yield Problem(file, 'it has no annotations: AP is always -1',
+                      'Name an annotation file with the truth, or turn off the validation')
     if masks:
         yield from _mask_findings_of_truth(file, truth)
     if truth is coco:

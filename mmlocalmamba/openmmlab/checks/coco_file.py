@@ -148,7 +148,7 @@ class CocoFile:
                 f'{listed(map(repr, known))}'
         if all(str(value) in typed for value in values):
             write = (f'Write {values[0]!r} as {typed[str(values[0])]!r}: types must agree')
-            self._problem(f"'{field}' is of another type than the 'id' that it means", write, 'annotation', entries)
+            self._problem(f"'{field}' is of another type than the 'id' that it refers to", write, 'annotation', entries)
         elif noun == 'category':
             numbers = {value for value in values if isinstance(value, int)}
             shift = next((step for step in (1, -1) if numbers and {
@@ -209,11 +209,11 @@ class CocoFile:
             if negative.any():
                 self._problem("'bbox' has a negative width or height", 'Write [x, y, width, height] in pixels',
                               'annotation', ids[negative])
-            self._share(self.outside, count, 'the box is outside of its picture and left out',
+            self._share(self.outside, count, 'the box is outside its picture and is left out',
                         "Correct 'bbox', or the picture's size")
-            self._share(beyond & ~self.outside, count, 'the box reaches out of its picture and is cut', "Correct "
+            self._share(beyond & ~self.outside, count, 'the box extends beyond its picture and is clipped', "Correct "
                         "'bbox' ([x, y, width, height] in pixels), or the picture's 'width' and 'height'")
-            self._share(self.small & ~negative, count, 'the box is narrower than a pixel and left out',
+            self._share(self.small & ~negative, count, 'the box is narrower than a pixel and is left out',
                         "Correct 'bbox'")
         if self.no_area.any():
             self._problem("'area' is 0, and MMDetection leaves such objects out",

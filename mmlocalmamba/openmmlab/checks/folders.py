@@ -49,7 +49,7 @@ def _folders(split: Split, tally: Tally) -> Iterator[Finding]:
         loose = [path for path in others if os.path.dirname(path) == root.rstrip(os.sep)]
         rest = [path for path in others if path not in set(loose)]
         if loose:
-            yield Note(root, 'it is in no folder of a class and left out', 'Move it into one', noun='picture',
+            yield Note(root, 'it is in no folder of a class and is left out', 'Move it into one', noun='picture',
                        entries=loose)
         if rest:
             lost = [name for name in folders if name not in used and inside.get(name)]

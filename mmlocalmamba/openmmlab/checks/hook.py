@@ -26,6 +26,7 @@ from mmlocalmamba.openmmlab.checks.model import (
     segmentation_head,
 )
 from mmlocalmamba.openmmlab.checks.resumption import resumption_remarks
+from mmlocalmamba.openmmlab.compat import point_at_errors_under_mim
 from mmlocalmamba.openmmlab.engine.broken_files import BrokenFilesHook
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.weights.loading import unwrap_model
@@ -39,7 +40,8 @@ class TrainingChecksHook(Hook):
 
     The hook reads the data's files (docs/data.md, "The audit"), logs what they hold, and stops if they hold what nobody
     means. It also warns, before the first iteration and at the end of the log, if the backbone starts from scratch or
-    the resumed training is already finished. It changes nothing.
+    the resumed training is already finished. Under mim, it adds a line to an error that stops the process, because mim
+    prints a traceback of its own after it.
 
     Args:
         strict: False only warns of problems.
@@ -56,6 +58,7 @@ class TrainingChecksHook(Hook):
         self.remarks: list[str] = []
         self.saved: tuple[str, ...] | None = None
         self.seen: list[Any] = []  # loops whose data were checked
+        point_at_errors_under_mim()
 
     def before_run(self, runner: Any) -> None:
         self.saved = None

@@ -47,7 +47,7 @@ def picture_findings(split: Split, headers: dict[str, Header], skip: int = 0) ->
     yield from _deep(where, split.loader, [path for path in deep if path not in set(wide)])
     several = [path for path, header in headers.items() if header.frames > 1]
     if several:
-        yield Note(where, 'the file has several frames, of which the first alone is read',
+        yield Note(where, 'the file has several frames, of which only the first is read',
                    'Write each frame as a file if you want them', noun='picture', entries=several)
 
 

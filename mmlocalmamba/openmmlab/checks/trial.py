@@ -224,7 +224,8 @@ def _validate(report: _Report, runner: Runner) -> None:
                              silent=True)
     for setting, key in _monitored(runner):
         if metrics and key != 'auto' and key not in metrics:
-            report.line('problem', f'{setting}={key!r} is no metric of val_evaluator, which has {", ".join(metrics)}')
+            report.line('problem', f'{setting}={key!r} is not a metric of val_evaluator, which has '
+                                   f'{", ".join(metrics)}')
         elif metrics is not None and not metrics:
             report.line('note', f'{setting}={key!r} is not checked: the evaluation of one batch has no metrics')
 

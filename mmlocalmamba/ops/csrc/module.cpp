@@ -1,4 +1,4 @@
-// The Python module: importing it registers the operators that ops/library.py declares.
+// The Python module. Importing it registers the CPU kernels of the operators that ops/library.py declares.
 
 #include <Python.h>
 #include <torch/version.h>

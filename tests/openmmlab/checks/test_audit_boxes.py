@@ -289,7 +289,7 @@ def test_a_few_polygons_of_two_points(tmp_path):
 # ---- evaluation ----
 
 @pytest.mark.parametrize('change, part', [
-    (one(id=0), 'takes the id 0'), (lambda content: content['annotations'].clear(), 'AP is -1 always'),
+    (one(id=0), 'takes the id 0'), (lambda content: content['annotations'].clear(), 'AP is always -1'),
     (annotations(id=lambda entry: f'a{entry["id"]}'), 'ids are no numbers')])
 def test_evaluations(change, part, tmp_path):
     content = coco_content()
