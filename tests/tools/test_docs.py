@@ -145,8 +145,12 @@ def options_of_mim(command, package):
         return own
     if package == 'mmlocalmamba':
         return own | options_of(ROOT / f'tools/{command}.py')
-    folder = Path(importlib.util.find_spec(PACKAGES[package]).origin).parent
-    return own | options_of(folder / '.mim' / 'tools' / f'{command}.py')
+    return own | options_of(script_of(package, command))
+
+
+def script_of(package, name):
+    folder = Path(importlib.util.find_spec(PACKAGES[package]).origin).parent / '.mim' / 'tools'
+    return min(folder.rglob(f'{name}.py'), key=lambda path: len(path.parts))
 
 
 @cache
@@ -173,6 +177,8 @@ def test_options_exist(page):
             elif name.startswith('mim '):
                 _, verb, package, *_ = [*name.split(), 'mmlocalmamba']
                 known = options_of_mim(verb, package)
+                if verb == 'run' and package in PACKAGES and arguments:  # a script of the package
+                    known = known | options_of(script_of(package, arguments.split()[0]))
             else:
                 known = options_of(ROOT / name)
             for option in re.findall(OPTION, arguments):
@@ -275,6 +281,12 @@ def test_python_runs(page, monkeypatch, tmp_path):
         assert len(directions.scan_index(name.replace('<K>', '3'), 5, 7)) == 35
 
 
+def test_printed_example():
+    line, = (line for line in (ROOT / 'docs/scans.md').read_text().splitlines() if line.startswith('scan_index('))
+    code, shown = line.split('#')
+    assert eval(code, vars(directions)) == eval(shown)
+
+
 # ---- quoted messages ----
 
 # Messages of docs/faq.md that no Python file has: of Python, a linker, C++ or other projects.
@@ -316,9 +328,3 @@ def test_the_faq_quotes_messages_that_exist():
     missing = [message for message in messages - NOT_IN_PYTHON if not all(
         any(occurs(part, strings(place)) for place in places) for part in filter(None, message.split('...')))]
     assert not missing
-
-
-def test_printed_example():
-    line, = (line for line in (ROOT / 'docs/scans.md').read_text().splitlines() if line.startswith('scan_index('))
-    code, shown = line.split('#')
-    assert eval(code, vars(directions)) == eval(shown)
