@@ -8,10 +8,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / 'mmlocalmamba'
 
 project = 'mmlocalmamba'
 release = re.search(r"^__version__ = '(.+)'$", (PACKAGE / '__init__.py').read_text(), flags=re.M)[1]
-extensions = ['myst_parser', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton']
+extensions = ['myst_parser', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton', 'sphinx_design']
 exclude_patterns = ['_build', 'demo']
 
 myst_heading_anchors = 3
+myst_enable_extensions = ['colon_fence']  # ::: around tabs reads better on GitHub than ```
 smartquotes = False
 
 autoapi_dirs = [str(PACKAGE)]

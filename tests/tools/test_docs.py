@@ -145,8 +145,12 @@ def options_of_mim(command, package):
         return own
     if package == 'mmlocalmamba':
         return own | options_of(ROOT / f'tools/{command}.py')
-    folder = Path(importlib.util.find_spec(PACKAGES[package]).origin).parent
-    return own | options_of(folder / '.mim' / 'tools' / f'{command}.py')
+    return own | options_of(script_of(package, command))
+
+
+def script_of(package, name):
+    folder = Path(importlib.util.find_spec(PACKAGES[package]).origin).parent / '.mim' / 'tools'
+    return min(folder.rglob(f'{name}.py'), key=lambda path: len(path.parts))
 
 
 @cache
@@ -173,6 +177,8 @@ def test_options_exist(page):
             elif name.startswith('mim '):
                 _, verb, package, *_ = [*name.split(), 'mmlocalmamba']
                 known = options_of_mim(verb, package)
+                if verb == 'run' and package in PACKAGES and arguments:  # a script of the package
+                    known = known | options_of(script_of(package, arguments.split()[0]))
             else:
                 known = options_of(ROOT / name)
             for option in re.findall(OPTION, arguments):
@@ -283,3 +289,46 @@ def test_printed_example():
     line, = (line for line in (ROOT / 'docs/scans.md').read_text().splitlines() if line.startswith('scan_index('))
     code, shown = line.split('#')
     assert eval(code, vars(directions)) == eval(shown)
+
+
+# ---- quoted messages ----
+
+# Messages of docs/faq.md that no Python file has: of Python, a linker, C++ or other projects.
+NOT_IN_PYTHON = {"No module named 'mmcv._ext'", "No module named 'pkg_resources'", 'undefined symbol',
+                 'TypeError: NoneType takes no arguments', 'Found no NVIDIA driver', 'size mismatch for pos_embed',
+                 'Expected u.is_cuda() to be true', 'selective_scan_cuda is not defined'}
+# Beginnings of code in sentences that is no message.
+CODE = ('mim ', 'pip ', 'source ', 'python ', 'bash ', 'make ', 'import ', 'export ', 'MMCV=', '--', '_base_ ')
+
+
+def quoted_messages():
+    """Return the messages that docs/faq.md quotes: code of several words in headings and sentences."""
+    text = re.sub(r'^```.*?^```', '', (ROOT / 'docs/faq.md').read_text(), flags=re.S | re.M)
+    return [code for code in (' '.join(code.split()) for code in re.findall(r'`([^`]+)`', text))
+            if ' ' in code and not code.startswith(CODE)]
+
+
+@cache
+def strings(place):
+    """Return the text of a Python file or of all below a folder, with literals that follow one another joined."""
+    files = sorted(place.rglob('*.py')) if place.is_dir() else [place]
+    text = '\n'.join(path.read_text(errors='replace') for path in files)
+    return ' '.join(re.sub(r"""(['"])\s*\n\s*[rf]{0,2}['"]""", '', text).split())
+
+
+def occurs(message, text):
+    """Return True if a text has the words of a message in order. The source may fill in fewer than half of them."""
+    words = [rf'(?:({re.escape(word)})|\S*{{[^{{}}]+}}\S*|%d\S*)' for word in message.split()]
+    return any(sum(map(bool, match.groups())) > len(words) / 2 for match in re.finditer(' '.join(words), text))
+
+
+def test_the_faq_quotes_messages_that_exist():
+    places = [ROOT / 'mmlocalmamba', ROOT / 'tools', ROOT / 'requirements',
+              *(Path(importlib.util.find_spec(name).origin) for name in ('mmdet', 'subprocess', 'torch.serialization')),
+              Path(importlib.util.find_spec('mmengine').origin).parent]
+    messages = set(quoted_messages())
+    assert messages > NOT_IN_PYTHON
+    assert not occurs('the backend does all scans', strings(places[0]))
+    missing = [message for message in messages - NOT_IN_PYTHON if not all(
+        any(occurs(part, strings(place)) for place in places) for part in filter(None, message.split('...')))]
+    assert not missing

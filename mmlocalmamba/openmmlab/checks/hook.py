@@ -134,7 +134,8 @@ class TrainingChecksHook(Hook):
             return
         message = '\n  '.join([f'this {what} is misconfigured:', *wrong])
         if self.strict:
-            raise ValueError(f'{message}\nIf this is intended, TrainingChecksHook(strict=False) only warns.')
+            raise ValueError(f'{message}\nIf this is intended, TrainingChecksHook(strict=False) only warns. '
+                             "mim's traceback, if one follows, only says that the process has ended.")
         self._warn(message)
 
 
