@@ -8,9 +8,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / 'mmlocalmamba'
 
 project = 'mmlocalmamba'
 release = re.search(r"^__version__ = '(.+)'$", (PACKAGE / '__init__.py').read_text(), flags=re.M)[1]
-extensions = ['myst_parser', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton']
+extensions = ['myst_parser', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton', 'sphinx_design']
 exclude_patterns = ['_build', 'demo']
 
+myst_enable_extensions = ['colon_fence']  # :::: around tabs, which hold blocks of code
 myst_heading_anchors = 3
 smartquotes = False
 
@@ -30,6 +31,7 @@ html_theme = 'furo'
 html_static_path = ['_static']
 html_css_files = ['wide.css']
 html_title = f'mmlocalmamba {release}'
+html_show_copyright = False  # LICENSE names no holder
 copybutton_exclude = '.linenos, .gp'
 
 
