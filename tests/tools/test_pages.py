@@ -24,17 +24,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'tests' / 'systems'))
 from smoke import command, is_onedl  # noqa: E402
 
-# {pages that a reader follows one after the other: files that must exist at the end}
+# {pages that a reader follows one after the other: files that must exist at the end}. PAGE#TAB is one tab of a page,
+# with what stands before and after the tabs.
 PAGES = {
-    'own_classification': ['found_classes/*.png', 'work_dirs/my_classes/epoch_2.pth'],
-    'own_boxes': ['found/boxes/vis/*.png', 'data/small/coco/annotations/from_yolo.json'],
-    'own_masks': ['found/masks/vis/*.png'],
-    'own_segmentation': ['found/pixels/vis/*.png'],
-    'finetune': ['work_dirs/my_finetuning/epoch_2.pth', 'work_dirs/decay/epoch_2.pth'],
-    'new_style': ['work_dirs/new_style/epoch_2.pth'],
-    'training testing': [
-        'work_dirs/two/epoch_2.pth', 'work_dirs/watched/*/vis_data/events.*', 'work_dirs/robustness.png',
-        'work_dirs/few_shot.csv'],
+    'data#Classes': ['found_classes/*.png', 'work_dirs/my_classes/epoch_2.pth'],
+    'data#Boxes': ['found/boxes/vis/*.png', 'data/small/coco/annotations/repaired.json', 'my_photo_boxes.py'],
+    'data#Masks': ['found/masks/vis/*.png'],
+    'data#Segmentation': ['found/pixels/vis/*.png'],
+    'training': [
+        'work_dirs/my_finetuning/epoch_2.pth', 'work_dirs/localvmamba-nano_digits/epoch_3.pth',
+        'work_dirs/localvmamba-nano_digits/*/vis_data/events.*', 'found_classes.png', 'confusion/*.png',
+        'work_dirs/two/epoch_1.pth', 'work_dirs/robustness.png', 'work_dirs/few_shot.csv',
+        'work_dirs/new_style/epoch_2.pth'],
     'inference': ['found/digits/*.jpg', 'found/objects/*.jpg', 'found/labels/*_labels.png', 'found_classes/*.png',
                   'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'attention.png'],
     'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
@@ -44,13 +45,22 @@ PAGES = {
 NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling')
 
 
-def steps(page):
-    """Yield (kind, name, text, need) of the blocks.
+def tabs(text):
+    """Return {title: text} of the tabs of a page."""
+    return dict(re.findall(r'^:::{tab-item} ([^\n]+)\n(.*?)^:::$', text, flags=re.S | re.M))
+
+
+def steps(page, tab=None):
+    """Yield (kind, name, text, need) of the blocks of a page, or of one tab and of what stands around the tabs.
 
     A block holds commands, Python, or a file of the reader, which begins with its name. ``need`` is what a test lacks,
     or empty.
     """
     text = page.read_text()
+    # tests/test_timm.py runs this section, where timm and what is built on it are installed.
+    text = re.sub(r'^## Outside of OpenMMLab\n.*?(?=^## )', '', text, flags=re.S | re.M)
+    if tab:
+        text = re.sub(r'^::::{tab-set}$.*^::::$', lambda found: tabs(found[0])[tab], text, flags=re.S | re.M)
     blocks = re.findall(r'(?:^ *<!-- not run: ([^\n]+) -->\n)?^( *)```(bash|python)\n(.*?)^\2```', text,
                         flags=re.S | re.M)
     assert len(blocks) == len(re.findall('```(?:bash|python)', text)), 'the pattern misses a block'
@@ -104,9 +114,9 @@ def boxes(path):
 
 
 def check_boxes(folder):
-    """The converted file has the boxes of the file of which the page makes YOLO's labels."""
+    """The converted file has the boxes of its source."""
     annotations = folder / 'data/small/coco/annotations'
-    converted, source = boxes(annotations / 'from_yolo.json'), boxes(annotations / 'instances_val.json')
+    converted, source = boxes(annotations / 'repaired.json'), boxes(annotations / 'instances_val.json')
     assert [row[:2] for row in converted] == [row[:2] for row in source]
     np.testing.assert_allclose([row[2] for row in converted], [row[2] for row in source], atol=1e-2)
 
@@ -119,14 +129,16 @@ def check_labels(folder):
         assert (labels == np.where(source == 0, 255, source - 1)).all() and labels.min() == 0
 
 
-RESULTS = {'own_boxes': check_boxes, 'own_segmentation': check_labels}
+RESULTS = {'data#Boxes': check_boxes, 'data#Segmentation': check_labels}
 
 
 @pytest.mark.parametrize('pages', PAGES)
 @pytest.mark.slow
 def test_a_reader_gets_to_the_end(pages, run, tmp_path):
     released_file(tmp_path / 'local_vim_tiny.ckpt')
-    blocks = [step for page in pages.split() for step in steps(ROOT / 'docs' / f'{page}.md')]
+    blocks = []
+    for page, _, tab in (name.partition('#') for name in pages.split()):
+        blocks += steps(ROOT / 'docs' / f'{page}.md', tab)
     if not (ROOT / 'research').is_dir() and any('research/' in text for _, _, text, _ in blocks):
         pytest.skip('research/ is missing')
     for step in blocks:
@@ -134,6 +146,15 @@ def test_a_reader_gets_to_the_end(pages, run, tmp_path):
     for pattern in PAGES[pages]:
         assert any(tmp_path.glob(pattern)), pattern
     RESULTS.get(pages, lambda folder: None)(tmp_path)
+
+
+def test_every_tab_is_followed():
+    """The tabs are those of the page; each of them has a configuration, a training and a test."""
+    named = [name.partition('#')[2] for name in PAGES if '#' in name]
+    assert named == list(tabs((ROOT / 'docs/data.md').read_text()))
+    for tab in named:
+        texts = ''.join(text for _, _, text, _ in steps(ROOT / 'docs/data.md', tab))
+        assert all(word in texts for word in ('_base_ = ', 'mmlocalmamba check', 'mim train', 'mim test', 'infer('))
 
 
 @pytest.mark.parametrize('package', ['mmdet', 'mmpretrain', 'mmseg'])
