@@ -169,8 +169,8 @@ def cells_of_the_notebook():
     """Return the code of the cells. A line that begins with ! is a command, as in IPython."""
     cells = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())['cells']
     assert all(not cell.get('outputs') for cell in cells), 'the notebook must not contain outputs'
-    return [re.sub(r'^!(.+)$', r'subprocess.run(f"""\1""", shell=True, check=True)', ''.join(cell['source']), flags=re.M)
-            for cell in cells if cell['cell_type'] == 'code']
+    code = (''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
+    return [re.sub(r'^!(.+)$', r'subprocess.run(f"""\1""", shell=True, check=True)', cell, flags=re.M) for cell in code]
 
 
 # Run cells in one process, and collect what notebooks show below a cell: the value of its last line.
