@@ -112,6 +112,13 @@ def test_pages_with_commands_say_how_to_enter_the_environment():
     assert not [page.name for page in pages if 'source .venv/bin/activate' not in page.read_text()]
 
 
+def test_the_book_is_short():
+    """What is only history or a proof for specialists belongs to research/ or to the changelog."""
+    pages = sorted((ROOT / 'docs').glob('*.md'))
+    assert len(pages) <= 16 and sum(len(page.read_text().split()) for page in pages) <= 20_000
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 100
+
+
 def test_no_page_has_the_name_of_one_of_sphinx():
     """Sphinx's search page would replace a page of that name."""
     assert not {path.stem for path in PAGES} & {'search', 'genindex', 'py-modindex'}
