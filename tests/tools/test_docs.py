@@ -289,14 +289,6 @@ def test_python_runs(page, monkeypatch, tmp_path):
         assert len(directions.scan_index(name.replace('<K>', '3'), 5, 7)) == 35
 
 
-def test_printed_example():
-    line, = (line for line in (ROOT / 'docs/scans.md').read_text().splitlines() if line.startswith('scan_index('))
-    code, shown = line.split('#')
-    assert eval(code, vars(directions)) == eval(shown)
-
-
-# ---- examples of other pages ----
-
 def test_the_answer_in_the_readme():
     """README's picture is a three, and its last line prints that."""
     block = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags=re.S)[1]
@@ -354,3 +346,9 @@ def test_the_notebook_links_pages_and_names_what_it_needs():
     targets = re.findall(r'\]\(([^)]+)\)', text)
     assert targets and not [target for target in targets if not (ROOT / 'docs' / target).is_file()]
     assert 'pip install jupyterlab' in text and 'pip install jupyterlab' in (ROOT / 'docs/install.md').read_text()
+
+
+def test_printed_example():
+    line, = (line for line in (ROOT / 'docs/scans.md').read_text().splitlines() if line.startswith('scan_index('))
+    code, shown = line.split('#')
+    assert eval(code, vars(directions)) == eval(shown)
