@@ -1,4 +1,5 @@
-"""The site that `make docs` builds: its links, and in a headless Chromium the width of its pages and its search."""
+"""The site that `make docs` builds: its links, and in a headless Chromium the width and the contrast of its pages,
+and its search."""
 import json
 import os
 import queue
@@ -17,7 +18,7 @@ SPHINX = ROOT / '.venv-docs/bin/sphinx-build'
 WIDTHS = 1280, 390  # of a laptop and of a telephone, in pixels
 
 # Opens every page at every width in a frame, and sends what is wrong with it to the server.
-CHECKS = '''<!doctype html><body><script type="module">
+CHECKS = r'''<!doctype html><body><script type="module">
 const {pages, widths, word} = GIVEN;
 
 async function open(address, width) {
@@ -41,6 +42,27 @@ function scrolls(element) {
   return false;
 }
 
+// Relative luminance and contrast of the Web Content Accessibility Guidelines 2.2.
+function luminance([red, green, blue]) {
+  const [r, g, b] = [red, green, blue].map(x => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
+function numbers(color) {
+  return color.match(/[\d.]+/g).map(Number);
+}
+
+function contrast(element) {
+  let box = element;
+  while (box.parentElement && (numbers(getComputedStyle(box).backgroundColor)[3] ?? 1) < 0.5) {
+    box = box.parentElement;
+  }
+  const behind = numbers(getComputedStyle(box).backgroundColor);
+  const [low, high] = [numbers(getComputedStyle(element).color), (behind[3] ?? 1) < 0.5 ? [255, 255, 255] : behind]
+    .map(luminance).sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+}
+
 const found = {wrong: [], shown: 0};
 try {
   for (const page of pages) {
@@ -55,6 +77,13 @@ try {
         const {right, width: own} = element.getBoundingClientRect();
         if (own && right > width + 1 && !scrolls(element)) {
           say(`<${element.tagName.toLowerCase()}> ends at ${Math.round(right)}: ${element.textContent.slice(0, 40)}`);
+          break;
+        }
+      }
+      for (const element of root.querySelectorAll('article *')) {
+        const text = [...element.childNodes].filter(node => node.nodeType === 3 && node.data.trim());
+        if (text.length && element.getClientRects().length && contrast(element) < 4.5) {
+          say(`contrast ${contrast(element).toFixed(2)}: ${text[0].data.slice(0, 40)}`);
           break;
         }
       }
@@ -78,6 +107,10 @@ try {
 }
 await fetch('/found', {method: 'POST', body: JSON.stringify(found)});
 </script>'''
+
+# A page with every fault, to see that the checks find them.
+FAULTS = """<!doctype html><article><p style="width: 2000px">wide</p><p style="color: #aaa">pale</p>
+<img src="missing.png"></article>"""
 
 
 @pytest.fixture(scope='module')
@@ -147,6 +180,7 @@ def test_every_page_in_a_browser(site, chromium, tmp_path):
         def log_message(self, *args):
             pass
 
+    (site / 'faults.html').write_text(FAULTS)
     pages = sorted(path.name for path in site.glob('*.html'))
     given = json.dumps(dict(pages=pages, widths=WIDTHS, word='SCAttn'))
     (site / 'checks.html').write_text(CHECKS.replace('GIVEN', given))
@@ -161,6 +195,8 @@ def test_every_page_in_a_browser(site, chromium, tmp_path):
             browser.terminate()
             browser.wait(30)
             server.shutdown()
-    assert not found['wrong'], '\n'.join(found['wrong'])
+    wrong = [line for line in found['wrong'] if not line.startswith('faults.html')]
+    assert not wrong, '\n'.join(wrong)
+    assert len(found['wrong']) == len(WIDTHS) * 4, found['wrong']  # it overflows, at its paragraph; contrast, picture
     assert found['shown'] == len(pages) * len(WIDTHS)
     assert any('index.html' in address for address in found['results']), found['results']
