@@ -11,6 +11,7 @@ release = re.search(r"^__version__ = '(.+)'$", (PACKAGE / '__init__.py').read_te
 extensions = ['myst_parser', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton', 'sphinx_design']
 exclude_patterns = ['_build', 'demo']
 
+myst_enable_extensions = ['colon_fence']  # :::: around tabs, which hold blocks of code
 myst_heading_anchors = 3
 myst_enable_extensions = ['colon_fence']  # ::: around tabs reads better on GitHub than ```
 smartquotes = False
@@ -31,6 +32,7 @@ html_theme = 'furo'
 html_static_path = ['_static']
 html_css_files = ['wide.css']
 html_title = f'mmlocalmamba {release}'
+html_show_copyright = False  # LICENSE names no holder
 copybutton_exclude = '.linenos, .gp'
 
 

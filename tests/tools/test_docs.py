@@ -3,17 +3,24 @@ import ast
 import importlib
 import importlib.util
 import itertools
+import json
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from file_server import saved, serving
 from mmengine.config import Config
 
-from mmlocalmamba import backbones, directions, layers, registry, search
+from mmlocalmamba import backbones, create_model, directions, layers, registry, search
+from mmlocalmamba.weights import to_official
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', ROOT / 'configs/README.md',
+         *sorted((ROOT / 'docs').glob('*.md'))]
 CONFIGS = {path.stem for path in (ROOT / 'configs').glob('*.py')}
 CONFIG = r'[\w{},*-]+_(?:in1k|coco|ade20k-512x512|digits)\b'
 OPTION = r'(?<![\w-])--[a-z][a-z_-]*'
@@ -29,7 +36,7 @@ TEXT = {'.py', '.sh', '.yml', '.toml', '.txt', '.cpp', '.h', '.js', '.html', '.c
 SCRIPTS = [name for name in ('tools', 'research', 'tests/stress', 'tests/systems', 'docs/demo')
            if (ROOT / name).is_dir()]
 PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmdetection': 'mmdet', 'mmsegmentation': 'mmseg'}
-each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def expand(pattern):
@@ -103,6 +110,13 @@ def test_pages_with_commands_say_how_to_enter_the_environment():
              and page.name not in ('CONTRIBUTING.md', 'index.md')]
     assert len(pages) > 7
     assert not [page.name for page in pages if 'source .venv/bin/activate' not in page.read_text()]
+
+
+def test_the_book_is_short():
+    """What is only history or a proof for specialists belongs to research/ or to the changelog."""
+    pages = sorted((ROOT / 'docs').glob('*.md'))
+    assert len(pages) <= 16 and sum(len(page.read_text().split()) for page in pages) <= 20_000
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 100
 
 
 def test_no_page_has_the_name_of_one_of_sphinx():
@@ -283,6 +297,65 @@ def test_python_runs(page, monkeypatch, tmp_path):
     assert blocks
     for name in set(directions._SCANS) - {'h', 'v', 'w<K>', 'diag', 'zigzag', 'hilbert'}:
         assert len(directions.scan_index(name.replace('<K>', '3'), 5, 7)) == 35
+
+
+def test_the_answer_in_the_readme():
+    """README's picture is a three, and its last line prints that."""
+    block = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags=re.S)[1]
+    assert len([line for line in block.splitlines() if not re.match('import |from |$', line)]) <= 5
+    names = {}
+    exec(block, names)
+    assert names['answer'] == 3
+
+
+# What the examples of CONTRIBUTING.md make possible.
+ADDED = """
+import os
+from mmlocalmamba import create_model, list_models
+from mmlocalmamba.directions import scan_index
+from mmlocalmamba.ops import available_backends
+
+assert scan_index('upwards', 2, 3).tolist() == [3, 4, 5, 0, 1, 2]
+assert scan_index('upwards_flip', 2, 3).tolist() == [2, 1, 0, 5, 4, 3]
+torch.manual_seed(0)
+model = create_model('localvmamba_pico', features_only=True, directions=['h', 'upwards', 'upwards_flip', 'w2'])
+image, maps = torch.rand(1, 3, 64, 96), {}
+assert available_backends(image)['mine'] is None
+for backend in ('reference', 'mine'):
+    os.environ['MMLOCALMAMBA_BACKEND'] = backend
+    maps[backend] = model(image)
+assert [x.shape[1] for x in maps['mine']] == [16, 32, 64, 128]
+assert all(map(torch.equal, maps['mine'], maps['reference']))
+sum(x.sum() for x in maps['mine']).backward()
+assert 'localvmamba_pico' in list_models() and 'localvim_nano.theirs' in list_models(pretrained=True)
+theirs = create_model('localvim_nano.theirs', pretrained=True)
+torch.save(theirs.state_dict(), 'theirs.pth')
+"""
+
+
+def test_what_contributing_adds(tmp_path, monkeypatch):
+    """The examples of its section "Add" work, in a process of their own: they change tables of the package."""
+    section = (ROOT / 'CONTRIBUTING.md').read_text().split('\n## Add\n')[1].split('\n## ')[0]
+    blocks = re.findall(r'```python\n(.*?)```', section, flags=re.S)
+    assert len(blocks) == section.count('```') / 2 == 4
+    weights = create_model('localvim_nano').state_dict()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.delenv('http_proxy', raising=False)
+    with serving({'nano.ckpt': saved(dict(model=to_official(weights)[0]))}) as (address, asked):
+        code = '\n'.join([*blocks, ADDED]).replace('https://example.org/nano.ckpt', f'{address}/nano.ckpt')
+        done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert asked == ['nano.ckpt']
+    loaded = torch.load(tmp_path / 'theirs.pth')
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.items())
+
+
+def test_the_notebook_links_pages_and_names_what_it_needs():
+    cells = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())['cells']
+    text = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown')
+    targets = re.findall(r'\]\(([^)]+)\)', text)
+    assert targets and not [target for target in targets if not (ROOT / 'docs' / target).is_file()]
+    assert 'pip install jupyterlab' in text and 'pip install jupyterlab' in (ROOT / 'docs/install.md').read_text()
 
 
 def test_printed_example():
