@@ -1,7 +1,11 @@
 """The native CPU kernel against the reference, at the edges of its vectors, chunks and threads."""
 import itertools
+import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +211,39 @@ def test_extreme_steps_neither_trap_nor_leave_a_trace(instruction_set):
     ours = run(inputs, directional_scan, backend='cpu', tables=tables)
     exact = run({name: x.double() for name, x in inputs.items()}, directional_scan, backend='reference', tables=tables)
     assert_same(ours, exact, 1e-5)
+
+
+@built
+def test_states_that_hardly_decay_are_kept(instruction_set):
+    """An error of an exponential near 1, the same at each step, would grow with the steps."""
+    torch.manual_seed(0)
+    L, D, N = 3136, 20, 16
+    u, delta = torch.randn(1, 1, L, D), torch.rand(1, 1, L, D) * 1e-9
+    A, B, C = -torch.rand(1, D, N), torch.randn(1, 1, L, N), torch.randn(1, 1, L, N)
+    arguments = dict(u=u, delta=delta, A=A, B=B, C=C)
+    exact = directional_scan(**{name: x.double() for name, x in arguments.items()}, in_scan_order=True,
+                             backend='reference')
+    ours = directional_scan(**arguments, in_scan_order=True, backend='cpu')
+    assert_same(dict(y=ours), dict(y=exact), 1e-6)
+
+
+@pytest.mark.slow
+@built
+@pytest.mark.skipif(platform.machine() != 'x86_64' or 'avx2' not in cpu.instruction_sets() or not shutil.which('g++'),
+                    reason='needs g++ and the extension with AVX2')
+def test_avx512_on_any_machine(tmp_path):
+    """Both ways of AVX-512, emulated: they take the places of AVX2 and of the portable kernels in another process."""
+    here = Path(__file__).parent
+    library = tmp_path / 'libemulated.so'
+    subprocess.run(['g++', '-std=c++17', '-O1', '-mavx2', '-mfma', '-w', '-fPIC', '-shared',
+                    '-I', Path(ops.__file__).parent / 'csrc', here / 'avx512_emulated.cpp', '-o', library], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != 'MMLOCALMAMBA_CPU_ISA'}
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', here / 'test_cpu.py',
+         here / 'test_half.py', '-k', 'emulated'],
+        env={**environment, 'LD_PRELOAD': str(library)}, cwd=here.parent.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'passed' in result.stdout and 'skipped' not in result.stdout, result.stdout
 
 
 @built

@@ -1,7 +1,8 @@
 """The native CPU kernels (csrc/): vectorised over channels, parallel over sequences and channels, forward and backward.
 
 The extension is optional: without it the backend says why it is unavailable, and a PyTorch backend runs. The
-environment variable ``MMLOCALMAMBA_CPU_ISA`` (avx512, avx2 or portable) sets the instruction set.
+environment variable ``MMLOCALMAMBA_CPU_ISA`` (avx512, avx512_scaled, avx2 or portable) sets the instruction set.
+The two with AVX-512 compute the exponentials of the forward scan in different ways: avx512_scaled is Intel's default.
 """
 import re
 from importlib import import_module

@@ -17,6 +17,7 @@
 #define ISA_PERMUTE
 #define ISA_STATES 16
 #define ISA_AVX512
+#define ISA_SCALED kAvx512Scaled
 #include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -181,6 +181,6 @@ struct InstructionSet {
   Kernels<bfloat16> bf16;
 };
 
-extern const InstructionSet kAvx512, kAvx2, kPortable;
+extern const InstructionSet kAvx512, kAvx512Scaled, kAvx2, kPortable;
 
 }  // namespace mmlocalmamba

@@ -2,7 +2,8 @@
 //   ISA         name of the InstructionSet to define
 //   ISA_BYTES   width of a vector
 //   ISA_STATES  states of one channel block that the forward scan keeps in registers (a power of two)
-// and, for AVX-512, ISA_AVX512.
+// and, for AVX-512, ISA_AVX512 and
+//   ISA_SCALED  name of a second InstructionSet, whose forward scan computes exponentials in the way Exp2::scaled
 
 #include "vector.h"
 
@@ -15,9 +16,9 @@
 namespace mmlocalmamba {
 namespace {
 
-template <typename S, typename T = Compute<S>>
+template <typename S, bool scaled = false, typename T = Compute<S>>
 constexpr Kernels<S> kKernels = {
-    {kBlocks * kLanes<T>, scan_scratch<T>, scan_forward<S>, scan_backward<S>},
+    {kBlocks * kLanes<T>, scan_scratch<T>, scan_forward<scaled && kHasTable<T>, S>, scan_backward<S>},
     {kBlocks * kLanes<T>, conv_scratch<T>, conv_forward<S>, conv_backward<S>},
     {scattn_scratch<T>, scattn_statistics<S>, scattn_forward<S>, scattn_reduce<S>, scattn_backward<S>, gate_product<T>},
     {norm_scratch<T>, add_rms_norm<S, S>, add_rms_norm<S, T>},
@@ -26,5 +27,9 @@ constexpr Kernels<S> kKernels = {
 }  // namespace
 
 const InstructionSet ISA = {ISA_NAME, kKernels<float>, kKernels<double>, kKernels<bfloat16>};
+#ifdef ISA_SCALED
+const InstructionSet ISA_SCALED = {ISA_NAME "_scaled", kKernels<float, true>, kKernels<double>,
+                                   kKernels<bfloat16, true>};
+#endif
 
 }  // namespace mmlocalmamba

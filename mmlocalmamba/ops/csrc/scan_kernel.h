@@ -9,8 +9,9 @@ namespace {
 template <typename T>
 struct ChunkScratch {
   int64_t *read, *write;  // rows of the chunk's steps, -1: none
-  T *B, *C;               // (step, state), zeros for pads
-  T *factor;              // (step, rank): low-rank delta, zeros for pads
+  int64_t *next_read, *next_write;  // rows of the next chunk's steps, 0: none
+  T *B, *C;               // (step, state), zeros for pads; a vector may be written at the last state
+  T *factor;              // (step, rank): low-rank delta, zeros for pads; the same
   V<T> *weight;           // (block, rank): weight that delta is the product with
   V<T> *A;                // (block, state), times log2(e)
   V<T> *A_largest;        // (block): the largest magnitude of these
@@ -18,10 +19,12 @@ struct ChunkScratch {
   V<T> *dt, *dtu, *y;     // per step
 
   ChunkScratch(Scratch& s, int64_t N, int64_t R)
-      : read(s.take<int64_t>(kChunk)), write(s.take<int64_t>(kChunk)), B(s.take<T>(kChunk * N)),
-        C(s.take<T>(kChunk * N)), factor(s.take<T>(kChunk * R)), weight(s.take<V<T>>(kBlocks * R)),
-        A(s.take<V<T>>(kBlocks * N)), A_largest(s.take<V<T>>(kBlocks)), h(s.take<V<T>>(kBlocks * N)), dt(s.take<V<T>>(kChunk)),
-        dtu(s.take<V<T>>(kChunk)), y(s.take<V<T>>(kChunk)) {}
+      : read(s.take<int64_t>(kChunk)), write(s.take<int64_t>(kChunk)), next_read(s.take<int64_t>(kChunk)),
+        next_write(s.take<int64_t>(kChunk)), B(s.take<T>(kChunk * N + kLanes<T>)),
+        C(s.take<T>(kChunk * N + kLanes<T>)), factor(s.take<T>(kChunk * R + kLanes<T>)),
+        weight(s.take<V<T>>(kBlocks * R)), A(s.take<V<T>>(kBlocks * N)), A_largest(s.take<V<T>>(kBlocks)),
+        h(s.take<V<T>>(kBlocks * N)), dt(s.take<V<T>>(kChunk)), dtu(s.take<V<T>>(kChunk)),
+        y(s.take<V<T>>(kChunk)) {}
 };
 
 template <typename S, typename T = Compute<S>>
@@ -43,11 +46,16 @@ void copy_rows(const S* from, int64_t row_stride, int64_t state_stride, const in
       continue;
     }
     const S* row = from + rows[t] * row_stride;
+    int64_t n = 0;
     if (state_stride == 1) {
-      for (int64_t n = 0; n < N; ++n) to[n] = value(row[n]);
-    } else {
-      for (int64_t n = 0; n < N; ++n) to[n] = value(row[n * state_stride]);
+      for (; n + kLanes<T> <= N; n += kLanes<T>) store(to + n, load(row + n));
+      // What this writes beyond the row is overwritten by the next one.
+      if (kMasked<S> && N - n > 2) {
+        store(to + n, load(row + n, int(N - n)));
+        continue;
+      }
     }
+    for (; n < N; ++n) to[n] = value(row[n * state_stride]);
   }
 }
 
@@ -58,7 +66,7 @@ INLINE int64_t token(const ScanProblem<S>& p, Item item, int64_t step) {
 }
 
 // No hardware prefetcher follows the jumps of a table through memory, so the rows of the next chunk are prefetched one
-// by one. A step outside the sequence prefetches nothing.
+// by one. A step outside the sequence has none.
 struct Next {
   int64_t read = -1, write = -1;
 
@@ -70,12 +78,16 @@ struct Next {
   }
 };
 
-// Rows of the chunk's steps, B, C and the factor of delta.
+// Rows of the chunk's steps and of those of the next chunk, B, C and the factor of delta.
 template <typename S, typename T = Compute<S>>
-void open_chunk(const ScanProblem<S>& p, Item item, int64_t start, int64_t steps, ChunkScratch<T>& c) {
+void open_chunk(const ScanProblem<S>& p, Item item, int64_t start, int64_t steps, int64_t next_start,
+                ChunkScratch<T>& c) {
   for (int64_t t = 0; t < steps; ++t) {
     c.write[t] = token(p, item, start + t);
     c.read[t] = p.in_scan_order ? start + t : c.write[t];
+    const Next next(p, item, next_start + t);
+    c.next_read[t] = next.read < 0 ? 0 : next.read;
+    c.next_write[t] = next.write < 0 ? 0 : next.write;
   }
   const bool in_order = !p.table;
   copy_rows(p.B + offset(p.B_strides, item), p.B_strides.row, p.B_state_stride, c.read, in_order, steps, p.states, c.B);
@@ -90,11 +102,24 @@ void open_chunk(const ScanProblem<S>& p, Item item, int64_t start, int64_t steps
 template <typename T>
 void load_transposed(const T* from, int64_t count, T factor, int64_t total, Item item, const Channels<T>& channels,
                      V<T>* to) {
+  constexpr int W = kLanes<T>;
   for (int64_t block = 0; block < channels.blocks; ++block, to += count) {
     const T* rows = from + (item.direction * total + channels.begin(block)) * count;
-    for (int64_t n = 0; n < count; ++n) to[n] = V<T>{};
-    for (int lane = 0; lane < channels.lanes(block); ++lane) {
-      for (int64_t n = 0; n < count; ++n) to[n][lane] = rows[lane * count + n] * factor;
+    const int lanes = channels.lanes(block);
+    if (count == 1) {
+      to[0] = load(rows, lanes) * factor;
+      continue;
+    }
+    for (int64_t n = 0; n < count; n += W) {
+      const int columns = count - n < W ? int(count - n) : W;
+      V<T> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = i < lanes ? load(rows + i * count + n, columns) : V<T>{};
+      transpose<T>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        if (i < columns) to[n + i] = x[i] * factor;
+      }
     }
   }
 }
@@ -111,19 +136,30 @@ void load_A(const ScanProblem<S>& p, Item item, const Channels<T>& channels, con
   }
 }
 
-// Calls f(near) with a constant that is true if exp2_near is exact enough for all exponents of a chunk. If an exponent
-// is NaN, the result is NaN in both cases.
-template <typename T, typename Function>
+template <typename T>
+__attribute__((noinline)) V<T> largest_step(const V<T>* dt, int64_t steps) {
+  V<T> even{}, odd{};
+  int64_t t = 0;
+  for (; t + 2 <= steps; t += 2) {
+    even = larger<T>(magnitude<T>(dt[t]), even);
+    odd = larger<T>(magnitude<T>(dt[t + 1]), odd);
+  }
+  if (t < steps) even = larger<T>(magnitude<T>(dt[t]), even);
+  return larger<T>(even, odd);
+}
+
+// Calls f(way) with a constant, the quickest way that is exact enough for all exponents of a chunk. If an exponent is
+// NaN, the result is NaN in all ways. `scaled`: the way Exp2::scaled, if T has it.
+template <bool scaled, typename T, typename Function>
 INLINE void with_exp2(const ChunkScratch<T>& c, int64_t block, int64_t steps, Function f) {
+  if constexpr (scaled && kHasTable<T>) return f(std::integral_constant<Exp2, Exp2::scaled>());
   if constexpr (kHasTable<T>) {
-    V<T> dt{};
-    for (int64_t t = 0; t < steps; ++t) dt = larger<T>(magnitude<T>(c.dt[t]), dt);
-    const V<T> largest = dt * c.A_largest[block];
+    const V<T> largest = largest_step<T>(c.dt, steps) * c.A_largest[block];
     bool near = true;
     for (int lane = 0; lane < kLanes<T>; ++lane) near &= !(largest[lane] > kNear);
-    if (near) return f(std::true_type{});
+    if (near) return f(std::integral_constant<Exp2, Exp2::near>());
   }
-  f(std::false_type{});
+  f(std::integral_constant<Exp2, Exp2::any>());
 }
 
 template <typename S, typename T = Compute<S>>
@@ -136,12 +172,24 @@ INLINE V<T> load_weight(const T* weight, const ScanProblem<S>& p, Item item, con
 template <typename T, int count>
 INLINE void expand_steps(const T* factor, const V<T>* weight, int64_t R, V<T> bias, V<T>* to) {
   V<T> x[count];
+#pragma GCC unroll 16
   for (int i = 0; i < count; ++i) x[i] = bias;
   for (int64_t r = 0; r < R; ++r) {
     const V<T> w = weight[r];
+#pragma GCC unroll 16
     for (int i = 0; i < count; ++i) x[i] += w * factor[i * R + r];
   }
+#pragma GCC unroll 16
   for (int i = 0; i < count; ++i) to[i] = x[i];
+}
+
+// The same of `steps`. Apart from what calls it, since it needs all registers.
+template <typename T>
+__attribute__((noinline)) void expand(const T* factor, const V<T>* weight, int64_t R, V<T> bias, int64_t steps,
+                                      V<T>* to) {
+  int64_t t = 0;
+  for (; t + 8 <= steps; t += 8) expand_steps<T, 8>(factor + t * R, weight, R, bias, to + t);
+  for (; t < steps; ++t) expand_steps<T, 1>(factor + t * R, weight, R, bias, to + t);
 }
 
 // delta + bias of a chunk, into c.dt.
@@ -149,12 +197,7 @@ template <typename S, typename T = Compute<S>>
 INLINE void load_steps(const ScanProblem<S>& p, const ChunkScratch<T>& c, Item item, int64_t steps, int64_t block,
                        int64_t channel, int lanes, V<T> bias) {
   if (p.dt_rank) {
-    const V<T>* weight = c.weight + block * p.dt_rank;
-    int64_t t = 0;
-    for (; t + 4 <= steps; t += 4) {
-      expand_steps<T, 4>(c.factor + t * p.dt_rank, weight, p.dt_rank, bias, c.dt + t);
-    }
-    for (; t < steps; ++t) expand_steps<T, 1>(c.factor + t * p.dt_rank, weight, p.dt_rank, bias, c.dt + t);
+    expand<T>(c.factor, c.weight + block * p.dt_rank, p.dt_rank, bias, steps, c.dt);
     return;
   }
   const S* delta = p.delta + offset(p.delta_strides, item) + channel * p.delta_strides.channel;
@@ -170,7 +213,7 @@ INLINE void load_steps(const ScanProblem<S>& p, const ChunkScratch<T>& c, Item i
 
 // Computes step sizes from delta + bias of a chunk; `slope`: null, or the place for the derivatives.
 template <typename T>
-INLINE void softplus_steps(V<T>* dt, int64_t steps, V<T>* slope) {
+__attribute__((noinline)) void softplus_steps(V<T>* dt, int64_t steps, V<T>* slope) {
   side_by_side(steps, [&](int64_t first, auto count) __attribute__((always_inline)) {
     V<T> x[count];
     for (int i = 0; i < count; ++i) x[i] = dt[first + i];
@@ -187,61 +230,148 @@ INLINE T* checkpoint(const ScanProblem<S>& p, Item item, int64_t chunk, int64_t 
   return p.checkpoints + ((sequence * saved + chunk - 1) * p.states) * p.channels + channel;
 }
 
+// Prefetches what is read and written next, a row of each array at a time: more together would fill the processor's
+// queues. The row of a pad is -1, so addresses are integers.
+template <int count>
+struct Ahead {
+  uintptr_t memory[count];
+  int64_t bytes[count];  // of a row
+  const int64_t* rows[count];
+
+  template <typename U>
+  void set(int i, const U* from, int64_t channels, int64_t stride, const int64_t* from_rows) {
+    memory[i] = reinterpret_cast<uintptr_t>(from) + channels * int64_t(sizeof(U));
+    bytes[i] = stride * int64_t(sizeof(U));
+    rows[i] = from_rows;
+  }
+  INLINE void operator()(int64_t step) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      __builtin_prefetch(reinterpret_cast<const void*>(memory[i] + rows[i][step] * bytes[i]));
+    }
+  }
+};
+
+// What is prefetched while a block of a chunk runs: rows of the next block or, with few states or after the last block,
+// of the next chunk. Those of a whole chunk would not stay in the first cache: at regular distances, they share few of
+// its places.
+struct Soon {
+  const int64_t *read, *write;
+  int64_t channels;  // from those of this block
+
+  template <typename T>
+  Soon(int64_t states, const ChunkScratch<T>& c, int64_t block, int64_t blocks) {
+    const bool many = states >= 8, here = many && block + 1 < blocks;
+    read = here ? c.read : c.next_read, write = here ? c.write : c.next_write;
+    channels = here ? kLanes<T> : many ? -block * kLanes<T> : 0;
+  }
+};
+
+// Rows of the factor of delta, B and C, which all blocks share, are several cache lines: each block has one of them
+// prefetched. In full, delta is like u.
+template <int count, typename S, typename T = Compute<S>>
+INLINE void shared_ahead(Ahead<count>& ahead, int i, const ScanProblem<S>& p, Item item, const ChunkScratch<T>& c,
+                         const Soon& soon, int64_t block, const S* delta) {
+  if (!p.dt_rank) {
+    return ahead.set(i, delta, soon.channels, p.delta_strides.columns() ? 0 : p.delta_strides.row, soon.read);
+  }
+  const int64_t last = p.states ? p.states - 1 : 0;
+  const S* rows[] = {p.delta + offset(p.delta_strides, item), p.B + offset(p.B_strides, item),
+                     p.C + offset(p.C_strides, item) + last, p.C + offset(p.C_strides, item)};
+  const int64_t strides[] = {p.delta_strides.row, p.B_strides.row, p.C_strides.row, p.C_strides.row};
+  ahead.set(i, rows[block % 4], 0, strides[block % 4], c.next_read);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-// A chunk of one block, `count` states at a time; y accumulates over the groups of states.
-template <typename T, int count, bool near>
+// The rows of whole vectors that a group of all states reads u from and writes y to.
+template <typename S, typename T = Compute<S>>
+struct Ends {
+  const int64_t *read, *write;
+  const S* u;
+  S *y, *nowhere;  // nowhere: for the steps that write no row
+  int64_t u_row, y_row;
+  V<T> D;
+};
+
+template <typename S>
+alignas(64) constexpr S kZeros[64] = {};
+
+// States of a scan that one group handles whole: d_state's default.
+constexpr int kWhole = 16;
+
+// A chunk of one block, `count` states at a time. If they are the `whole` scan's, u is read and y is written here.
+// Otherwise y accumulates over the groups of states.
+template <int count, Exp2 way, bool whole, typename S, typename T = Compute<S>>
 void advance(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
-             V<T>* h_memory, V<T>* y) {
+             V<T>* h_memory, V<T>* y, const Ahead<3>* ahead_memory, const Ends<S>* ends_memory) {
   constexpr int side = count < kSideBySide ? count : kSideBySide;
+  Ahead<3> ahead{};
+  if (ahead_memory) ahead = *ahead_memory;
+  Ends<S> ends{};
+  if (whole) ends = *ends_memory;
   V<T> h[count];
   for (int n = 0; n < count; ++n) h[n] = h_memory[n];
   for (int64_t t = 0; t < steps; ++t, B += N, C += N) {
-    V<T> sum[2] = {y[t], V<T>{}};
-    const V<T> step = dt[t], input = dtu[t];
+    const V<T> step = dt[t];
+    V<T> input, sum[2] = {V<T>{}, V<T>{}};
+    if constexpr (whole) {
+      const int64_t row = ends.read[t];
+      const V<T> x = load(row < 0 ? kZeros<S> : ends.u + row * ends.u_row);
+      input = step * x;
+      sum[0] = ends.D * x;
+    } else {
+      input = dtu[t];
+      sum[0] = y[t];
+    }
+    if (whole || ahead_memory) ahead(t);
 #pragma GCC unroll 16
     for (int first = 0; first < count; first += side) {
       V<T> decay[side];
 #pragma GCC unroll 16
       for (int i = 0; i < side; ++i) decay[i] = step * A[first + i];
-      exp2<T, side, near>(decay);
+      exp2<T, side, way>(decay);
 #pragma GCC unroll 16
       for (int i = 0, n = first; i < side; ++i, ++n) {
         h[n] = decay[i] * h[n] + input * B[n];
         sum[n % 2] += h[n] * C[n];
       }
     }
-    y[t] = sum[0] + sum[1];
+    if constexpr (whole) {
+      const int64_t row = ends.write[t];
+      store(row < 0 ? ends.nowhere : ends.y + row * ends.y_row, sum[0] + sum[1]);
+    } else {
+      y[t] = sum[0] + sum[1];
+    }
   }
   for (int n = 0; n < count; ++n) h_memory[n] = h[n];
 }
 
-template <typename T, int count, bool near>
-INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const ChunkScratch<T>& c, int64_t block) {
+template <int count, Exp2 way, typename S, typename T = Compute<S>>
+INLINE int64_t advance_groups(int64_t n, int64_t steps, int64_t N, const ChunkScratch<T>& c, int64_t block,
+                              const Ahead<3>& ahead) {
   for (; N - n >= count; n += count) {
-    advance<T, count, near>(steps, N, c.A + block * N + n, c.B + n, c.C + n, c.dt, c.dtu, c.h + block * N + n, c.y);
+    advance<count, way, false, S>(steps, N, c.A + block * N + n, c.B + n, c.C + n, c.dt, c.dtu, c.h + block * N + n,
+                                  c.y, n ? nullptr : &ahead, nullptr);
   }
   return n;
 }
 
 // A chunk of one block of a scan with one state, whose few operations are done in one pass: u is read, y is written, and
-// nothing else leaves the registers. `first`: of the chunk.
-template <bool near, typename S, typename T = Compute<S>>
-INLINE void advance_single(const ScanProblem<S>& p, Item item, const ChunkScratch<T>& c, int64_t block, int64_t first,
-                           int64_t steps, V<T> D, const S* u, const S* delta, S* y, int lanes) {
+// nothing else leaves the registers.
+template <Exp2 way, typename S, typename T = Compute<S>>
+INLINE void advance_single(const ScanProblem<S>& p, const ChunkScratch<T>& c, int64_t block, int64_t steps, V<T> D,
+                           const S* u, S* y, int lanes, const Ahead<3>* ahead) {
   const V<T> A = c.A[block];
   V<T> h = c.h[block];
   side_by_side(steps, [&](int64_t start, auto count) __attribute__((always_inline)) {
     V<T> decay[count];
     for (int i = 0; i < count; ++i) decay[i] = c.dt[start + i] * A;
-    exp2<T, count, near>(decay);
+    exp2<T, count, way>(decay);
     for (int i = 0; i < count; ++i) {
       const int64_t t = start + i, row = c.read[t];
-      const Next next(p, item, first + kChunk + t);
-      PREFETCH(u, next.read, p.u_strides.row, 0);
-      if (!p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
-      PREFETCH(y, next.write, p.y_strides.row, 1);
+      if (ahead) (*ahead)(t);
       const V<T> input = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
       h = decay[i] * h + c.dt[t] * input * c.B[t];
       if (c.write[t] >= 0) store(y + c.write[t] * p.y_strides.row, h * c.C[t] + D * input, lanes);
@@ -250,7 +380,7 @@ INLINE void advance_single(const ScanProblem<S>& p, Item item, const ChunkScratc
   c.h[block] = h;
 }
 
-template <typename S, typename T = Compute<S>>
+template <bool scaled, typename S, typename T = Compute<S>>
 void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
   const int64_t N = p.states, sequence = item.batch * p.directions + item.direction;
   const Channels<T> channels(p.channels, item);
@@ -262,7 +392,7 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
 
   for (int64_t start = 0; start < p.steps; start += kChunk) {
     const int64_t steps = p.steps - start < kChunk ? p.steps - start : kChunk;
-    open_chunk(p, item, start, steps, c);
+    open_chunk(p, item, start, steps, start + kChunk, c);
     for (int64_t block = 0; block < channels.blocks; ++block) {
       const int64_t channel = channels.begin(block);
       const int lanes = channels.lanes(block);
@@ -280,48 +410,57 @@ void scan_forward(const ScanProblem<S>& p, Item item, void* memory) {
       if (p.softplus) softplus_steps<T>(c.dt, steps, nullptr);
       const bool u_columns = p.u_strides.columns(), delta_columns = p.delta_strides.columns();
       const bool y_columns = p.y_strides.columns();
+      const Soon soon(N, c, block, channels.blocks);
+      Ahead<3> ahead;
+      ahead.set(0, u, soon.channels, u_columns ? 0 : p.u_strides.row, soon.read);
+      ahead.set(1, y, soon.channels, y_columns ? 0 : p.y_strides.row, soon.write);
+      shared_ahead(ahead, 2, p, item, c, soon, block, delta);
       if (N == 1 && !u_columns && !delta_columns && !y_columns) {
-        with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {
+        // Several blocks share a cache line.
+        const Ahead<3>* once = block % (64 / (kLanes<T> * int64_t(sizeof(S)))) ? nullptr : &ahead;
+        with_exp2<scaled>(c, block, steps, [&](auto way) __attribute__((always_inline)) {
           if (lanes == kLanes<T>) {
-            advance_single<near, S>(p, item, c, block, start, steps, D, u, delta, y, kLanes<T>);
+            advance_single<way, S>(p, c, block, steps, D, u, y, kLanes<T>, once);
           } else {
-            advance_single<near, S>(p, item, c, block, start, steps, D, u, delta, y, lanes);
+            advance_single<way, S>(p, c, block, steps, D, u, y, lanes, once);
           }
+        });
+        continue;
+      }
+      if (N == kWhole && lanes == kLanes<T> && !u_columns && !y_columns) {
+        const Ends<S> ends{c.read, c.write, u, y, reinterpret_cast<S*>(c.y), p.u_strides.row, p.y_strides.row, D};
+        with_exp2<scaled>(c, block, steps, [&](auto way) __attribute__((always_inline)) {
+          advance<kWhole, way, true, S>(steps, N, c.A + block * N, c.B, c.C, c.dt, nullptr, c.h + block * N, nullptr,
+                                        &ahead, &ends);
         });
         continue;
       }
       if (u_columns) load_columns(u + start, p.u_strides.channel, steps, lanes, c.dtu);
       if (start + kChunk < p.steps) {
-        const int64_t ahead = start + kChunk;
-        if (u_columns) prefetch_columns<false>(u + ahead, p.u_strides.channel, lanes);
-        if (delta_columns && !p.dt_rank) prefetch_columns<false>(delta + ahead, p.delta_strides.channel, lanes);
-        if (y_columns) prefetch_columns<true>(y + ahead, p.y_strides.channel, lanes);
+        const int64_t next = start + kChunk;
+        if (u_columns) prefetch_columns<false>(u + next, p.u_strides.channel, lanes);
+        if (delta_columns && !p.dt_rank) prefetch_columns<false>(delta + next, p.delta_strides.channel, lanes);
+        if (y_columns) prefetch_columns<true>(y + next, p.y_strides.channel, lanes);
       }
       // A compile-time constant: with few states, a test in each step would cost time.
-      const auto open_steps = [&](auto any_columns) __attribute__((always_inline)) {
+      const auto open_steps = [&](auto columns) __attribute__((always_inline)) {
         for (int64_t t = 0; t < steps; ++t) {
           const int64_t row = c.read[t];
-          const Next next(p, item, start + kChunk + t);
-          if (!any_columns || !u_columns) PREFETCH(u, next.read, p.u_strides.row, 0);
-          if ((!any_columns || !delta_columns) && !p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
-          if (!any_columns || !y_columns) PREFETCH(y, next.write, p.y_strides.row, 1);
-          const V<T> input = any_columns && u_columns ? c.dtu[t]
-                             : row < 0                ? V<T>{}
-                                                      : load(u + row * p.u_strides.row, lanes);
+          const V<T> input = columns ? c.dtu[t] : row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
           c.dtu[t] = c.dt[t] * input;
           c.y[t] = D * input;
         }
       };
-      if (u_columns || delta_columns || y_columns) {
+      if (u_columns) {
         open_steps(std::true_type{});
       } else {
         open_steps(std::false_type{});
       }
-      with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {
-        int64_t n = advance_groups<T, ISA_STATES, near>(0, steps, N, c, block);
-        n = advance_groups<T, 4, near>(n, steps, N, c, block);
-        n = advance_groups<T, 2, near>(n, steps, N, c, block);
-        advance_groups<T, 1, near>(n, steps, N, c, block);
+      with_exp2<scaled>(c, block, steps, [&](auto way) __attribute__((always_inline)) {
+        int64_t n = advance_groups<ISA_STATES, way, S>(0, steps, N, c, block, ahead);
+        n = advance_groups<4, way, S>(n, steps, N, c, block, ahead);
+        n = advance_groups<2, way, S>(n, steps, N, c, block, ahead);
+        advance_groups<1, way, S>(n, steps, N, c, block, ahead);
       });
       if (y_columns) {
         store_columns(y + start, p.y_strides.channel, steps, lanes, c.y);
@@ -356,6 +495,7 @@ constexpr bool kAlonePerStep = count == 1 && kBackwardStates<T> > 1;
 
 template <typename T>
 struct BackwardScratch {
+  int64_t* state;         // per step, whose number it is, 0 beyond the last: the order in which states are prefetched
   V<T> *u, *dy, *slope;   // per step; slope: d dt / d (delta + bias)
   V<T> *ddt, *ddtu;       // per step: gradients of dt (over the decay, times log2(e)) and of dt * u
   V<T> *decay, *decayed;  // (step, state of the group): exp(dt A) and exp(dt A) h[t - 1]
@@ -365,8 +505,9 @@ struct BackwardScratch {
   V<T> *dD, *dbias;       // per block
 
   BackwardScratch(Scratch& s, int64_t N)
-      : u(s.take<V<T>>(kChunk)), dy(s.take<V<T>>(kChunk)), slope(s.take<V<T>>(kChunk)), ddt(s.take<V<T>>(kChunk)),
-        ddtu(s.take<V<T>>(kChunk)), decay(s.take<V<T>>(kChunk * kBackwardStates<T>)),
+      : state(s.take<int64_t>(kChunk)), u(s.take<V<T>>(kChunk)), dy(s.take<V<T>>(kChunk)),
+        slope(s.take<V<T>>(kChunk)), ddt(s.take<V<T>>(kChunk)), ddtu(s.take<V<T>>(kChunk)),
+        decay(s.take<V<T>>(kChunk * kBackwardStates<T>)),
         decayed(s.take<V<T>>(kChunk * kBackwardStates<T>)), sums(s.take<V<T>>(kChunk * (N + 1))),
         dA(s.take<V<T>>(kBlocks * N)), dD(s.take<V<T>>(kBlocks)), dbias(s.take<V<T>>(kBlocks)) {}
 };
@@ -391,7 +532,7 @@ INLINE V<T> sum_lanes(V<T>* x) {
 }
 
 // Runs forward through a chunk again, and keeps the values for the backward pass.
-template <typename T, int count, bool near>
+template <typename T, int count, Exp2 way>
 void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* dt, const V<T>* dtu,
                const V<T>* start, V<T>* decay, V<T>* decayed) {
   constexpr int side = count < kSideBySide ? count : kSideBySide;
@@ -404,7 +545,7 @@ void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* 
       V<T> exponent[side];
 #pragma GCC unroll 16
       for (int i = 0; i < side; ++i) exponent[i] = step * A[first + i];
-      exp2<T, side, near>(exponent);
+      exp2<T, side, way>(exponent);
 #pragma GCC unroll 16
       for (int i = 0, n = first; i < side; ++i, ++n) {
         decay[n] = exponent[i];
@@ -418,13 +559,16 @@ void recompute(int64_t steps, int64_t N, const V<T>* A, const T* B, const V<T>* 
 template <typename T, int count, bool with_dA>
 void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C, const V<T>* dt, const V<T>* dtu,
                 const V<T>* dy, const V<T>* decay, const V<T>* decayed, V<T>* dh_memory, V<T>* dA_memory, V<T>* sums,
-                V<T>* ddt, V<T>* ddtu) {
+                V<T>* ddt, V<T>* ddtu, const Ahead<6>* ahead_memory) {
+  Ahead<6> ahead{};
+  if (ahead_memory) ahead = *ahead_memory;
   V<T> dh[count], dA[count];
   for (int n = 0; n < count; ++n) {
     dh[n] = dh_memory[n];
     dA[n] = V<T>{};
   }
   for (int64_t t = steps - 1; t >= 0; --t) {
+    if (ahead_memory) ahead(t);
     const V<T> step = dt[t], input = dtu[t], gradient = dy[t];
     V<T> step_sum[2] = {ddt[t], V<T>{}}, input_sum[2] = {ddtu[t], V<T>{}};
     V<T> products[kAlonePerStep<T, count> ? 2 : kLanes<T>] = {};
@@ -457,10 +601,10 @@ void sweep_back(int64_t steps, int64_t N, const V<T>* A, const T* B, const T* C,
   }
 }
 
-template <int count, bool near, typename S, typename T = Compute<S>>
+template <int count, Exp2 way, typename S, typename T = Compute<S>>
 INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<S>& p, Item item, int64_t start, int64_t steps,
                                const Channels<T>& channels, int64_t block, const ChunkScratch<T>& c,
-                               const BackwardScratch<T>& g) {
+                               const BackwardScratch<T>& g, const Ahead<6>& ahead) {
   const int64_t N = p.states;
   for (; N - n >= count; n += count, sums += kChunk) {
     V<T> h[count];
@@ -470,10 +614,11 @@ INLINE int64_t backward_groups(int64_t n, V<T>*& sums, const ScanProblem<S>& p, 
                    : V<T>{};
     }
     const int64_t state = block * N + n;
-    recompute<T, count, near>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
+    recompute<T, count, way>(steps, N, c.A + state, c.B + n, c.dt, c.dtu, h, g.decay, g.decayed);
     const auto sweep = [&](auto with_dA) {
       sweep_back<T, count, decltype(with_dA)::value>(steps, N, c.A + state, c.B + n, c.C + n, c.dt, c.dtu, g.dy, g.decay,
-                                                     g.decayed, c.h + state, g.dA + state, sums, g.ddt, g.ddtu);
+                                                     g.decayed, c.h + state, g.dA + state, sums, g.ddt, g.ddtu,
+                                                     n ? nullptr : &ahead);
     };
     if (p.dA) {
       sweep(std::true_type{});
@@ -530,6 +675,7 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   ChunkScratch<T> c(scratch, N, p.dt_rank);
   BackwardScratch<T> g(scratch, N);
+  for (int64_t t = 0; t < kChunk; ++t) g.state[t] = t < N ? t : 0;
   load_A(p, item, channels, c);
   if (p.dt_rank) load_transposed(p.dt_weight, p.dt_rank, T(1), p.channels, item, channels, c.weight);
   for (int64_t block = 0; block < channels.blocks; ++block) {
@@ -546,7 +692,7 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
 
   for (int64_t start = (p.steps - 1) / kChunk * kChunk; start >= 0; start -= kChunk) {
     const int64_t steps = p.steps - start < kChunk ? p.steps - start : kChunk;
-    open_chunk(p, item, start, steps, c);
+    open_chunk(p, item, start, steps, start - kChunk, c);
     for (int64_t i = 0; i < kChunk * (N + 1); ++i) g.sums[i] = V<T>{};
     for (int64_t block = 0; block < channels.blocks; ++block) {
       const int64_t channel = channels.begin(block);
@@ -579,14 +725,6 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
       }
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t row = c.read[t];
-        const Next next(p, item, start - kChunk + t);
-        if (!u_columns) PREFETCH(u, next.read, p.u_strides.row, 0);
-        if (!delta_columns && !p.dt_rank) PREFETCH(delta, next.read, p.delta_strides.row, 0);
-        if (!dy_columns) PREFETCH(dy, next.write, p.dy_strides.row, 0);
-        if (du && !du_columns) PREFETCH(du, next.read, p.du_strides.row, 1);
-        if (du_sum && !du_columns) PREFETCH(du_sum, next.read, p.du_strides.row, 1);
-        if (ddelta && !ddelta_columns) PREFETCH(ddelta, next.read, p.ddelta_strides.row, 1);
-        if (dproduct) PREFETCH(dproduct, next.read, p.ddelta_strides.row, 1);
         if (!u_columns) g.u[t] = row < 0 ? V<T>{} : load(u + row * p.u_strides.row, lanes);
         if (!dy_columns) {
           g.dy[t] = c.write[t] < 0 ? V<T>{} : load(dy + c.write[t] * p.dy_strides.row, lanes);
@@ -595,11 +733,25 @@ void scan_backward(const ScanProblem<S>& p, Item item, void* memory) {
         if (!p.softplus) g.slope[t] = splat(T(1));
         c.dtu[t] = c.dt[t] * g.u[t];
       }
+      const Soon soon(N, c, block, channels.blocks);
+      Ahead<6> ahead;
+      ahead.set(0, u, soon.channels, u_columns ? 0 : p.u_strides.row, soon.read);
+      ahead.set(1, dy, soon.channels, dy_columns ? 0 : p.dy_strides.row, soon.write);
+      shared_ahead(ahead, 2, p, item, c, soon, block, delta);
+      for (int i = 3; i < 6; ++i) ahead.set(i, u, 0, 0, soon.read);
+      if (du && !du_columns) ahead.set(3, du, soon.channels, p.du_strides.row, soon.read);
+      if (du_sum && !du_columns) ahead.set(3, du_sum, soon.channels, p.du_strides.row, soon.read);
+      if (ddelta && !ddelta_columns) ahead.set(4, ddelta, soon.channels, p.ddelta_strides.row, soon.read);
+      if (dproduct) ahead.set(4, dproduct, soon.channels, p.ddelta_strides.row, soon.read);
+      const int64_t chunk = soon.read == c.read ? start / kChunk : start / kChunk - 1;
+      if (chunk > 0) ahead.set(5, checkpoint(p, item, chunk, channel), soon.channels, p.channels, g.state);
       V<T>* sums = g.sums;
-      with_exp2(c, block, steps, [&](auto near) __attribute__((always_inline)) {
-        int64_t n = backward_groups<kBackwardStates<T>, near>(0, sums, p, item, start, steps, channels, block, c, g);
-        n = backward_groups<kBackwardTail<T>, near>(n, sums, p, item, start, steps, channels, block, c, g);
-        backward_groups<1, near>(n, sums, p, item, start, steps, channels, block, c, g);
+      // Never scaled: the table's digits are wanted where a gradient of A is the sum of many small ones.
+      with_exp2<false>(c, block, steps, [&](auto way) __attribute__((always_inline)) {
+        int64_t n = backward_groups<kBackwardStates<T>, way>(0, sums, p, item, start, steps, channels, block, c, g,
+                                                             ahead);
+        n = backward_groups<kBackwardTail<T>, way>(n, sums, p, item, start, steps, channels, block, c, g, ahead);
+        backward_groups<1, way>(n, sums, p, item, start, steps, channels, block, c, g, ahead);
       });
       for (int64_t t = 0; t < steps; ++t) {
         const V<T> ddt = (g.ddt[t] * Constants<T>::ln2 + g.ddtu[t] * g.u[t]) * g.slope[t];

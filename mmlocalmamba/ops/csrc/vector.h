@@ -74,10 +74,35 @@ INLINE void store(bfloat16* to, V<float> x) {
   __builtin_memcpy(to, &y, sizeof y);
 }
 
+// Whether some of the lanes are loaded as quickly as all.
+#if defined(ISA_AVX512)
+template <typename S>
+constexpr bool kMasked = std::is_floating_point_v<S>;
+
+INLINE V<float> masked(const float* from, int lanes) { return _mm512_maskz_loadu_ps((1u << lanes) - 1, from); }
+INLINE V<double> masked(const double* from, int lanes) { return _mm512_maskz_loadu_pd((1u << lanes) - 1, from); }
+#elif defined(ISA_PERMUTE)
+template <typename S>
+constexpr bool kMasked = std::is_floating_point_v<S>;
+constexpr int32_t kMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+
+INLINE __m256i mask(int count) {
+  __m256i mask;
+  __builtin_memcpy(&mask, kMasks + 8 - count, sizeof mask);
+  return mask;
+}
+INLINE V<float> masked(const float* from, int lanes) { return _mm256_maskload_ps(from, mask(lanes)); }
+INLINE V<double> masked(const double* from, int lanes) { return _mm256_maskload_pd(from, mask(2 * lanes)); }
+#else
+template <typename S>
+constexpr bool kMasked = false;
+#endif
+
 // The last channels may not fill a vector: the other lanes read zero and are not written.
 template <typename S, typename T = Compute<S>>
 INLINE V<T> load(const S* from, int lanes) {
   if (__builtin_expect(lanes == kLanes<T>, 1)) return load(from);
+  if constexpr (kMasked<S>) return masked(from, lanes);
   V<T> x{};
   for (int i = 0; i < lanes; ++i) x[i] = value(from[i]);
   return x;
@@ -229,7 +254,10 @@ INLINE void exp2(V<T> (&x)[count]) {
 
 #endif
 
-// The same for |x| <= kNear (and NaN), by a table: 2^x = 2^n 2^r, where n is a multiple of 1/lanes. The fraction of n is
+// Ways to compute 2^x: for all x; for |x| <= kNear; for all x, with fewer operations and digits.
+enum class Exp2 { any, near, scaled };
+
+// Exp2::near, also for NaN, is by a table: 2^x = 2^n 2^r, where n is a multiple of 1/lanes. The fraction of n is
 // looked up among the lanes of a register, and r is so small that three terms do. This takes half the multiplications,
 // of which a processor does fewest at a time. The error is at most one unit in the last place,
 // and 0 at 0: a state that hardly decays is kept.
@@ -267,30 +295,51 @@ INLINE V<float> table_power(V<float> rounded) {
   return (V<float>)(entry + (steps << (23 - kTableBits)));
 }
 
-// 2^n 2^r, in place of r; `rounded` holds n.
+// 2^n 2^r, or 2^n e^r with the terms of e^r, in place of r; `rounded` holds n.
 template <int count>
-INLINE void table_exp2(V<float> (&r)[count], const V<float> (&rounded)[count]) {
+INLINE void table_exp2(V<float> (&r)[count], const V<float> (&rounded)[count], const float (&terms)[3] = kTableTerms) {
   V<float> power[count], p[count];
 #pragma GCC unroll 16
-  for (int i = 0; i < count; ++i) p[i] = r[i] * kTableTerms[0] + kTableTerms[1];
+  for (int i = 0; i < count; ++i) p[i] = r[i] * terms[0] + terms[1];
 #pragma GCC unroll 16
-  for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + kTableTerms[2];
+  for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + terms[2];
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) power[i] = table_power(rounded[i]);
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) r[i] = power[i] * (p[i] * r[i]) + power[i];
 }
 
+#ifdef ISA_AVX512
+// 2^r on [0, 1], highest power first; relative error 1e-7, and none at both ends: a state that hardly decays is kept.
+constexpr float kScaledTerms[] = {1.879318617e-3f, 8.990994655e-3f, 5.581867695e-2f,
+                                  2.401592731e-1f, 6.931517124e-1f, 1.f};
+
+// r is what remains of x beyond the integer below, which is also what the scaling takes of x. In place.
+template <int count>
+INLINE void scaled_exp2(V<float> (&x)[count]) {
+  V<float> r[count], p[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) r[i] = _mm512_reduce_ps(x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  polynomials<float>(r, kScaledTerms, p);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) x[i] = scale(p[i], x[i]);
+}
+#endif
+
 // In place.
-template <typename T, int count, bool near>
+template <typename T, int count, Exp2 way>
 INLINE void exp2(V<T> (&x)[count]) {
-  if constexpr (near) {
+  if constexpr (way == Exp2::near) {
     V<T> rounded[count];
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) rounded[i] = x[i] + kTableRound;
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) x[i] -= rounded[i] - kTableRound;
     table_exp2<count>(x, rounded);
+#ifdef ISA_AVX512
+  } else if constexpr (way == Exp2::scaled) {
+    scaled_exp2<count>(x);
+#endif
   } else {
     exp2<T, count>(x);
   }
@@ -300,20 +349,22 @@ INLINE void exp2(V<T> (&x)[count]) {
 template <typename T>
 constexpr bool kHasTable = false;
 
-template <typename T, int count, bool near>
+template <typename T, int count, Exp2 way>
 INLINE void exp2(V<T> (&x)[count]) {
   exp2<T, count>(x);
 }
 #endif
 
 #ifndef ISA_AVX512
-// Two ways to split the exponent into n + r and to compute 2^n 2^r.
+// Two ways to split an exponent into n + r and to compute 2^n e^r.
 template <typename T>
 struct Fraction {
-  static constexpr T round = Constants<T>::round, least = T(-0.51);
+  static constexpr T round = Constants<T>::round;
 
   template <int count>
-  static INLINE void exp2(V<T> (&r)[count], const V<T> (&rounded)[count]) {
+  static INLINE void exp(V<T> (&r)[count], const V<T> (&rounded)[count]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) r[i] *= Constants<T>::log2e;
     fraction_exp2<T, count>(r);
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) r[i] *= power<T>(rounded[i]);
@@ -322,28 +373,29 @@ struct Fraction {
 #ifdef ISA_PERMUTE
 template <>
 struct Fraction<float> {
-  static constexpr float round = kTableRound, least = -0.51f / kLanes<float>;
+  static constexpr float round = kTableRound;
+  // Those of the table, divided by powers of ln 2.
+  static constexpr float terms[] = {0.16664228f, 0.50006729f, 1.f};
 
   template <int count>
-  static INLINE void exp2(V<float> (&r)[count], const V<float> (&rounded)[count]) {
-    table_exp2<count>(r, rounded);
+  static INLINE void exp(V<float> (&r)[count], const V<float> (&rounded)[count]) {
+    table_exp2<count>(r, rounded, terms);
   }
 };
 #endif
 
-// In place. The part of the logarithm of 2 that is subtracted first has so few digits that its product with n is exact.
+// Where the result is a normal number or NaN. In place. The part of the logarithm of 2 that is subtracted first has so
+// few digits that its product with n is exact.
 template <typename T, int count>
 INLINE void exp(V<T> (&x)[count]) {
   V<T> rounded[count];
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) {
-    rounded[i] = clamp<T>(x[i] * Constants<T>::log2e) + Fraction<T>::round;
+    rounded[i] = x[i] * Constants<T>::log2e + Fraction<T>::round;
     const V<T> n = rounded[i] - Fraction<T>::round;
-    x[i] = ((x[i] - n * Constants<T>::ln2_high) - n * Constants<T>::ln2_low) * Constants<T>::log2e;
-    // Where the exponent was clamped the fraction must not run away. Elsewhere it may be a little above a half.
-    x[i] = x[i] < Fraction<T>::least ? splat(Fraction<T>::least) : x[i];
+    x[i] = (x[i] - n * Constants<T>::ln2_high) - n * Constants<T>::ln2_low;
   }
-  Fraction<T>::template exp2<count>(x, rounded);
+  Fraction<T>::template exp<count>(x, rounded);
 }
 #endif
 
@@ -351,36 +403,44 @@ INLINE void exp(V<T> (&x)[count]) {
 constexpr int kSideBySide = ISA_BYTES == 64 ? 4 : 2;
 constexpr int kAlone = 4;
 
-// The larger of both; y where x is NaN.
+// The larger of both; y where one is NaN. The compiler makes two instructions of a comparison with a constant.
 template <typename T>
 INLINE V<T> larger(V<T> x, V<T> y) {
+#if defined(ISA_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_max_ps(x, y);
+  if constexpr (sizeof(T) == 8) return _mm512_max_pd(x, y);
+#elif defined(ISA_PERMUTE)
+  if constexpr (sizeof(T) == 4) return _mm256_max_ps(x, y);
+  if constexpr (sizeof(T) == 8) return _mm256_max_pd(x, y);
+#endif
   return x > y ? x : y;
 }
 
 template <typename T>
 INLINE V<T> magnitude(V<T> x) {
-  return larger<T>(x, -x);
+  return (V<T>)((Bits<T>)x & (Bits<T>)~(Bits<T>)splat(T(-0.)));
 }
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), which keeps its digits everywhere; as in torch and mamba_ssm the
-// identity beyond 20. In place; `derivative`: null, or an array as long.
+// identity beyond 20, where float cannot tell them apart. In place; `derivative`: null, or an array as long.
 template <typename T, int count>
 INLINE void softplus(V<T> (&x)[count], V<T>* derivative) {
-  const V<T> zero{}, one = splat(T(1)), limit = splat(T(20));
+  constexpr bool distinct = sizeof(T) > 4;
+  const V<T> zero{}, one = splat(T(1)), limit = splat(T(20)), least = splat(Constants<T>::lowest * Constants<T>::ln2);
   V<T> z[count], p[count];
 #pragma GCC unroll 16
-  for (int i = 0; i < count; ++i) z[i] = x[i] > zero ? -x[i] : x[i];
+  for (int i = 0; i < count; ++i) z[i] = larger<T>(least, -magnitude<T>(x[i]));
   exp<T, count>(z);
   polynomials<T>(z, Constants<T>::log1p, p);
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) {
-    const auto positive = x[i] > zero, large = x[i] > limit;
+    const auto large = x[i] > limit;
     if (derivative) {
-      const V<T> inverse = one / (z[i] + one);
-      derivative[i] = large ? one : positive ? inverse : z[i] * inverse;
+      const V<T> inverse = one / (z[i] + one), slope = x[i] > zero ? inverse : z[i] * inverse;
+      derivative[i] = distinct ? (large ? one : slope) : slope;
     }
-    const V<T> y = (positive ? x[i] : zero) + z[i] * p[i];
-    x[i] = large ? x[i] : y;
+    const V<T> y = larger<T>(x[i], zero) + z[i] * p[i];
+    x[i] = distinct ? (large ? x[i] : y) : y;
   }
 }
 
