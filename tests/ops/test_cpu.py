@@ -235,8 +235,10 @@ def test_avx512_on_any_machine(tmp_path):
     """Both ways of AVX-512, emulated: they take the places of AVX2 and of the portable kernels in another process."""
     here = Path(__file__).parent
     library = tmp_path / 'libemulated.so'
-    subprocess.run(['g++', '-std=c++17', '-O1', '-mavx2', '-mfma', '-w', '-fPIC', '-shared',
-                    '-I', Path(ops.__file__).parent / 'csrc', here / 'avx512_emulated.cpp', '-o', library], check=True)
+    # -fexpensive-optimizations: products and sums become one rounding, as in the extension.
+    flags = '-std=c++17 -O1 -fexpensive-optimizations -mavx2 -mfma -w -fPIC -shared'.split()
+    subprocess.run(['g++', *flags, '-I', Path(ops.__file__).parent / 'csrc', here / 'avx512_emulated.cpp',
+                    '-o', library], check=True)
     environment = {name: value for name, value in os.environ.items() if name != 'MMLOCALMAMBA_CPU_ISA'}
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', here / 'test_cpu.py',
