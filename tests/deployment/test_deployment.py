@@ -300,7 +300,7 @@ def test_command(classifier, tmp_path, monkeypatch, capsys):
 def test_command_for_the_kernel_in_openvino(classifier, library, tmp_path, monkeypatch, capsys):
     """It takes the library that is there, and what it writes is opened like any other file."""
     from deployment import openvino_kernel as command
-    run(monkeypatch, *classifier, tmp_path / 'model.onnx', '--shape', 32, 32, '--weights', 'int8')
+    run(monkeypatch, *classifier, tmp_path / 'model.onnx', '--shape', 32, 32, '--weights', 'float16')
     shutil.copy(library, tmp_path)
     monkeypatch.setattr(sys, 'argv', ['x', str(tmp_path / 'model.onnx'), str(tmp_path / 'model.xml')])
     command.main()
