@@ -125,7 +125,7 @@ def with_kernel(path: str, library: str) -> Any:
 
 def _find(constants: dict[str, Any], name: str) -> Any:
     # Files with weights in float16 compute the constant from another.
-    return constants[name] if name in constants else constants[half_name(name)]
+    return constants[half_name(name) if half_name(name) in constants else name]
 
 
 def _operands(arrays: dict[str, np.ndarray], tokens: int, steps: int, chunks: int) -> dict[str, np.ndarray]:
