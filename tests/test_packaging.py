@@ -79,6 +79,9 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'mmlocalmamba').rglob('*.py')
                if '.mim' not in path.parts}
     assert modules <= names
+    # Users compile these.
+    assert {'mmlocalmamba/deployment/csrc/openvino.cpp', 'mmlocalmamba/ops/csrc/interface.h',
+            'mmlocalmamba/.mim/tools/deployment/classify.cpp'} <= names
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mmlocalmamba import table_cache
 from mmlocalmamba.deployment.graphs import Graph
-from mmlocalmamba.deployment.runtimes import METADATA, import_optional
+from mmlocalmamba.deployment.runtimes import METADATA, SCANS, half_name, import_optional
 from mmlocalmamba.ops import BACKEND_VARIABLE
-from mmlocalmamba.ops.backends.onnx import expand
+from mmlocalmamba.ops.backends.onnx import expand, take_scans
 
 OPSET = 20  # the first version with Gelu
 FORMATS = ('.onnx', '.pt2')
@@ -107,7 +107,7 @@ def to_onnx(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, A
     model = made.model
     expand(model)
     _fold(model)
-    model.metadata_props.update(_text_metadata(metadata))
+    model.metadata_props.update({**_text_metadata(metadata), SCANS: json.dumps(take_scans(model))})
     model.graph.doc_string = None
     for node in model.graph.all_nodes():  # remove references to Python source lines
         node.metadata_props.clear()
@@ -131,8 +131,8 @@ def _store_in_float16(model: Any) -> None:
         tensor = value.const_value
         if tensor is None or value in of_loops or tensor.dtype != ir.DataType.FLOAT or tensor.size < 1024:
             continue
-        half = ir.Value(name=f'{name}_half', shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16),
-                        const_value=ir.tensor(tensor.numpy().astype('float16'), name=f'{name}_half'))
+        half = ir.Value(name=half_name(name), shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16),
+                        const_value=ir.tensor(tensor.numpy().astype('float16'), name=half_name(name)))
         del model.graph.initializers[name]
         cast = ir.Node('', 'Cast', [half], [ir.AttrInt64('to', ir.DataType.FLOAT)], num_outputs=1)
         value.replace_all_uses_with(cast.outputs[0])
@@ -173,19 +173,27 @@ def to_pt2(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, An
     return len(program.graph.nodes)
 
 
+def _own_operators(program: torch.export.ExportedProgram) -> list[str]:
+    """Return the schemas of the operators of this package that a program calls."""
+    targets = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return sorted(str(target._schema) for target in targets if target.namespace == 'mmlocalmamba')
+
+
 def to_aoti(graph: Graph, shape: Sequence[int], path: str, metadata: dict[str, Any], any_batch: bool = False,
             plain: bool = False) -> int:
     """Compile a library for this kind of processor with AOTInductor.
 
     ``torch._inductor.aoti_load_package`` reads the file after ``import mmlocalmamba.ops``, whose kernels it calls. C++
-    (``AOTIModelPackageLoader``) can also read a ``plain`` one.
+    (``AOTIModelPackageLoader``) reads it too; see tools/deployment/classify.cpp.
 
-    Args, returns and raises: see :func:`to_pt2`. The metadata of the package hold the entries as :func:`to_onnx` does.
+    Args, returns and raises: see :func:`to_pt2`. The metadata of the package hold the entries as :func:`to_onnx` does,
+    and under ``operators`` the schemas of the operators of this package that the file calls, one a line.
     """
     program = _program(graph, shape, any_batch, 'chunked' if plain else None)
+    texts = {**_text_metadata(metadata), 'operators': '\n'.join(_own_operators(program))}
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=path,
-                                                 inductor_configs={'aot_inductor.metadata': _text_metadata(metadata)})
+                                                 inductor_configs={'aot_inductor.metadata': texts})
     return len(program.graph.nodes)
 
 

@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ import numpy as np
 
 # Key of the metadata in a file, which are JSON.
 METADATA = 'mmlocalmamba'
+# Key of the names of values of each scan, as JSON, in .onnx files; see ops.backends.onnx.take_scans.
+SCANS = 'mmlocalmamba_scans'
+# Name of the extension of OpenVINO, beside the .xml files that need it.
+LIBRARY = 'libmmlocalmamba_openvino.so'
 Function = Callable[[np.ndarray], list[np.ndarray]]
 
 
@@ -26,17 +31,25 @@ class Opened(NamedTuple):
 
 
 def kind_of(path: str) -> str:
-    """Return the kind of a file: 'onnx', 'torch' (a program of torch.export) or 'aoti' (compiled by AOTInductor).
+    """Return the kind of a file: 'onnx', 'openvino' (its own format), 'torch' (a program of torch.export) or 'aoti'
+    (compiled by AOTInductor).
 
     Raises:
         ValueError: if the file is of another kind.
     """
     if path.endswith('.onnx'):
         return 'onnx'
+    if path.endswith('.xml'):
+        return 'openvino'
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return 'aoti' if any('/aotinductor/' in name for name in archive.namelist()) else 'torch'
-    raise ValueError(f'{path} is neither an ONNX file (.onnx) nor a package of PyTorch (.pt2)')
+    raise ValueError(f'{path} is neither an ONNX file (.onnx), nor of OpenVINO (.xml), nor a package of PyTorch (.pt2)')
+
+
+def half_name(name: str) -> str:
+    """Return the name of the float16 constant from which a file computes the constant ``name``."""
+    return f'{name}_half'
 
 
 def normalised(pixels: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
@@ -85,11 +98,19 @@ def _openvino(path: str, threads: int | None, precision: str) -> Opened:
     config: dict[str, str | int] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = threads
-    request = core.compile_model(path, 'CPU', config).create_infer_request()
+    library = Path(path).resolve().with_name(LIBRARY)
+    own_format = path.endswith('.xml')
+    if own_format and library.is_file():
+        core.add_extension(str(library))
+    model = core.read_model(path)
+    request = core.compile_model(model, 'CPU', config).create_infer_request()
 
     def run(images: np.ndarray) -> list[np.ndarray]:
         return [np.array(value) for value in request.infer([images]).values()]
 
+    if own_format:
+        text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else '{}'
+        return Opened(run, json.loads(text))
     properties = import_optional('onnx').load(path, load_external_data=False).metadata_props
     return Opened(run, json.loads(next((entry.value for entry in properties if entry.key == METADATA), '{}')))
 
@@ -133,9 +154,9 @@ def open_file(path: str, runtime: str | None = None, threads: int | None = None,
     """Open an exported file.
 
     Args:
-        path: path of a .onnx or .pt2 file.
-        runtime: 'onnxruntime' or 'openvino' for .onnx, 'torch' or 'aoti' for .pt2. None: ONNX Runtime for .onnx; for
-            .pt2 the content decides.
+        path: path of a .onnx, .xml or .pt2 file. OpenVINO loads the extension beside a .xml file.
+        runtime: 'onnxruntime' or 'openvino' for .onnx, 'openvino' for .xml, 'torch' or 'aoti' for .pt2. None: ONNX
+            Runtime for .onnx; for .pt2 the content decides.
         threads: number of threads. None: the runtime's default.
         precision: 'bf16' lets OpenVINO compute in bfloat16 if the processor supports it. Other runtimes use the
             precision of the file.

@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch import nn
 from mmlocalmamba import __main__, create_model
 from mmlocalmamba import directions as scans
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
-from mmlocalmamba.deployment import exporting, graphs, runtimes
+from mmlocalmamba.deployment import exporting, graphs, openvino_kernel, runtimes
 from mmlocalmamba.openmmlab import deployment
 
 ROOT = Path(__file__).parents[2]
@@ -98,9 +100,112 @@ def test_onnx_equals_eager(case, spiral, tmp_path):
     # All directions in one loop; with one state, a second one goes over the chunks.
     loops = sum(2 if module.ssm.A_log.shape[-1] == 1 else 1 for module in graph.modules() if hasattr(module, 'ssm'))
     assert sum(node.op_type == 'Scan' for node in loaded.graph.node) == loops
+    # Every scan is named, without a constant that nothing else reads.
+    scans = json.loads({entry.key: entry.value for entry in loaded.metadata_props}[runtimes.SCANS])
+    assert len(scans) == sum(hasattr(module, 'ssm') for module in graph.modules())
+    bodies = [loaded.graph, *(node.attribute[0].g for node in loaded.graph.node if node.op_type == 'Scan')]
+    read = {name for body in bodies for node in body.node for name in node.input}
+    assert {constant.name for constant in loaded.graph.initializer} <= read
     expected = exporting.run_eager(graph, torch.from_numpy(images))
     for a, b in zip(expected, runtimes.open_file(path, threads=1).run(images), strict=True):
         np.testing.assert_allclose(b, a.numpy(), atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize('chunks', [1, 4])
+def test_tables_come_back_from_a_file(chunks):
+    """Pads, steps that are no multiple of the chunks, and the formula that is in the graph."""
+    from mmlocalmamba.ops.backends.onnx import _rows, table_of
+    src = torch.tensor([[3, 0, -1, 1, 2, 4, -1], [4, 3, 2, 1, 0, -1, -1]], dtype=torch.int32)
+    inv = torch.stack([torch.stack([(row == token).nonzero()[0, 0] for token in range(5)]) for row in src])
+    length = -(-7 // chunks)
+    rows = _rows(inv + chunks * length - 7, chunks, length)
+    np.testing.assert_array_equal(table_of(rows.flatten().numpy(), 2, 5, 7, chunks), src.numpy())
+
+
+@pytest.fixture(scope='module')
+def library(tmp_path_factory):
+    """The extension of OpenVINO."""
+    headers = Path(pytest.importorskip('openvino').__path__[0]) / 'include/openvino'
+    if not headers.is_dir() or shutil.which('g++') is None:
+        pytest.skip(f'there is no g++, or no {headers}')
+    path = str(tmp_path_factory.mktemp('extension') / runtimes.LIBRARY)
+    openvino_kernel.build(path)
+    return path
+
+
+def by_kernel(path, library, images, scans):
+    """Outputs of a file in OpenVINO with the extension."""
+    import openvino
+    model = openvino_kernel.with_kernel(path, library)
+    kinds = [node.get_type_name() for node in model.get_ops()]
+    assert kinds.count('DirectionalScan') == scans > 0 and not {'TensorIterator', 'Loop'} & set(kinds)
+    compiled = openvino.Core().compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT='f32'))
+    return [list(compiled([batch]).values()) for batch in images]
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.slow
+def test_scans_by_the_kernel_in_openvino(case, spiral, library, tmp_path):
+    """The file of :func:`test_onnx_equals_eager`: no loop is left, and of one written for any number of images too."""
+    graph, path = OfBackbone(randomised(CASES[case]())).eval(), str(tmp_path / 'model.onnx')
+    any_batch = case in ('windows with pads', 'version 2 of VMamba', 'vim')
+    images = [np.random.default_rng(1).standard_normal((batch, 3, 44, 52), dtype=np.float32)
+              for batch in ((1, 3) if any_batch else (1, ))]
+    exporting.to_onnx(graph, (44, 52), path, {}, any_batch, 'float16' if case == 'vim' else 'float32')
+    found = by_kernel(path, library, images, sum(hasattr(module, 'ssm') for module in graph.modules()))
+    for batch, outputs in zip(images, found, strict=True):
+        for a, b in zip(exporting.run_eager(graph, torch.from_numpy(batch)), outputs, strict=True):
+            np.testing.assert_allclose(b, a.numpy(), atol=(5e-3 if case == 'vim' else 1e-5) * float(a.abs().max()))
+
+
+@pytest.mark.parametrize(('compiler', 'message'), [
+    ('no-such-compiler', 'does not start'), ('false', 'could not be compiled'),
+])
+def test_without_a_compiler(compiler, message, tmp_path, monkeypatch):
+    """Nothing is left behind."""
+    pytest.importorskip('openvino')
+    monkeypatch.setenv('CXX', compiler)
+    with pytest.raises(RuntimeError, match=message):
+        openvino_kernel.build(str(tmp_path / 'x.so'))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(('broken', 'message'), [
+    (dict(table=[[0, 1, 3]]), 'token 3 of 3'),
+    (dict(table=[[0, 1]]), '3 rows for 2 steps'),
+    (dict(bias=[[0.] * 3]), r'input 6 of DirectionalScan must be \[1,4\], got \[1,3\]'),
+])
+@pytest.mark.slow
+def test_the_extension_refuses_what_does_not_fit(broken, message, library):
+    import openvino
+    from openvino.utils.node_factory import NodeFactory
+    factory = NodeFactory()
+    factory.add_extension(library)
+    given = dict(A=np.ones((1, 4, 2)), weight=np.ones((1, 4, 2)), bias=np.zeros((1, 4)), table=[[0, 1, 2]]) | broken
+    tokens = openvino.opset13.parameter([1, 1, 3, 4], np.float32)
+    constants = [np.ones((1, 1, 3, 2))] * 3 + list(given.values())
+    inputs = [openvino.op.Constant(np.asarray(x, dtype=np.int32 if x is given['table'] else np.float32))
+              for x in constants]
+    node = factory.create('DirectionalScan', [tokens, *inputs],
+                          dict(given=' '.join(given), tokens=3, in_scan_order=True, softplus=True))
+    with pytest.raises(RuntimeError, match=message):
+        openvino.Core().compile_model(openvino.Model([node], [tokens]), 'CPU')(np.ones((1, 1, 3, 4), np.float32))
+
+
+@pytest.mark.slow
+def test_a_file_that_names_no_scans(library, tmp_path):
+    graph, path = OfBackbone(randomised(vmamba())).eval(), str(tmp_path / 'model.onnx')
+    exporting.to_onnx(graph, (16, 16), path, {})
+    loaded = onnx.load(path)
+    scans = next(entry for entry in loaded.metadata_props if entry.key == runtimes.SCANS)
+    scans.value = scans.value.replace('"rows": "', '"rows": "x')
+    onnx.save(loaded, path)
+    with pytest.raises(ValueError, match='changed after its export'):
+        openvino_kernel.with_kernel(path, library)
+    scans.value = '[]'
+    onnx.save(loaded, path)
+    with pytest.raises(ValueError, match='names no scans'):
+        openvino_kernel.with_kernel(path, library)
 
 
 @pytest.mark.parametrize('case', ['windows with pads', 'version 2 of VMamba'])
@@ -189,6 +294,57 @@ def test_command(classifier, tmp_path, monkeypatch, capsys):
         assert opened.metadata['mean'] == list((cfg.model.get('data_preprocessor') or cfg.data_preprocessor)['mean'])
     assert sizes['float16'] < 0.8 * sizes['float32']
     assert sorted(os.listdir(tmp_path)) == ['float16.onnx', 'float32.onnx', 'int8.onnx']
+
+
+@pytest.mark.slow
+def test_command_for_the_kernel_in_openvino(classifier, library, tmp_path, monkeypatch, capsys):
+    """It takes the library that is there, and what it writes is opened like any other file."""
+    from deployment import openvino_kernel as command
+    run(monkeypatch, *classifier, tmp_path / 'model.onnx', '--shape', 32, 32, '--weights', 'float16')
+    shutil.copy(library, tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['x', str(tmp_path / 'model.onnx'), str(tmp_path / 'model.xml')])
+    command.main()
+    assert 'compiled' not in capsys.readouterr().out
+    stock = runtimes.open_file(str(tmp_path / 'model.onnx'), 'openvino')
+    own = runtimes.open_file(str(tmp_path / 'model.xml'))
+    assert own.metadata == stock.metadata and own.metadata['classes'][3] == 'digit 3'
+    images = np.random.default_rng(0).standard_normal((1, 3, 32, 32), dtype=np.float32)
+    a, b = stock.run(images)[0], own.run(images)[0]
+    np.testing.assert_allclose(b, a, atol=1e-4 * np.abs(a).max())
+    assert {path.name for path in tmp_path.iterdir()} == {'model.onnx', 'model.xml', 'model.bin', runtimes.LIBRARY}
+
+
+@pytest.fixture(scope='module')
+def program(tmp_path_factory):
+    """tools/deployment/classify.cpp, compiled as docs/deployment.md says."""
+    if shutil.which('g++') is None:
+        pytest.skip('there is no g++')
+    folder, torch_folder = tmp_path_factory.mktemp('program'), Path(torch.__file__).parent
+    page = (ROOT / 'docs/deployment.md').read_text().split('\n## C++\n')[1]
+    command = re.search(r'^g\+\+ .*?[^\\]$', page, flags=re.M | re.S)[0]
+    subprocess.run(command.replace('tools/', f'{ROOT}/tools/'), shell=True, check=True, cwd=folder,
+                   env={**os.environ, 'TORCH': str(torch_folder)})
+    return folder / 'classify'
+
+
+@pytest.mark.parametrize('plain', [False, True])
+@pytest.mark.slow
+def test_classify_in_cpp(classifier, program, plain, tmp_path, monkeypatch):
+    """A program without Python, with our kernels and without them, prints what Python finds."""
+    path = tmp_path / 'model.pt2'
+    run(monkeypatch, *classifier, path, '--shape', 32, 32, '--aoti', *['--plain'] * plain)
+    images = np.random.default_rng(0).standard_normal((1, 3, 32, 32), dtype=np.float32)
+    torch.save(torch.from_numpy(images), tmp_path / 'picture.pt')
+    native = [] if plain else [next((ROOT / 'mmlocalmamba/ops').glob('_cpu*.so'), None)]
+    if None in native:
+        pytest.skip('the native kernels are not built')
+    done = subprocess.run([program, path, tmp_path / 'picture.pt', *native], capture_output=True, text=True, check=True)
+    logits = runtimes.open_file(str(path)).run(images)[0][0]
+    name, value = done.stdout.rsplit(maxsplit=1)
+    assert name == f'digit {logits.argmax()}' and float(value) == pytest.approx(float(logits.max()), rel=1e-5)
+    if native:
+        done = subprocess.run([program, path, tmp_path / 'picture.pt'], capture_output=True, text=True)
+        assert done.returncode and '_cpu*.so as third argument' in done.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ While a model is exported, the backend computes a scan in plain PyTorch, except 
 node of the domain ``mmlocalmamba``. :func:`expand` replaces these nodes in the ONNX graph that torch has made, so that
 the graph holds ONNX's own operators only.
 
+Another node names the inputs and the output of a whole scan. :func:`take_scans` removes it and returns these names, by
+which a runtime's extension finds what it may compute by a kernel.
+
 States are (N, D) in the graph, channels innermost: runtimes compute that twice as fast as (D, N).
 
 A step of a scan with one state (N = 1) has so little to compute that the overhead of a runtime's loop dominates. There,
@@ -16,6 +19,7 @@ turns it into a ``Scan`` over single steps, which is many times slower.)
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,12 +27,14 @@ from mmlocalmamba.ops.dispatch import Backend, ScanInputs
 from mmlocalmamba.ops.scan_order import step_size
 
 DOMAIN = 'mmlocalmamba'
+# A node that hands its first input on. Its inputs are those of a scan.
+_WHOLE = 'DirectionalScan'
 
 
-def _node(name: str, inputs: list[Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
+def _node(name: str, inputs: list[Tensor], *shapes: tuple[int, ...], **attributes: Any) -> list[Tensor]:
     """Add a node that torch does not know, and return its outputs. They have values in an exported graph only."""
     return list(torch.onnx.ops.symbolic_multi_out(
-        f'{DOMAIN}::{name}', inputs, dtypes=[torch.float32] * len(shapes), shapes=shapes))
+        f'{DOMAIN}::{name}', inputs, attributes, dtypes=[torch.float32] * len(shapes), shapes=shapes))
 
 
 def _swap(x: Tensor) -> Tensor:
@@ -52,13 +58,39 @@ def _steps_first(x: Tensor, src: Tensor | None, fill: Tensor | None = None) -> T
     return x
 
 
+def _rows(inv: Tensor, chunks: int = 1, steps: int = 0) -> Tensor:
+    """Return where the output of each token is among steps x K x chunks rows: (K, L), from ``inv`` (K, L).
+
+    Step t is step t % steps of chunk t // steps. With one chunk, ``steps`` is not read.
+    """
+    K = inv.shape[0]
+    place = (inv if chunks == 1 else inv % steps) * K + torch.arange(K, dtype=inv.dtype, device=inv.device)[:, None]
+    return place if chunks == 1 else place * chunks + inv.div(steps, rounding_mode='floor')
+
+
+def table_of(rows: np.ndarray, directions: int, tokens: int, steps: int, chunks: int) -> np.ndarray:
+    """Return the table src (K, T), int32, from the constant that a file's scan has in its place.
+
+    Args:
+        rows: what :func:`_rows` returned, in any shape.
+        directions: K.
+        tokens: L.
+        steps: T.
+        chunks: number of chunks; they may begin with pads.
+    """
+    rows = rows.reshape(directions, tokens)
+    length = -(-steps // chunks)
+    inv = rows // chunks // directions + rows % chunks * length - (chunks * length - steps)
+    src = np.full((directions, steps), -1, dtype=np.int32)
+    np.put_along_axis(src, inv, np.arange(tokens, dtype=np.int32)[None], axis=1)
+    return src
+
+
 def _tokens_first(y: Tensor, inv: Tensor | None) -> Tensor:
     """Return y (T, B, K, F) at its tokens' positions, (B, K, L, F), or without ``inv`` (K, L) as (B, K, T, F)."""
     if inv is None:
         return y.permute(1, 2, 0, 3)
-    K = inv.shape[0]
-    rows = inv * K + torch.arange(K, dtype=inv.dtype, device=inv.device)[:, None]
-    return _swap(y).flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, (K, inv.shape[1]))
+    return _swap(y).flatten(1, 2).index_select(1, _rows(inv).flatten()).unflatten(1, tuple(inv.shape))
 
 
 # Elements (directions x chunks x channels) of a step of a chunked scan: a few such arrays fit in a processor's cache.
@@ -108,15 +140,12 @@ def _chunks(inputs: ScanInputs) -> _Chunks:
     steps = -(-T // chunks)
     # What is missing for whole chunks are pads in front, where they leave the state at zero.
     tokens = torch.nn.functional.pad(src, (chunks * steps - T, 0), value=-1).unflatten(1, (chunks, steps))
-    inv = inv + chunks * steps - T
-    place = inv % steps * K + torch.arange(K, dtype=inv.dtype, device=device)[:, None]
-    return _Chunks(tokens.permute(2, 0, 1), place * chunks + inv.div(steps, rounding_mode='floor'),
+    return _Chunks(tokens.permute(2, 0, 1), _rows(inv + chunks * steps - T, chunks, steps),
                    chunks * steps > inv.shape[1])
 
 
-def _chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+def _chunked(inputs: ScanInputs, cut: _Chunks) -> tuple[Tensor, Tensor]:
     """Compute a scan with one state and low-rank step sizes; see the module's description."""
-    cut = _chunks(inputs)
     x, C = cut.read(inputs.u), cut.read(inputs.C)
     delta, B = (cut.read(tokens, with_zeros=True) for tokens in (inputs.delta, inputs.B))
     K, width, _ = inputs.A.shape
@@ -159,6 +188,42 @@ def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     return _softplus(delta) if softplus else delta
 
 
+def _stepwise(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Compute a scan step by step."""
+    u, delta, D, inv = inputs.u, inputs.delta, inputs.D, inputs.inv
+    if inputs.dt_weight is not None:  # not by einsum: runtimes are slower at an Einsum
+        delta = delta @ inputs.dt_weight.mT
+    if u.dim() == 3:
+        u = u[:, None]
+    A = inputs.A.transpose(1, 2)
+    K, N, width = A.shape
+    dt = _step_size(delta, inputs.delta_bias, inputs.delta_softplus)
+    order = None if inputs.in_scan_order else inputs.src
+    # At a pad, u, B and C are 0 and dt is the step size of delta = 0.
+    dt_at_pad = _step_size(delta.new_zeros(1, K, 1, width), inputs.delta_bias, inputs.delta_softplus)[0, :, 0]
+    du = _steps_first(dt * u, order, torch.zeros_like(dt_at_pad))
+    dt = _steps_first(dt, order, dt_at_pad)
+    B, C = _steps_first(inputs.B, order), _steps_first(inputs.C, order)
+    T, batch = dt.shape[:2]
+    zero = A.new_zeros(batch, K, N, width)
+    if N == 1:
+        # Everything except the recurrence is computed for all steps at once.
+        last, states = _node('Recurrence', [zero, (dt[..., None, :] * A).exp(), du[..., None, :] * B[..., None]],
+                             zero.shape, (T, *zero.shape))
+        y = states[..., 0, :] * C
+    else:
+        last, y = _node('SelectiveScan',
+                        [zero, dt[..., None, :], du[..., None, :], B[..., None], C[..., None, :], A],
+                        zero.shape, (T, batch, K, 1, width))
+        y = y.squeeze(-2)
+    if inputs.in_scan_order and D is not None:
+        y = y + (D[:, None] * u).permute(2, 0, 1, 3)
+    y = _tokens_first(y, inv)
+    if not inputs.in_scan_order and D is not None:
+        y = y + D[:, None] * u
+    return y, last.transpose(2, 3)
+
+
 class OnnxBackend(Backend):
     name = 'onnx'
     automatic = False
@@ -166,40 +231,25 @@ class OnnxBackend(Backend):
     low_rank_steps = True
 
     def scan(self, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+        chunks, rows = 1, None
         if inputs.A.shape[-1] == 1 and inputs.dt_weight is not None and inputs.delta_softplus:
-            return _chunked(inputs)
-        u, delta, D, inv = inputs.u, inputs.delta, inputs.D, inputs.inv
-        if inputs.dt_weight is not None:  # not by einsum: runtimes are slower at an Einsum
-            delta = delta @ inputs.dt_weight.mT
-        if u.dim() == 3:
-            u = u[:, None]
-        A = inputs.A.transpose(1, 2)
-        K, N, width = A.shape
-        dt = _step_size(delta, inputs.delta_bias, inputs.delta_softplus)
-        order = None if inputs.in_scan_order else inputs.src
-        # At a pad, u, B and C are 0 and dt is the step size of delta = 0.
-        dt_at_pad = _step_size(delta.new_zeros(1, K, 1, width), inputs.delta_bias, inputs.delta_softplus)[0, :, 0]
-        du = _steps_first(dt * u, order, torch.zeros_like(dt_at_pad))
-        dt = _steps_first(dt, order, dt_at_pad)
-        B, C = _steps_first(inputs.B, order), _steps_first(inputs.C, order)
-        T, batch = dt.shape[:2]
-        zero = A.new_zeros(batch, K, N, width)
-        if N == 1:
-            # Everything except the recurrence is computed for all steps at once.
-            last, states = _node('Recurrence', [zero, (dt[..., None, :] * A).exp(), du[..., None, :] * B[..., None]],
-                                 zero.shape, (T, *zero.shape))
-            y = states[..., 0, :] * C
+            cut = _chunks(inputs)
+            chunks, rows = cut.tokens.shape[2], cut.rows
+            y, last = _chunked(inputs, cut)
         else:
-            last, y = _node('SelectiveScan',
-                            [zero, dt[..., None, :], du[..., None, :], B[..., None], C[..., None, :], A],
-                            zero.shape, (T, batch, K, 1, width))
-            y = y.squeeze(-2)
-        if inputs.in_scan_order and D is not None:
-            y = y + D * u.permute(2, 0, 1, 3)
-        y = _tokens_first(y, inv)
-        if not inputs.in_scan_order and D is not None:
-            y = y + D[:, None] * u
-        return y, last.transpose(2, 3)
+            rows = None if inputs.inv is None else _rows(inputs.inv)
+            y, last = _stepwise(inputs)
+        # What the scan reads, in the forms that it has in the graph anyway: no constant is in the file twice.
+        roles = {'y': y, 'u': inputs.u, 'delta': inputs.delta, 'B': inputs.B, 'C': inputs.C, 'A': inputs.A.mT,
+                 'weight': None if inputs.dt_weight is None else inputs.dt_weight.mT,
+                 'bias': None if inputs.delta_bias is None else inputs.delta_bias[:, None],
+                 'skip': None if inputs.D is None else inputs.D[:, None],
+                 'rows': None if rows is None else rows.flatten().long()}  # as Gather reads them
+        given = {role: x for role, x in roles.items() if x is not None}
+        steps = inputs.delta.shape[2] if inputs.src is None or inputs.in_scan_order else inputs.src.shape[1]
+        y, = _node(_WHOLE, list(given.values()), tuple(y.shape), roles=list(given), steps=steps, chunks=chunks,
+                   in_scan_order=inputs.in_scan_order, softplus=inputs.delta_softplus)
+        return y, last
 
     def unavailable(self, u: Tensor) -> str | None:
         is_exporting = getattr(torch.compiler, 'is_exporting', None)  # torch 2.6 does not have it
@@ -251,7 +301,7 @@ def expand(model: Any) -> int:
     """
     import onnx_ir as ir
 
-    found = [node for node in model.graph if node.domain == DOMAIN]
+    found = [node for node in model.graph if node.domain == DOMAIN and node.op_type != _WHOLE]
     for count, node in enumerate(found):
         if node.op_type not in _LOOPS:
             raise NotImplementedError(f'the node {node.op_type} of {DOMAIN} cannot be replaced by ONNX operators: '
@@ -276,5 +326,32 @@ def expand(model: Any) -> int:
                        num_outputs=len(made), name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [loop], list(node.outputs),
                                                 list(loop.outputs))
-    model.opset_imports.pop(DOMAIN, None)
     return len(found)
+
+
+def take_scans(model: Any) -> list[dict[str, Any]]:
+    """Remove the nodes that name whole scans from an ONNX graph, and return what they say.
+
+    Args:
+        model: The ``onnx_ir.Model`` to change in place, after :func:`expand` and after constants were folded.
+
+    Returns:
+        For each scan the names of its values: ``y`` (B, K, L, D); u, delta, B and C as
+        :func:`mmlocalmamba.ops.directional_scan` takes them; and constants, where there are such: ``A`` (K, N, D),
+        ``weight`` (K, R, D) of the step sizes, ``bias`` and ``skip`` (K, 1, D), and ``rows``, for :func:`table_of`.
+        Also ``steps``, ``chunks``, ``in_scan_order`` and ``softplus``.
+    """
+    scans = []
+    for node in [node for node in model.graph if node.domain == DOMAIN and node.op_type == _WHOLE]:
+        about = {name: attribute.value for name, attribute in node.attributes.items()}
+        roles = about.pop('roles')
+        y, whole = node.inputs[0], node.outputs[0]
+        is_output, name = whole.is_graph_output(), whole.name
+        whole.replace_all_uses_with(y, replace_graph_outputs=True)
+        if is_output:
+            y.name = name
+        scans.append({**dict(zip(roles, (value.name for value in node.inputs), strict=True)),
+                      **{name: bool(x) if name in ('in_scan_order', 'softplus') else x for name, x in about.items()}})
+        model.graph.remove(node, safe=True)
+    model.opset_imports.pop(DOMAIN, None)
+    return scans
