@@ -254,7 +254,8 @@ def norm_gate(y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: fl
         (B, L, D).
     """
     fused, weights = fused_op('norm_gate', backend, [y, z], [weight, bias])
-    return (unfused.norm_gate if fused is None else fused)(y, z, *weights, eps)
+    run: Callable[..., Tensor] = unfused.norm_gate if fused is None else fused
+    return run(y, z, *weights, eps)
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables,
