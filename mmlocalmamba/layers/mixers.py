@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from mmlocalmamba.directions import ScanTables, check_scan
 from mmlocalmamba.layers.linear import call_linear
+from mmlocalmamba.layers.plain import is_plain
 from mmlocalmamba.layers.scattn import SCAttn
 from mmlocalmamba.layers.ssm import DirectionalSSM
-from mmlocalmamba.ops import directional_conv
+from mmlocalmamba.ops import conv2d_silu, directional_conv, norm_gate
 
 
 class _Mixer(nn.Module):
@@ -55,6 +56,14 @@ class _Mixer(nn.Module):
         return f'directions={", ".join(self.directions)}'
 
 
+def _convolve(conv: nn.Conv2d, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Compute SiLU of ``conv`` for tokens x (B, H*W, D) on a grid of this size (H, W)."""
+    if is_plain(conv, nn.Conv2d) and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode,
+                                      conv.groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros', conv.out_channels):
+        return conv2d_silu(x, conv.weight, conv.bias, size)
+    return F.silu(conv(x.unflatten(1, size).permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)
+
+
 class LocalVMambaMixer(_Mixer):
     """SS2D of VMamba with local scans: linear, depthwise 2-D convolution, K scans, SCAttn, sum, norm, gate, linear.
 
@@ -81,16 +90,24 @@ class LocalVMambaMixer(_Mixer):
     def scan(self, x: Tensor, tables: ScanTables) -> Tensor:
         return self.ssm(x, tables)
 
+    def summands(self, x: Tensor, tables: ScanTables) -> Tensor:
+        """Return tensors (B, k, L, D), whose sum over k is :meth:`scan_and_sum`; the norm that follows adds them."""
+        return self.scan(x, tables) if self.scattn is None else self.scan_and_sum(x, tables)[:, None]
+
     def forward(self, x: Tensor, size: tuple[int, int], tables: ScanTables) -> Tensor:
         """x (B, H*W, C), size (H, W), tables of this mixer's directions -> (B, H*W, C)."""
         x = call_linear(self.in_proj, x)
         z = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = x.unflatten(1, size).permute(0, 3, 1, 2)
-        x = F.silu(self.conv2d(x)).permute(0, 2, 3, 1).flatten(1, 2)
-        y = self.out_norm(self.scan_and_sum(x, tables))
-        return call_linear(self.out_proj, y if z is None else y * F.silu(z))
+        y = self.summands(_convolve(self.conv2d, x, size), tables)
+        norm = self.out_norm
+        if is_plain(norm, nn.LayerNorm):
+            y = norm_gate(y, z, norm.weight, norm.bias, norm.eps)
+        else:
+            y = norm(y.sum(1))
+            y = y if z is None else y * F.silu(z)
+        return call_linear(self.out_proj, y)
 
 
 class LocalVimMixer(_Mixer):

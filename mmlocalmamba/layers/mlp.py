@@ -3,6 +3,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlocalmamba.layers.linear import call_linear
+from mmlocalmamba.layers.plain import is_plain
+from mmlocalmamba.ops import linear_gelu
 
 
 class MLP(nn.Module):
@@ -27,4 +29,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> same shape."""
-        return call_linear(self.fc2, F.gelu(call_linear(self.fc1, x)))
+        fc1 = self.fc1
+        x = linear_gelu(x, fc1.weight, fc1.bias) if is_plain(fc1, nn.Linear) else F.gelu(fc1(x))
+        return call_linear(self.fc2, x)

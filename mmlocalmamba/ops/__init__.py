@@ -34,7 +34,8 @@ from mmlocalmamba.ops.dispatch import (
 from mmlocalmamba.ops.unfused import rotate
 
 __all__ = ['BACKENDS', 'BACKEND_VARIABLE', 'Backend', 'ScanInputs', 'add_rms_norm', 'available_backends',
-           'directional_conv', 'directional_scan', 'linear', 'rotate', 'scattn_sum', 'selective_scan']
+           'conv2d_silu', 'directional_conv', 'directional_scan', 'linear', 'linear_gelu', 'norm_gate', 'rotate',
+           'scattn_sum', 'selective_scan']
 
 # In the order of preference.
 BACKENDS.update((module.BACKEND.name, module.BACKEND) for module in (cpu, triton, mamba_ssm, chunked, reference, onnx))
@@ -200,6 +201,61 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str |
         return unfused.linear(x, weight, bias)
     fused, _ = fused_op('linear', backend, [x, weight, bias], [])
     return (unfused.linear if fused is None else fused)(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """Compute GELU of :func:`linear`, without a copy of its product where there is no gradient to compute.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,) or None.
+        backend: As in :func:`linear`.
+
+    Returns:
+        (..., O).
+    """
+    if x.dim() < 2 or autocasts(x):
+        return unfused.linear_gelu(x, weight, bias)
+    fused, _ = fused_op('linear_gelu', backend, [x, weight, bias], [])
+    return (unfused.linear_gelu if fused is None else fused)(x, weight, bias)
+
+
+def conv2d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int],
+                backend: str | None = None) -> Tensor:
+    """Convolve tokens on a grid by 3x3 taps, for each channel alone and with zeros around the grid, then take SiLU.
+
+    Args:
+        x: (B, H*W, D).
+        weight: (D, 1, 3, 3).
+        bias: (D,) or None.
+        size: (H, W).
+        backend: As in :func:`linear`.
+
+    Returns:
+        (B, H*W, D).
+    """
+    fused, (weight, bias) = fused_op('conv2d_silu', backend, [x], [weight, bias])
+    return (unfused.conv2d_silu if fused is None else fused)(x, weight, bias, size)
+
+
+def norm_gate(y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+              backend: str | None = None) -> Tensor:
+    """Compute layer_norm(sum over directions of y) * silu(z): what follows the scans of LocalVMamba.
+
+    Args:
+        y: (B, K, L, D).
+        z: (B, L, D), or None: no gate.
+        weight, bias: (D,) parameters of the LayerNorm.
+        eps: The LayerNorm's epsilon.
+        backend: As in :func:`linear`.
+
+    Returns:
+        (B, L, D).
+    """
+    fused, weights = fused_op('norm_gate', backend, [y, z], [weight, bias])
+    run: Callable[..., Tensor] = unfused.norm_gate if fused is None else fused
+    return run(y, z, *weights, eps)
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables,

@@ -184,9 +184,9 @@ class ScanInputs:
 class Backend:
     """One way to compute the ops on some device. Subclasses define :attr:`name` and :meth:`scan`.
 
-    A backend may also define fused versions of the ops ``linear``, ``directional_conv``, ``scattn_sum`` and
-    ``add_rms_norm``, with the arguments of their unfused versions in :mod:`mmlocalmamba.ops.unfused`. They are None
-    where it has none.
+    A backend may also define fused versions of the ops ``linear``, ``linear_gelu``, ``conv2d_silu``,
+    ``directional_conv``, ``scattn_sum``, ``norm_gate`` and ``add_rms_norm``, with the arguments of their unfused
+    versions in :mod:`mmlocalmamba.ops.unfused`. They are None where it has none.
 
     Attributes:
         name: The name that users choose it by.
@@ -206,6 +206,9 @@ class Backend:
     complex_states = False
 
     linear: Callable[..., Tensor] | None = None
+    linear_gelu: Callable[..., Tensor] | None = None
+    conv2d_silu: Callable[..., Tensor] | None = None
+    norm_gate: Callable[..., Tensor] | None = None
     directional_conv: Callable[..., Tensor] | None = None
     scattn_sum: Callable[..., Tensor] | None = None
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] | None = None

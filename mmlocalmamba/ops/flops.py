@@ -62,6 +62,21 @@ def _native_conv(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
     return Counter(conv=batch * steps * prod(shapes['weight']))
 
 
+def _native_linear_gelu(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    shapes = _arguments('linear_gelu', inputs)
+    return Counter(linear=prod(shapes['x']) * shapes['weight'][-2])
+
+
+def _native_conv2d(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    shapes = _arguments('conv2d_silu', inputs)
+    return Counter(conv=prod(shapes['x'][:2]) * prod(shapes['weight']))
+
+
+def _native_norm_gate(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
+    batch, _, tokens, width = _arguments('norm_gate', inputs)['y']
+    return Counter(layer_norm=5 * batch * tokens * width)
+
+
 def _native_scattn(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
     shapes = _arguments('scattn_sum', inputs)
     batch, K = shapes['y'][:2]
@@ -83,6 +98,9 @@ def _chunked_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter:
 HANDLES: dict[str, Callable] = {
     f'{NAMESPACE}directional_scan': _native_scan,
     f'{NAMESPACE}linear': _native_linear,
+    f'{NAMESPACE}linear_gelu': _native_linear_gelu,
+    f'{NAMESPACE}conv2d_silu': _native_conv2d,
+    f'{NAMESPACE}norm_gate': _native_norm_gate,
     f'{NAMESPACE}directional_conv': _native_conv,
     f'{NAMESPACE}scattn_sum': _native_scattn,
     f'{NAMESPACE}add_rms_norm': _native_norm,
@@ -113,6 +131,10 @@ def _conv_total(shapes: dict[str, Any]) -> int:
     return 2 * shapes['x'][0] * (shapes['src'] or shapes['x'])[1] * prod(shapes['weight'])
 
 
+def _conv2d_total(shapes: dict[str, Any]) -> int:
+    return 2 * prod(shapes['x'][:2]) * prod(shapes['weight'])
+
+
 def _scattn_total(shapes: dict[str, Any]) -> int:
     return 2 * prod(shapes['y'][:2]) * (prod(shapes['reduce_weight']) + prod(shapes['select_weight']))
 
@@ -122,6 +144,12 @@ TOTALS: dict[str, Callable[[dict[str, Any]], int]] = {
     'directional_scan': _scan_total,
     'directional_scan_backward': _scan_backward_total,
     'linear': _linear_total,
+    'linear_gelu': _linear_total,
+    'linear_gelu_backward': lambda shapes: 0,
+    'conv2d_silu': _conv2d_total,
+    'conv2d_silu_backward': lambda shapes: 2 * _conv2d_total(shapes),
+    'norm_gate': lambda shapes: 0,
+    'norm_gate_backward': lambda shapes: 0,
     'directional_conv': _conv_total,
     'directional_conv_backward': lambda shapes: 2 * _conv_total(shapes),
     'scattn_sum': _scattn_total,

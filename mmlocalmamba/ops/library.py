@@ -4,8 +4,8 @@ All operators are declared on every machine, so that a graph that was exported e
 
 - ``directional_scan`` returns outputs, last states, and with ``save`` the states at the start of every chunk of
   :data:`CHUNK` steps but the first. From these, ``directional_scan_backward`` recomputes all others.
-- ``directional_conv``, ``linear`` and ``scattn_sum`` surround the scan in a mixer; ``add_rms_norm`` is between two
-  mixers. Their backward operators are declared here, too.
+- ``linear``, ``conv2d_silu``, ``directional_conv``, ``scattn_sum`` and ``norm_gate`` surround the scan in a mixer;
+  ``add_rms_norm`` and ``linear_gelu`` are between two mixers. Their backward operators are declared here, too.
 
 Last states are (B, K, N, D) here. Tokens and their gradients may be 16 bits wide. States, parameters, their gradients
 and statistics are float32, or float64 if the tokens are. ``wanted`` tells a backward operator which gradients to
@@ -34,6 +34,7 @@ CHUNK = 32
 
 _LIBRARY = torch.library.Library('mmlocalmamba', 'FRAGMENT')
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_FORWARD: dict[str, Callable] = {}  # what calls an operator below autograd
 # Names of the arguments and of the outputs of each operator, in the order of its schema.
 _ARGUMENTS: dict[str, tuple[str, ...]] = {}
 _OUTPUTS: dict[str, tuple[str, ...]] = {}
@@ -91,6 +92,10 @@ def _saved(ctx) -> dict[str, Any]:
     return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=True))}
 
 
+def _save_arguments(ctx, arguments, output):
+    _save(ctx, **arguments)
+
+
 def declare(name: str, schema: str, fake: Callable, backward: Callable | None = None,
             setup_context: Callable | None = None, constants: tuple[str, ...] = ()) -> None:
     """Declare an operator.
@@ -138,18 +143,30 @@ def declare(name: str, schema: str, fake: Callable, backward: Callable | None = 
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(f'torch.ops.mmlocalmamba.{name} cannot be transformed by torch.func: call it by '
                                       f'mmlocalmamba.ops, or {_REMEDY}')
-        tracked = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-        # Inside a forward-mode level, any argument may carry a tangent.
-        return function.apply(*args) if tracked or forward_ad._current_level >= 0 else forward(*args)
+        return function.apply(*args) if _is_tracked(args) else forward(*args)
 
     _LIBRARY.impl(name, differentiable, 'Autograd')
     _FUNCTIONS[name] = function
+    _FORWARD[name] = forward
+
+
+def _is_tracked(args: tuple) -> bool:
+    if forward_ad._current_level >= 0:  # inside a forward-mode level, any argument may carry a tangent
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
 def call(name: str, *args):
-    """Call an operator. Under ``torch.func``, call its autograd function: torch needs it above the dispatcher."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _FUNCTIONS[name].apply(*args)
+    """Call an operator. Under ``torch.func``, call its autograd function: torch needs it above the dispatcher.
+
+    What is not tracked is called below autograd at once: the way through the dispatcher and back to Python takes as
+    long as a small operator.
+    """
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return _FUNCTIONS[name].apply(*args)
+        if not _is_tracked(args) and not torch.jit.is_tracing():
+            return _FORWARD[name](*args)
     return getattr(torch.ops.mmlocalmamba, name)(*args)
 
 
@@ -163,6 +180,13 @@ def _call_backward(name: str, needs: dict[str, bool], values: dict[str, Any]) ->
     wanted = [needs[output] for output in _OUTPUTS[name]]
     grads = _call_by_name(name, {**values, 'wanted': wanted})
     return {output: x if needed else None for output, x, needed in zip(_OUTPUTS[name], grads, wanted, strict=True)}
+
+
+def _will_be_differentiated(*tensors: Tensor | None) -> bool:
+    """Return True if an operator should save what its backward reads. Without it, the backward pass computes it anew,
+    as it does for a trace, which serves both."""
+    return (torch.is_grad_enabled() and not torch.jit.is_tracing()
+            and any(x is not None and x.requires_grad for x in tensors))
 
 
 def _product(x, weight):
@@ -273,10 +297,6 @@ def _fake_conv_backward(x, weight, wanted, **_):
     return _only(wanted, (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])))
 
 
-def _setup_conv(ctx, arguments, output):
-    _save(ctx, **arguments)
-
-
 def _conv_backward(suffix):
 
     def backward(ctx, needs, grad):
@@ -289,7 +309,7 @@ def declare_scan_and_conv(suffix: str = '') -> None:
     """Declare both operators with ``suffix`` after their names, so that one device can have two implementations."""
     declare(f'directional_scan{suffix}', _SCAN, _fake_scan, _scan_backward(suffix), _setup_scan)
     declare(f'directional_scan_backward{suffix}', _SCAN_BACKWARD, partial(_fake_scan_backward, suffix))
-    declare(f'directional_conv{suffix}', _CONV, _fake_conv, _conv_backward(suffix), _setup_conv)
+    declare(f'directional_conv{suffix}', _CONV, _fake_conv, _conv_backward(suffix), _save_arguments)
     declare(f'directional_conv_backward{suffix}', _CONV_BACKWARD, _fake_conv_backward)
 
 
@@ -299,10 +319,7 @@ declare_scan_and_conv()
 def run_scan(inputs: ScanInputs, suffix: str = '') -> tuple[Tensor, Tensor]:
     """Run a scan by the operator ``directional_scan``: y (B, K, L, D) and the last states (B, K, D, N)."""
     tokens = inputs.delta.shape[2] if inputs.inv is None else inputs.inv.shape[1]
-    # A trace serves both: without saved states, the backward pass computes them.
-    save = (torch.is_grad_enabled() and not torch.jit.is_tracing()
-            and any(x.requires_grad for x in inputs.tensors()))
-    more = {'tokens': tokens, 'save': save}
+    more = {'tokens': tokens, 'save': _will_be_differentiated(*inputs.tensors())}
     name = f'directional_scan{suffix}'
     y, last, _ = call(name, *[more[argument] if argument in more else getattr(inputs, argument)
                               for argument in _ARGUMENTS[name]])
@@ -333,15 +350,95 @@ def _setup_linear(ctx, arguments, output):
     _save(ctx, x=arguments['x'], weight=arguments['weight'])
 
 
-def _linear_backward(ctx, needs, grad):
-    saved = _saved(ctx)
-    x, weight = saved['x'], saved['weight']
+def _linear_gradients(x, weight, needs, grad):
     return dict(x=_product(grad, weight.mT) if needs['x'] else None,
                 weight=_grad_weight(grad, x, weight.dim()) if needs['weight'] else None,
                 bias=grad.flatten(0, -2).sum(0) if needs['bias'] else None)
 
 
+def _linear_backward(ctx, needs, grad):
+    saved = _saved(ctx)
+    return _linear_gradients(saved['x'], saved['weight'], needs, grad)
+
+
 declare('linear', '(Tensor x, Tensor weight, Tensor? bias) -> Tensor', _fake_linear, _linear_backward, _setup_linear)
+
+# Linear and GELU
+
+
+def _fake_linear_gelu(x, weight, save, **_):
+    product = _fake_linear(x, weight)
+    return product, torch.empty_like(product) if save else x.new_empty(0)
+
+
+def _setup_linear_gelu(ctx, arguments, outputs):
+    _, product = outputs
+    ctx.mark_non_differentiable(product)
+    _save(ctx, **arguments, product=product)
+
+
+def _linear_gelu_backward(ctx, needs, grad, _):
+    values = _saved(ctx)
+    if not values['save'] or torch.is_grad_enabled():  # a second derivative has to meet the product's inputs
+        values['product'] = _call_by_name('linear', values)
+    grad = call('linear_gelu_backward', grad, values['product'])
+    return _linear_gradients(values['x'], values['weight'], needs, grad)
+
+
+declare('linear_gelu', '(Tensor x, Tensor weight, Tensor? bias, bool save) -> (Tensor out, Tensor product)',
+        _fake_linear_gelu, _linear_gelu_backward, _setup_linear_gelu)
+declare('linear_gelu_backward', '(Tensor grad, Tensor product) -> Tensor',
+        lambda product, **_: product.new_empty(product.shape))
+
+
+def run_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run the operator ``linear_gelu``, which keeps the product for the backward pass if there is one to come."""
+    return call('linear_gelu', x, weight, bias, _will_be_differentiated(x, weight, bias))[0]
+
+
+# Depthwise 3x3 convolution and SiLU
+
+
+def _fake_conv2d_backward(x, weight, wanted, **_):
+    return _only(wanted, (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])))
+
+
+def _conv2d_backward(ctx, needs, grad):
+    return _call_backward('conv2d_silu_backward', needs, {**_saved(ctx), 'grad': grad})
+
+
+declare('conv2d_silu', '(Tensor x, Tensor weight, Tensor? bias, SymInt height, SymInt width) -> Tensor',
+        lambda x, **_: x.new_empty(x.shape), _conv2d_backward, _save_arguments)
+declare('conv2d_silu_backward',
+        '(Tensor grad, Tensor x, Tensor weight, Tensor? bias, SymInt height, SymInt width, bool[3] wanted) '
+        '-> (Tensor x, Tensor weight, Tensor bias)', _fake_conv2d_backward)
+
+# Sum over directions, LayerNorm and gate
+
+
+def _fake_norm_gate(y, **_):
+    return y.new_empty(y.shape[0], *y.shape[2:])
+
+
+def _fake_norm_gate_backward(grad, y, weight, wanted, **_):
+    batch, _, tokens, width = y.shape
+    return _only(wanted, (y.new_empty(batch, 1, tokens, width), grad.new_empty(grad.shape),
+                          weight.new_empty(weight.shape), weight.new_empty(weight.shape)))
+
+
+def _norm_gate_backward(ctx, needs, grad):
+    values = _saved(ctx)
+    grads = _call_backward('norm_gate_backward', needs, {**values, 'grad': grad})
+    if (shared := grads['y']) is not None:  # the same for all directions
+        grads['y'] = shared.expand_as(values['y'])
+    return grads
+
+
+declare('norm_gate', '(Tensor y, Tensor? z, Tensor weight, Tensor bias, float eps) -> Tensor', _fake_norm_gate,
+        _norm_gate_backward, _save_arguments)
+declare('norm_gate_backward',
+        '(Tensor grad, Tensor y, Tensor? z, Tensor weight, Tensor bias, float eps, bool[4] wanted) '
+        '-> (Tensor y, Tensor z, Tensor weight, Tensor bias)', _fake_norm_gate_backward)
 
 # Sum over directions, gated by SCAttn
 

@@ -15,6 +15,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.einsum('bkti,koi->bkto', x, weight) if weight.dim() == 3 else F.linear(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`mmlocalmamba.ops.linear_gelu`."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def conv2d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """See :func:`mmlocalmamba.ops.conv2d_silu`."""
+    x = x.unflatten(1, size).permute(0, 3, 1, 2)
+    x = F.silu(F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0]))
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def norm_gate(y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See :func:`mmlocalmamba.ops.norm_gate`."""
+    y = y[:, 0] if y.shape[1] == 1 else y.sum(1)
+    y = F.layer_norm(y, weight.shape, weight, bias, eps)
+    return y if z is None else y * F.silu(z)
+
+
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables) -> Tensor:
     """See :func:`mmlocalmamba.ops.directional_conv`."""
     K, width, taps = weight.shape

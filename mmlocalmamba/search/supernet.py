@@ -210,6 +210,9 @@ class _RelaxedMixer(nn.Module):
 class RelaxedLocalVMambaMixer(_RelaxedMixer, LocalVMambaMixer):
     """LocalVMambaMixer of a supernet."""
 
+    def summands(self, x: Tensor, tables: ScanTables) -> Tensor:
+        return self.scan_and_sum(x, tables)[:, None]
+
     def _scan_selected(self, x: Tensor, weights: SSMWeights, tables: ScanTables,
                        selection: Selection) -> tuple[Tensor, Tensor]:
         return project_and_scan(_pick(x, -1, selection.channels), weights, tables), x

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mmlocalmamba import ops
 from mmlocalmamba.directions import scan_tables
 from mmlocalmamba.layers import SCAttn, rotary_tables
+from mmlocalmamba.ops.backends import cpu
 
 DIRECTIONS = ('h', 'v_flip', 'w2', 'w3_flip')
 H, W, BATCH = 7, 11, 2
@@ -56,6 +57,26 @@ def sum_case(D=70, gated=True):
     return function, {**inputs, 'z': randn(BATCH, H * W, D, seed=4)} if gated else inputs
 
 
+def gelu_case():
+    return ops.linear_gelu, dict(x=3 * randn(2, 35, 13), weight=randn(37, 13, seed=1), bias=randn(37, seed=2))
+
+
+def grid_case(D=70, bias=True, size=(H, W)):
+    def function(x, weight, bias=None):
+        return ops.conv2d_silu(x, weight, bias, size)
+
+    inputs = dict(x=randn(BATCH, size[0] * size[1], D), weight=randn(D, 1, 3, 3, seed=1))
+    return function, {**inputs, 'bias': randn(D, seed=2)} if bias else inputs
+
+
+def gate_case(D=70, K=4, gated=True):
+    def function(y, weight, bias, z=None):
+        return ops.norm_gate(y, z, weight, bias, 1e-5)
+
+    inputs = dict(y=randn(BATCH, K, H * W, D) + 1, weight=randn(D, seed=1), bias=randn(D, seed=2))
+    return function, {**inputs, 'z': randn(BATCH, H * W, D, seed=4)} if gated else inputs
+
+
 def norm_case(D=70, rotate=True, residual=True):
     tables = rotary_tables(H, W, D - D % 4, 14, 'cpu') if rotate else (None, None)
 
@@ -70,6 +91,13 @@ def norm_case(D=70, rotate=True, residual=True):
 CASES = {
     'linear': linear_case,
     'linear-per-direction': lambda: (ops.linear, dict(x=randn(2, 3, 5, 13), weight=randn(3, 7, 13, seed=1))),
+    'gelu': gelu_case,
+    'grid': grid_case,
+    'grid-narrow': lambda: grid_case(D=9, bias=False, size=(5, 3)),
+    'grid-1': lambda: grid_case(D=1, size=(1, 1)),
+    'gate': gate_case,
+    'gate-plain': lambda: gate_case(D=133, K=1, gated=False),
+    'gate-5': lambda: gate_case(D=5, K=2),
     'conv': conv_case,
     'conv-odd': lambda: conv_case(D=17, taps=3, pad=False),
     'conv-1': lambda: conv_case(D=1, taps=1),
@@ -121,6 +149,8 @@ def test_opcheck(case, monkeypatch):
         function(**{name: x.requires_grad_() for name, x in inputs.items()}).sum().backward()
     names = {func.name().removeprefix('mmlocalmamba::').removesuffix('.default') for func, _ in seen}
     assert names == {'linear': {'linear'}, 'conv': {'directional_conv', 'directional_conv_backward'},
+                     'gelu': {'linear_gelu', 'linear_gelu_backward', 'linear'},
+                     'grid': {'conv2d_silu', 'conv2d_silu_backward'}, 'gate': {'norm_gate', 'norm_gate_backward'},
                      'sum': {'scattn_sum', 'scattn_sum_backward'}, 'norm': {'add_rms_norm'}}[case.split('-')[0]]
     for func, args in seen:
         torch.library.opcheck(func, args)
@@ -129,7 +159,7 @@ def test_opcheck(case, monkeypatch):
 @built
 @pytest.mark.parametrize('case', CASES)
 def test_same_bits_whatever_the_threads(case, monkeypatch):
-    if case.startswith('linear'):
+    if case.startswith(('linear', 'gelu')):
         pytest.skip("the order of summation is oneDNN's")
     threads = torch.get_num_threads()
     try:
@@ -153,14 +183,48 @@ def test_linear_has_second_derivatives(monkeypatch):
 @built
 def test_strides_do_not_matter(monkeypatch):
     monkeypatch.setenv(ops.BACKEND_VARIABLE, 'cpu')
-    for case in ('linear', 'conv', 'sum', 'norm'):
+    for case in ('linear', 'gelu', 'grid', 'gate', 'conv', 'sum', 'norm'):
         function, inputs = CASES[case]()
         inputs = {name: x.float() for name, x in inputs.items()}
         strided = {name: x.flip(0).repeat_interleave(2, -1)[..., ::2].flip(0) for name, x in inputs.items()}
         chunks = {name: torch.cat([x, x], -1).chunk(2, -1)[1] for name, x in inputs.items()}
         for other in (strided, chunks):
             torch.testing.assert_close(function(**other), function(**inputs), rtol=0,
-                                       atol=1e-5 if case == 'linear' else 0)
+                                       atol=1e-5 if case in ('linear', 'gelu') else 0)
+
+
+@built
+@pytest.mark.parametrize('library', ['mkl', 'onednn'])
+def test_products_of_both_libraries(library, monkeypatch):
+    """Each processor takes one of them by itself."""
+    monkeypatch.setenv(ops.BACKEND_VARIABLE, 'cpu')
+    function, inputs = linear_case()
+    exact = function(**inputs)
+    extension = cpu._EXTENSION
+    try:
+        extension.set_library(library)
+        with torch.autograd.profiler.profile() as profile:
+            y = function(**{name: x.float() for name, x in inputs.items()})
+        with pytest.raises(ValueError, match="must be 'mkl', 'onednn' or None, got 'blas'"):
+            extension.set_library('blas')
+    finally:
+        extension.set_library(None)
+    by_onednn = any(event.name.startswith('mkldnn::') for event in profile.function_events)
+    assert by_onednn == (library == 'onednn')
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+@built
+def test_gelu_of_extreme_and_missing_numbers(instruction_set, monkeypatch):  # noqa: F811
+    """What is far below zero becomes zero. Errors elsewhere are those of a rounded distribution function."""
+    monkeypatch.setenv(ops.BACKEND_VARIABLE, 'cpu')
+    one = torch.ones(1, 1)
+    x = torch.cat([torch.linspace(-7, 7, 10001), torch.tensor([-1e30, -50., 50., 1e30, float('nan'), float('inf')])])
+    y = ops.linear_gelu(x[:, None], one)[:, 0]
+    exact = F.gelu(x.double())
+    torch.testing.assert_close(y.double(), exact, rtol=4e-7, atol=1.5e-6, equal_nan=True)
+    error, found = y - exact, exact.isfinite()
+    assert error[found][:10001].norm() < 1e-7 * exact[:10001].norm() and y[10001] == 0 and y[10002] == 0
 
 
 @built
@@ -173,7 +237,10 @@ def test_empty(shape, monkeypatch):
     assert y.shape == (shape[0], 2, 8, shape[2])
     z = ops.linear(x, torch.zeros(5, shape[2], requires_grad=True))
     assert z.shape == (*shape[:2], 5)
-    (y.sum() + z.sum()).backward()
+    taps, row = torch.zeros(shape[2], 1, 3, 3, requires_grad=True), torch.zeros(shape[2], requires_grad=True)
+    z = ops.norm_gate(ops.conv2d_silu(x, taps, None, (2, 3))[:, None], x, row, row, 1e-5)
+    assert z.shape == x.shape
+    (y.sum() + z.sum() + ops.linear_gelu(x, taps[:, 0, 0, :].t()).sum()).backward()
     assert x.grad.shape == x.shape and weight.grad.shape == weight.shape
 
 
@@ -202,6 +269,14 @@ def test_bad_input_is_an_error_not_a_crash(monkeypatch):
         torch.ops.mmlocalmamba.scattn_sum(x[:, None], x[:1], *[bias[0]] * 2, 1e-5, bias, bias[0], bias.t(), bias[0])
     with pytest.raises(ValueError, match='select_weight must have shape'):
         torch.ops.mmlocalmamba.scattn_sum(x[:, None], None, *[bias[0]] * 2, 1e-5, bias, bias[:, 0], bias, bias[0])
+    with pytest.raises(ValueError, match=r'x must be \(B, height \* width, D\), got \[2, 77, 3\] for 7 x 10'):
+        ops.conv2d_silu(x, x.new_ones(3, 1, 3, 3), None, (7, 10))
+    with pytest.raises(ValueError, match='weight must have shape'):
+        ops.conv2d_silu(x, x.new_ones(3, 1, 5, 5), None, (H, W))
+    with pytest.raises(ValueError, match=r'y must be \(B, K, L, D\)'):
+        ops.norm_gate(x, None, bias[0], bias[0], 1e-5)
+    with pytest.raises(ValueError, match='z must have shape'):
+        ops.norm_gate(x[:, None], x[:1], bias[0], bias[0], 1e-5)
     with pytest.raises(ValueError, match='residual must have shape'):
         ops.add_rms_norm(x, x[:1], bias[0], 1e-5)
     with pytest.raises(ValueError, match='channels must be pairs, got 3'):

@@ -66,6 +66,15 @@ class CpuBackend(Backend):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return library.call('linear', x, weight, bias)
 
+    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return library.run_linear_gelu(x, weight, bias)
+
+    def conv2d_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
+        return library.call('conv2d_silu', x, weight, bias, *size)
+
+    def norm_gate(self, *args: Any) -> Tensor:
+        return library.call('norm_gate', *args)
+
     def directional_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, tables: ScanTables) -> Tensor:
         return library.call('directional_conv', x, weight, bias, tables.src, tables.inv)
 

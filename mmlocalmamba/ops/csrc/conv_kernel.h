@@ -119,19 +119,20 @@ void conv_backward(const ConvProblem<S>& p, Item item, void* memory) {
         if (dx) PREFETCH(dx, next, p.channels, 1);
         x[W - 1 + t] = now < 0 ? V<T>{} : load(from + now * p.x_strides.row, lanes);
       }
-      for (int64_t t = 0; t < steps; ++t) {
-        V<T> g{};
-        if (start + t < p.steps) {
-          V<T> sum[1] = {conv_at<T>(x + t, weight, c.bias[block], W)}, slope;
-          silu<T, 1>(sum, &slope);
-          g = load(dy + t * p.dy_strides.row, lanes) * slope;
-          if (p.dweight) {
-            c.dbias[block] += g;
-            for (int64_t j = 0; j < W; ++j) dweight[j] += g * x[t + j];
-          }
+      const int64_t left = p.steps > start ? p.steps - start : 0, real = left < steps ? left : steps;
+      side_by_side(real, [&](int64_t t, auto count) __attribute__((always_inline)) {
+        V<T> sums[count], slopes[count];
+        for (int i = 0; i < count; ++i) sums[i] = conv_at<T>(x + t + i, weight, c.bias[block], W);
+        silu<T, count>(sums, slopes);
+        for (int i = 0; i < count; ++i) {
+          const V<T> g = load(dy + (t + i) * p.dy_strides.row, lanes) * slopes[i];
+          gradient[W - 1 + t + i] = g;
+          if (!p.dweight) continue;
+          c.dbias[block] += g;
+          for (int64_t j = 0; j < W; ++j) dweight[j] += g * x[t + i + j];
         }
-        gradient[W - 1 + t] = g;
-      }
+      });
+      for (int64_t t = real; t < steps; ++t) gradient[W - 1 + t] = V<T>{};
       for (int64_t t = 0; dx && t < steps; ++t) {
         const int64_t token = c.token[t];  // of step start + t - (W - 1)
         if (token < 0) continue;

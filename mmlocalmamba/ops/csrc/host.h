@@ -132,6 +132,10 @@ inline void check(const Tensor& x, const char* name, at::IntArrayRef shape, at::
   TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
 }
 
+// Libraries of products in float32; tests set one.
+enum class Library { kByProcessor, kMKL, kOneDNN };
+void set_library(Library wanted);
+
 // Checks the table of K directions: if a row does not hold every token once (and pads, -1), outputs stay unwritten.
 Tensor checked_table(const Tensor& table, int64_t directions, int64_t tokens);
 

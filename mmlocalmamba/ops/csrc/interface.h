@@ -102,6 +102,23 @@ struct ConvProblem {
   T *dweight, *dbias;     // (B, K, D, W), (B, K, D), or both null
 };
 
+// The depthwise 3x3 convolution of tokens on a grid, zeros around it, and SiLU. A work item is a row of the grid.
+template <typename S, typename T = Compute<S>>
+struct Conv2dProblem {
+  int64_t batch, height, width, channels;
+  const S* x;              // (B, height * width, D)
+  Strides x_strides;
+  const T *taps, *bias;    // (9, D), (D) or null; to compute dx the taps in reverse order
+  S* y;                    // (B, height * width, D)
+
+  // Backward only.
+  const S* dy;             // (B, height * width, D)
+  Strides dy_strides;
+  T* gradient;             // (B, height * width, D), before SiLU
+  T* parts;                // (B, height, 10, D): gradients of the taps and the bias, or null
+  S* dx;                   // (B, height * width, D)
+};
+
 // Tokens that one work item of a sum of directions or of a norm handles.
 constexpr int64_t kTokensPerItem = 64;
 
@@ -142,6 +159,23 @@ struct AddRMSNormProblem {
   S *out;                 // (B, tokens, D)
 };
 
+// out = norm(sum over directions of x) * silu(z), norm being a LayerNorm; or without z.
+template <typename S, typename T = Compute<S>>
+struct NormGateProblem {
+  int64_t batch, directions, tokens, channels;
+  T eps;
+  const S *x, *z;          // (B, K, tokens, D), (B, tokens, D) or null, channels contiguous
+  Strides x_strides, z_strides;
+  const T *weight, *bias;  // (D)
+  S* out;                  // (B, tokens, D)
+
+  // Backward only.
+  const S* dout;           // (B, tokens, D)
+  Strides dout_strides;
+  S *dx, *dz;              // (B, tokens, D), either may be null: not wanted
+  T* parts;                // (ranges of tokens, B, 2, D): gradients of weight and bias, or null
+};
+
 template <typename S, typename T = Compute<S>>
 struct Kernels {
   struct {
@@ -172,6 +206,22 @@ struct Kernels {
     void (*narrow)(const AddRMSNormProblem<S, S>&, int64_t batch, int64_t piece, void* scratch);
     void (*wide)(const AddRMSNormProblem<S, T>&, int64_t batch, int64_t piece, void* scratch);
   } add_rms_norm;
+  struct {
+    int64_t (*scratch)(int64_t width, int64_t channels);
+    void (*forward)(const Conv2dProblem<S>&, int64_t batch, int64_t row, void* scratch);
+    void (*gradient)(const Conv2dProblem<S>&, int64_t batch, int64_t row, void* scratch);
+    void (*backward)(const Conv2dProblem<S>&, int64_t batch, int64_t row, void* scratch);
+  } conv2d;
+  struct {
+    int64_t (*scratch)(int64_t channels);
+    void (*forward)(const NormGateProblem<S>&, int64_t batch, int64_t piece, void* scratch);
+    void (*backward)(const NormGateProblem<S>&, int64_t batch, int64_t piece, void* scratch);
+  } norm_gate;
+  // Null for double: they have the digits of a float.
+  struct {
+    void (*forward)(const S* x, int64_t count, S* out);
+    void (*backward)(const S* dout, const S* x, int64_t count, S* dx);
+  } gelu;
 };
 
 struct InstructionSet {

@@ -9,12 +9,22 @@
 
 #include "add_rms_norm_kernel.h"
 #include "columns.h"
+#include "conv2d_kernel.h"
 #include "conv_kernel.h"
+#include "gelu_kernel.h"
+#include "norm_gate_kernel.h"
 #include "scan_kernel.h"
 #include "scattn_sum_kernel.h"
 
 namespace mmlocalmamba {
 namespace {
+
+template <typename S>
+constexpr auto gelu_kernels() {
+  decltype(Kernels<S>::gelu) found{};
+  if constexpr (sizeof(Compute<S>) == 4) found = {gelu<S>, gelu_backward<S>};
+  return found;
+}
 
 template <typename S, bool scaled = false, typename T = Compute<S>>
 constexpr Kernels<S> kKernels = {
@@ -22,6 +32,9 @@ constexpr Kernels<S> kKernels = {
     {kBlocks * kLanes<T>, conv_scratch<T>, conv_forward<S>, conv_backward<S>},
     {scattn_scratch<T>, scattn_statistics<S>, scattn_forward<S>, scattn_reduce<S>, scattn_backward<S>, gate_product<T>},
     {norm_scratch<T>, add_rms_norm<S, S>, add_rms_norm<S, T>},
+    {conv2d_scratch<S>, conv2d_forward<S>, conv2d_gradient<S>, conv2d_backward<S>},
+    {norm_gate_scratch<T>, norm_gate_forward<S>, norm_gate_backward<S>},
+    gelu_kernels<S>(),
 };
 
 }  // namespace

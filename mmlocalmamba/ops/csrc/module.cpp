@@ -122,9 +122,23 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
   return list;
 }
 
+PyObject* set_library(PyObject*, PyObject* name) {
+  using mmlocalmamba::Library;
+  const char* wanted = name == Py_None ? "" : PyUnicode_AsUTF8(name);
+  if (!wanted) return nullptr;
+  const std::string text = wanted;
+  if (text != "" && text != "mkl" && text != "onednn") {
+    return PyErr_Format(PyExc_ValueError, "the library of products must be 'mkl', 'onednn' or None, got '%s'", wanted);
+  }
+  mmlocalmamba::set_library(text.empty() ? Library::kByProcessor : text == "mkl" ? Library::kMKL : Library::kOneDNN);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS,
      "Names of the instruction sets this machine can run, best first."},
+    {"set_library", set_library, METH_O,
+     "Sets the library of products in float32, for tests: 'mkl', 'onednn', or None: by the processor."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -56,6 +56,48 @@ INLINE void scattn_write_parts(const SCAttnSumProblem<S>& p, int64_t batch, int6
   }
 }
 
+// Mean and deviation of a token's features in `count` directions side by side, whose sums would wait for themselves.
+template <typename S, int count, typename T = Compute<S>>
+INLINE void scattn_rows(const SCAttnSumProblem<S>& p, int64_t batch, int64_t token, int64_t k,
+                        const SCAttnSumScratch<T>& c) {
+  const int64_t first = (batch * p.directions + k) * p.tokens + token, step = p.tokens * p.channels;
+  const S* y = p.y + first * p.channels;
+  const auto feature = [&](int i, int64_t d, int lanes) __attribute__((always_inline)) {
+    const V<T> f = load(y + i * step + d, lanes);
+    return p.z ? f * load(c.silu + d) : f;
+  };
+  V<T> totals[count], squares[count];
+  T mean[count], inverse[count];
+  for (int i = 0; i < count; ++i) totals[i] = squares[i] = V<T>{};
+  for_channels<T>(p.channels, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) totals[i] += feature(i, d, lanes);
+  });
+  for (int i = 0; i < count; ++i) mean[i] = lane_sum<T>(totals[i]) / p.channels;
+  for_channels<T>(p.channels, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      V<T> f = feature(i, d, lanes) - mean[i];
+      if (lanes < kLanes<T>) {
+        for (int lane = lanes; lane < kLanes<T>; ++lane) f[lane] = 0;
+      }
+      squares[i] += f * f;
+    }
+  });
+  for (int i = 0; i < count; ++i) {
+    inverse[i] = T(1) / __builtin_sqrt(lane_sum<T>(squares[i]) / p.channels + p.eps);
+    p.mean[first + i * p.tokens] = mean[i];
+    p.inverse[first + i * p.tokens] = inverse[i];
+  }
+  for_channels<T>(p.channels, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      T* sum = c.sum + (k + i) * c.padded + d;
+      store(sum, load(sum) + (feature(i, d, lanes) - mean[i]) * inverse[i]);
+    }
+  });
+}
+
 template <typename S, typename T = Compute<S>>
 void scattn_statistics(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piece, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
@@ -64,34 +106,9 @@ void scattn_statistics(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piec
   scattn_clear(p, c);
   for (int64_t l = tokens.begin; l < tokens.end; ++l) {
     scattn_open(p, batch, l, c, false);
-    for (int64_t k = 0; k < p.directions; ++k) {
-      const int64_t row = (batch * p.directions + k) * p.tokens + l;
-      const S* y = p.y + row * p.channels;
-      V<T> total{};
-      for_channels<T>(p.channels, [&](int64_t d, int lanes) {
-        V<T> f = load(y + d, lanes);
-        if (p.z) f *= load(c.silu + d);
-        store(c.row + d, f, kLanes<T>);
-        total += f;
-      });
-      const T mean = lane_sum<T>(total) / p.channels;
-      V<T> squares{};
-      for_channels<T>(p.channels, [&](int64_t d, int lanes) {
-        V<T> f = load(c.row + d, lanes) - mean;
-        if (lanes < kLanes<T>) {
-          for (int i = lanes; i < kLanes<T>; ++i) f[i] = 0;
-        }
-        store(c.row + d, f, kLanes<T>);
-        squares += f * f;
-      });
-      const T inverse = T(1) / __builtin_sqrt(lane_sum<T>(squares) / p.channels + p.eps);
-      T* sum = c.sum + k * c.padded;
-      for_channels<T>(p.channels, [&](int64_t d, int) {
-        store(sum + d, load(sum + d) + load(c.row + d) * inverse, kLanes<T>);
-      });
-      p.mean[row] = mean;
-      p.inverse[row] = inverse;
-    }
+    int64_t k = 0;
+    for (; k + 4 <= p.directions; k += 4) scattn_rows<S, 4>(p, batch, l, k, c);
+    for (; k < p.directions; ++k) scattn_rows<S, 1>(p, batch, l, k, c);
   }
   scattn_write_parts(p, batch, piece, c);
 }
@@ -190,13 +207,15 @@ void scattn_backward(const SCAttnSumProblem<S>& p, int64_t batch, int64_t piece,
 
 template <typename T>
 void gate_product(const T* weight, const T* x, const T* bias, int64_t rows, int64_t columns, bool logistic, T* out) {
-  for (int64_t row = 0; row < rows; ++row) {
-    V<T> sum{};
-    for_channels<T>(columns, [&](int64_t d, int lanes) {
-      sum += load(weight + row * columns + d, lanes) * load(x + d, lanes);
+  side_by_side(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
+    V<T> sums[count];
+    for (int i = 0; i < count; ++i) sums[i] = V<T>{};
+    for_channels<T>(columns, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+      const V<T> factor = load(x + d, lanes);
+      for (int i = 0; i < count; ++i) sums[i] += load(weight + (row + i) * columns + d, lanes) * factor;
     });
-    out[row] = lane_sum<T>(sum) + bias[row];
-  }
+    for (int i = 0; i < count; ++i) out[row + i] = lane_sum<T>(sums[i]) + bias[row + i];
+  });
   if (!logistic) return;
   for_channels<T>(rows, [&](int64_t d, int lanes) {
     V<T> x[1] = {load(out + d, lanes)};
