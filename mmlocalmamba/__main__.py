@@ -105,8 +105,8 @@ def doctor() -> bool:
                 print(f'  {line}')
     if ops.cpu.instruction_sets():
         print(f'\nInstruction sets of the CPU kernels: {", ".join(ops.cpu.instruction_sets())}')
-    print("\nOther people's Mamba code: `python -m mmlocalmamba.ops.stand_ins SCRIPT` stands in for what is not "
-          'installed (docs/extend.md):')
+    print("\nOther people's Mamba code: `python -m mmlocalmamba.ops.stand_ins SCRIPT` stands in for packages "
+          'that are not installed (docs/extend.md):')
     for name, state in stand_ins.status().items():
         print(f'  {name:26}{state}')
     error = convolution_error()

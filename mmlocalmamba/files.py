@@ -95,7 +95,7 @@ def locate(path: str) -> str:
         return path
     name = path.removeprefix(SCHEME)
     if name not in packaged_names():
-        raise FileNotFoundError(2, 'no weights of this name come with the package; there are '
+        raise FileNotFoundError(2, 'no weights of this name come with the package; it has '
                                 f'{", ".join(packaged_names())}', path)
     return str(_PACKAGED / f'{name}{SUFFIX}')
 

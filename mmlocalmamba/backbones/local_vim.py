@@ -143,8 +143,8 @@ class LocalVim(LocalMambaBackbone):
             if value not in known:
                 raise ValueError(f'{name} must be one of {known}, got {value!r}')
         if cls_token != 'none' and rope:
-            raise ValueError(f'rope={rope!r} does not go with cls_token={cls_token!r}: it has no position to rotate '
-                             'by; the authors train that model with rope=False')
+            raise ValueError(f'rope={rope!r} does not go with cls_token={cls_token!r}: this class token has '
+                             'no position to rotate. The authors train such a model with rope=False')
         if out_type == 'cls_token' and cls_token == 'none':
             raise ValueError("out_type='cls_token' needs cls_token='middle' or 'vim'")
         if out_type != 'featmap' and self.out_indices != (depth - 1, ):

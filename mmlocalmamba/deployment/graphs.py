@@ -97,7 +97,7 @@ class TwoStageDetector(Graph):
         for name, cfg in (('rpn', model.test_cfg.rpn), ('rcnn', model.test_cfg.rcnn)):
             if cfg.nms.type != 'nms':
                 raise NotImplementedError(f'test_cfg.{name}.nms is {cfg.nms.type!r}: only \'nms\' can be exported. '
-                                          'Set it so, or export the features')
+                                          'Set this type, or export with --features')
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         shape = tuple(images.shape[-2:])

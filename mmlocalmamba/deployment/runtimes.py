@@ -170,5 +170,5 @@ def open_file(path: str, runtime: str | None = None, threads: int | None = None,
     if runtime is None:
         runtime = able[0]
     if runtime not in able:
-        raise ValueError(f'{path} is not read by {runtime}: use {" or ".join(able)}')
+        raise ValueError(f'{runtime} cannot read {path}: use {" or ".join(able)}')
     return _OPEN[runtime](path, threads, precision)

@@ -64,7 +64,8 @@ def inferencer(config: str, checkpoint: str, device: str | None = None, score: f
     cfg = Config.fromfile(config)
     scope = cfg.get('default_scope')
     if scope not in _INFERENCERS:
-        raise ValueError(f'{config} is of {scope}: predictions are made for {", ".join(_INFERENCERS)}')
+        raise ValueError(f'{config} is a configuration of {scope}: predictions exist only for '
+                         f'{", ".join(_INFERENCERS)}')
     module, kind, argument = _INFERENCERS[scope]
     try:
         make = getattr(import_module(module), kind)

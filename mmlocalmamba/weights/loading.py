@@ -393,9 +393,9 @@ def check_requirements(backbone: Any, needed: Mapping[str, Any], source: str, al
             theirs, ours = (f'{len(blocks)} blocks' for blocks in (theirs, ours))
         lines.append(f'{key}: its weights were trained with {theirs}, here: {ours}')
     report = '\n  '.join(lines)
-    raise RuntimeError(f'{report}\nIts features would be meaningless here: set the backbone accordingly. If you want '
-                       f'the difference, write allow={differing} in init_cfg or on the LoadCheckpointHook, or load '
-                       'dict(state_dict), which carries no metadata.')
+    raise RuntimeError(f'{report}\nIts features would be meaningless here: give the backbone the values of the '
+                       f'checkpoint. To keep the difference, write allow={differing} in init_cfg or on the '
+                       'LoadCheckpointHook, or load dict(state_dict), which carries no metadata.')
 
 
 def check_architecture(weights: StateDict, backbone: nn.Module, source: str) -> None:
@@ -551,7 +551,7 @@ def load_pretrained(backbone: Any, checkpoint: str | None, strict: bool = True, 
     found = fit(backbone, weights, new)
     report = '\n  '.join([found.report(kind, checkpoint), *contents.remarks])
     if not found.complete and strict:
-        raise RuntimeError(f'{report}\nThis checkpoint is not of this backbone. If you want a partial match, add '
+        raise RuntimeError(f'{report}\nThis checkpoint belongs to another backbone. If you want a partial match, add '
                            'strict=False to init_cfg.')
     if found.fitting:
         backbone.load_state_dict(adapted({name: weights[name] for name in found.fitting}, backbone, ''), strict=False)

@@ -263,7 +263,7 @@ class DataStream:
                 raise RuntimeError(f'the first {done} batches of epoch {self.epoch + 1} of the {self.name} data had '
                                    f'{samples} samples when the position was saved, and have '
                                    f'{before * self.world_size} now: the data or their sampler have changed. '
-                                   'Resume with those of the checkpoint')
+                                   'Resume with the data and the sampler of the checkpoint')
             if indices is None:
                 break
             if number >= done:
@@ -290,7 +290,7 @@ class DataStream:
                     f'the checkpoint was written with {saved} {what} of the {self.name} data, this training has {own} '
                     f'({self.world_size} processes, batch_size {self.loader.batch_sampler.batch_size}). Learning rates '
                     'and epochs would match neither the old training nor a new one. Resume with '
-                    f'{saved} (batch_size times the number of processes may be split differently), or start a new '
+                    f'{saved} (batch_size may change with the number of processes), or start a new '
                     'training from these weights: load_from=CHECKPOINT, resume=False')
         saved = state.get('fingerprint')
         if saved is not None and dist.is_main_process() and saved != self.fingerprint:
