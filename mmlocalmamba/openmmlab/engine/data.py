@@ -283,15 +283,16 @@ class DataStream:
         Raises:
             ValueError: if it was saved with another total batch or another number of samples.
         """
-        for what, own, saved in (('samples in an iteration', self.total_batch, state['total_batch']),
-                                 ('samples in the dataset', len(self.dataset), state['size'])):
+        anew = 'or start a new training from these weights: load_from=CHECKPOINT, resume=False'
+        split = (f' ({self.world_size} processes, batch_size {self.loader.batch_sampler.batch_size}). Learning rates and '
+                 f'epochs would match neither the old training nor a new one. Resume with {state["total_batch"]} '
+                 f'(batch_size times the number of processes may be split differently), {anew}')
+        for what, own, saved, remedy in (
+                ('samples in an iteration', self.total_batch, state['total_batch'], split),
+                ('samples in the dataset', len(self.dataset), state['size'], f'. Resume with the same data, {anew}')):
             if saved != own:
-                raise ValueError(
-                    f'the checkpoint was written with {saved} {what} of the {self.name} data, this training has {own} '
-                    f'({self.world_size} processes, batch_size {self.loader.batch_sampler.batch_size}). Learning rates '
-                    'and epochs would match neither the old training nor a new one. Resume with '
-                    f'{saved} (batch_size may change with the number of processes), or start a new '
-                    'training from these weights: load_from=CHECKPOINT, resume=False')
+                raise ValueError(f'the checkpoint was written with {saved} {what} of the {self.name} data, this '
+                                 f'training has {own}{remedy}')
         saved = state.get('fingerprint')
         if saved is not None and dist.is_main_process() and saved != self.fingerprint:
             print_log(f'the names or sizes of the files of the {self.name} data differ from those at the checkpoint: '
