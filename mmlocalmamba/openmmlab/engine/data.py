@@ -284,7 +284,8 @@ class DataStream:
             ValueError: if it was saved with another total batch or another number of samples.
         """
         anew = 'or start a new training from these weights: load_from=CHECKPOINT, resume=False'
-        split = (f' ({self.world_size} processes, batch_size {self.loader.batch_sampler.batch_size}). Learning rates and '
+        size = self.loader.batch_sampler.batch_size
+        split = (f' ({self.world_size} processes, batch_size {size}). Learning rates and '
                  f'epochs would match neither the old training nor a new one. Resume with {state["total_batch"]} '
                  f'(batch_size times the number of processes may be split differently), {anew}')
         for what, own, saved, remedy in (
