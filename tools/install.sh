@@ -339,7 +339,7 @@ install_stack() {
     # There is no build isolation, because each source package would otherwise fetch its own build tools.
     quietly "$network" pip_install --no-build-isolation --constraint "$constraints" -r "$wanted"
     quietly "$network" pip_install --no-deps -r "requirements/mim-$STACK.txt"
-    compile_bytecode
+    [ $dev = yes ] || compile_bytecode
 }
 
 install_tools() {
