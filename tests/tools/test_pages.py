@@ -42,7 +42,7 @@ PAGES = {
     'deployment': ['digits.onnx', 'detector.onnx', 'digits.pt2'],
 }
 # Things that a test does not have.
-NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling')
+NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling', 'own pictures')
 
 
 def tabs(text):
