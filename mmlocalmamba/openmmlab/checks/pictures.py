@@ -134,8 +134,8 @@ def trained_findings(split: Split, own: dict[str, str], trained: Collection[str]
     where, write = split.file or split.folder, f'Set another data_prefix or ann_file for the {split.name}'
     # Pictures of an unknown data set may be asked for other things.
     if both and len(both) == len(own) and split.kind != 'pictures':
-        yield Problem(where, f'all {len(own):,} pictures are training pictures as well, so it cannot show how the model '
-                             'does on new ones', write)
+        yield Problem(where, f'all {len(own):,} pictures are training pictures as well, so it cannot show how the '
+                             'model does on new ones', write)
     elif both:
         yield Note(where, f'{len(both):,} of {len(own):,} pictures are training pictures as well', write,
                    noun='picture', entries=both)
