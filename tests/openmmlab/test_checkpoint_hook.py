@@ -249,7 +249,7 @@ def test_nobody_resumes_from_weights_alone(tmp_path, name, meta):
         torch.save(dict(state_dict=weights, meta=meta), path)
     else:
         files.save_safetensors(path, weights, meta)
-    with pytest.raises(RuntimeError, match='weights alone.*: a training cannot resume from it, but start, with load_f'):
+    with pytest.raises(RuntimeError, match='holds only weights, .*: a training cannot resume from it. To start from'):
         load(build(tmp_path, load_from=path, resume=True))
 
 
