@@ -130,7 +130,7 @@ def predict(model: str, paths: list[str], out: str, device: str | None, score: f
     Returns:
         False if a picture could not be read.
     """
-    from mmlocalmamba.files import SCHEME, packaged_names
+    from mmlocalmamba.files import SCHEME, meant, packaged_names
     from mmlocalmamba.models import list_models
     from mmlocalmamba.weights import released
     if find_spec('PIL') is None:
@@ -148,9 +148,14 @@ def predict(model: str, paths: list[str], out: str, device: str | None, score: f
         from mmlocalmamba.openmmlab.inference import inferencer
         stem = Path(model).stem
         if checkpoint is None and released.find(SCHEME + stem) is None and stem not in packaged_names():
-            raise ValueError(f'no weights come with {model}: name a checkpoint after it. Names with weights are '
-                             f'{", ".join(sorted({*list_models(pretrained=True), *packaged_names()}))}')
-        config = model if model.endswith('.py') else config_path(model)
+            known = sorted({*list_models(pretrained=True), *packaged_names()})
+            hint = '' if Path(model).exists() else meant(Path(model.removesuffix('.py')).name, {*known, *list_models()})
+            raise ValueError(f'no weights come with {model}: {hint}Name a checkpoint '
+                             f'after it. Names with weights are {", ".join(known)}')
+        try:
+            config = model if model.endswith('.py') else config_path(model)
+        except ValueError as error:
+            raise ValueError(f'{meant(model, list_models())}{error}') from None
         predictor = inferencer(config, checkpoint or SCHEME + stem, device, score)
     return predict_files(predictor, paths, Path(out))
 

@@ -5,6 +5,7 @@ that come with the package. A safetensors file of this package holds one state d
 state dict's own metadata (scan directions and the like) and the checkpoint's ``meta`` (class names). It is small:
 matrices have 16 bits. URLs are downloaded once, into torch's hub cache.
 """
+import difflib
 import errno
 import json
 import logging
@@ -14,7 +15,7 @@ import ssl
 import threading
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -85,6 +86,12 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in _PACKAGED.glob(f'*{SUFFIX}'))
 
 
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'X'? `` for the known name that is most similar to a misspelt one, or ''."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f'did you mean {found[0]!r}? ' if found else ''
+
+
 def locate(path: str) -> str:
     """Return the file that a path or ``mmlocalmamba://NAME`` means.
 
@@ -95,8 +102,8 @@ def locate(path: str) -> str:
         return path
     name = path.removeprefix(SCHEME)
     if name not in packaged_names():
-        raise FileNotFoundError(2, 'no weights of this name come with the package; it has '
-                                f'{", ".join(packaged_names())}', path)
+        raise FileNotFoundError(2, f'{meant(name, packaged_names())}no weights of this name come with the package; it '
+                                f'has {", ".join(packaged_names())}', path)
     return str(_PACKAGED / f'{name}{SUFFIX}')
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.backbones.archs import LOCAL_VIM, LOCAL_VMAMBA
 from mmlocalmamba.backbones.base import LocalMambaBackbone
-from mmlocalmamba.files import SCHEME
-from mmlocalmamba.weights.loading import load_checkpoint, load_whole_model, read
+from mmlocalmamba.files import SCHEME, meant
+from mmlocalmamba.weights.loading import Contents, load_checkpoint, load_whole_model, read
 from mmlocalmamba.weights.released import NAMED, Weights
 
 _LOGGER = logging.getLogger(__name__)
@@ -96,8 +96,9 @@ def create_model(name: str, pretrained: bool | str = False, num_classes: int | N
             :mod:`mmlocalmamba.openmmlab.models` is imported.
         pretrained: False for random weights; True for the weights that the name stands for, which are downloaded once;
             or a checkpoint: a file, URL or ``mmlocalmamba://NAME``, of this package or of the authors.
-        num_classes: None for the number that the name stands for, or else 1000; 0 returns features (B, C). A checkpoint
-            with another number gives the backbone alone its weights, and the log says so.
+        num_classes: None for that of the head in the checkpoint that ``pretrained`` names, or else the number that the
+            name stands for, or else 1000; 0 returns features (B, C). A checkpoint with another number, or without a
+            head, gives the backbone alone its weights, and the log says so.
         in_channels: channels of the image.
         features_only: return the backbone, whose output is a tuple of maps (B, C, H, W).
         out_indices: stages (LocalVMamba) or blocks (LocalVim) whose maps ``features_only`` returns; None for all four
@@ -116,7 +117,8 @@ def create_model(name: str, pretrained: bool | str = False, num_classes: int | N
     """
     weights = NAMED.get(name, Weights('', '', model=name))
     if weights.model not in _MODELS and name not in NAMED:
-        raise ValueError(f'unknown model {name!r}: known are {", ".join(sorted({*_MODELS, *NAMED}))}')
+        known = sorted({*_MODELS, *NAMED})
+        raise ValueError(f'unknown model {name!r}: {meant(name, known)}Known are {", ".join(known)}')
     if pretrained is True:
         if name not in NAMED:
             raise ValueError(f'no weights come with the name {name!r}: names with weights are '
@@ -136,10 +138,13 @@ def create_model(name: str, pretrained: bool | str = False, num_classes: int | N
     elif out_indices is not None:
         raise ValueError('out_indices needs features_only=True')
     backbone = kind(**arguments)
-    model = backbone if features_only else Classifier(
-        backbone, weights.num_classes if num_classes is None else num_classes)
-    if pretrained:
-        _load(model, backbone, pretrained, channels)
+    contents = read(load_checkpoint(pretrained)) if pretrained else None
+    if num_classes is None:
+        head = contents.weights.get('head.fc.weight') if contents is not None else None
+        num_classes = weights.num_classes if head is None else len(head)
+    model = backbone if features_only else Classifier(backbone, num_classes)
+    if contents is not None:
+        _load(model, backbone, contents, str(pretrained), channels)
     return model
 
 
@@ -154,9 +159,9 @@ def _feature_options(kind: type[LocalMambaBackbone], arguments: dict[str, Any],
     return dict(out_type='featmap', out_indices=taps if out_indices is None else out_indices)
 
 
-def _load(model: nn.Module, backbone: LocalMambaBackbone, checkpoint: str, channels: str | None) -> None:
+def _load(model: nn.Module, backbone: LocalMambaBackbone, contents: Contents, checkpoint: str, channels: str | None
+          ) -> None:
     """Load all weights, or those of the backbone alone if the model has another head than the checkpoint."""
-    contents = read(load_checkpoint(checkpoint))
     head = {name: value.shape for name, value in model.state_dict().items() if name.startswith('head.')}
     if head and all(name in contents.weights and contents.weights[name].shape == shape for name, shape in head.items()):
         load_whole_model(model, backbone, contents, checkpoint, channels)

@@ -169,8 +169,18 @@ def test_a_checkpoint_by_path(names, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
 
 
+def test_the_classes_of_an_own_checkpoint(tmp_path):
+    model = create_model('localvim_nano', num_classes=3)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'x.pth')
+    loaded = create_model('localvim_nano', pretrained=str(tmp_path / 'x.pth'))
+    assert torch.equal(model.head.fc.weight, loaded.head.fc.weight)
+    torch.save(dict(state_dict=model.backbone.state_dict()), tmp_path / 'x.pth')
+    assert create_model('localvim_nano', pretrained=str(tmp_path / 'x.pth')).head.fc.out_features == 1000
+
+
 @pytest.mark.parametrize('name, options, message', [
-    ('localvim_huge', {}, "unknown model 'localvim_huge': known are localvim_nano"),
+    ('localvim_huge', {}, "unknown model 'localvim_huge': .*Known are localvim_nano"),
+    ('localvm_tiny', {}, "unknown model 'localvm_tiny': did you mean 'localvim_tiny'\\?"),
     ('localvmamba_tiny', dict(pretrained=True), "no weights come with the name 'localvmamba_tiny': names with weights"),
     ('localvim_nano', dict(channels='mean', pretrained='mmlocalmamba://localvim-nano_digits', num_classes=10,
                            img_size=32, patch_size=4, window_pad='none'), 'channels must be one of'),

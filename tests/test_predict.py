@@ -91,8 +91,11 @@ def test_a_name_with_a_checkpoint(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (('localvim_nano', 'IMAGE'), 'no weights have this name'),
+    (('localvim_nano', 'IMAGE'), 'there are no weights and no file of this name'),
     (('localvim_huge', 'IMAGE'), 'no weights come with localvim_huge.*localvim_nano.digits'),
+    (('localvin_nano.digits', 'IMAGE'), "localvin_nano.digits: did you mean 'localvim_nano.digits'"),
+    (('localvm_nano', 'nowhere.pth', 'IMAGE'), "did you mean 'localvim_nano'"),
+    (('localvim_nano', 'mmlocalmamba://localvim_nano.digit', 'IMAGE'), "did you mean 'localvim_nano.digits'"),
     ((DIGITS, 'nowhere.png'), 'there is no such picture or folder.*nowhere.png'),
     ((DIGITS, 'nowhere.pth', 'IMAGE'), 'nowhere.pth'),
     ((DIGITS, 'nowhere.pth'), 'no picture is named'),

@@ -1,17 +1,51 @@
 """Checkpoints given as ``load_from``, to resume or to test."""
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import BaseLoop
+from torch import Tensor, nn
 
 from mmlocalmamba.backbones.base import find_backbone
+from mmlocalmamba.openmmlab.checks.model import heads
 from mmlocalmamba.openmmlab.compat import weights_only
 from mmlocalmamba.registry import HOOKS
 from mmlocalmamba.weights.loading import REQUIREMENTS, adapted, fit, grouped, read, unwrap_model, weights_for
+
+
+def unfilled(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the parameters that a checkpoint leaves random: it has none of the name, or one of another shape."""
+    return [name for name, value in model.named_parameters()
+            if name not in weights or weights[name].shape != value.shape]
+
+
+def other_classes(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Return a remedy that names both numbers of classes, if nothing else keeps a checkpoint from filling a model.
+
+    A layer has one row for each class, or several (boxes, anchors), and perhaps one more for the background.
+    """
+    own, numbers = dict(model.named_parameters()), {head.num_classes for head in heads(model).values()}
+    names = unfilled(model, weights)
+    if not names or len(numbers) > 1 or any(
+            name not in weights or weights[name].shape[1:] != own[name].shape[1:] for name in names):
+        return ''
+    count = numbers.pop() if numbers else min(len(own[name]) for name in names)
+    possible = []
+    for name in names:
+        there, here = len(weights[name]), len(own[name])
+        ratios = [((here - more) // count, more) for more in (0, 1) if here > more and (here - more) % count == 0]
+        possible.append({(there - more) // ratio for ratio, more in ratios
+                         if there > more and (there - more) % ratio == 0})
+    found = set.intersection(*possible)
+    if len(found) != 1:
+        return ''
+    classes, = found
+    return (f'the checkpoint has {classes} classes, the configuration {count}: set num_classes to {classes} (model = '
+            f"__import__('mmlocalmamba').with_classes(_base_.model, {classes})) and use data of the same classes, or "
+            f'name a checkpoint of {count} classes.')
 
 
 @HOOKS.register_module()
@@ -66,15 +100,17 @@ class LoadCheckpointHook(Hook):
             lines.append(found.report(type(backbone).__name__, 'the checkpoint'))
         if not isinstance(runner._train_loop, BaseLoop):  # a test: what is missing stays random
             told = {contents.prefix + name for name in (*found.missing, *found.unfit)}
-            random = [name for name, value in model.named_parameters()
-                      if name not in told and (name not in weights or weights[name].shape != value.shape)]
+            random = [name for name in unfilled(model, weights) if name not in told]
             if random:
                 lines.append(f'{len(random)} more parameters of {type(model).__name__} are not in the checkpoint or '
                              f'have another shape, and this is a test, not a training: {", ".join(grouped(random))}')
+            remedy = other_classes(model, weights) or (
+                'The checkpoint is of another model: name the configuration that it was trained with.')
+        else:
+            remedy = ('The checkpoint is of another model. If you want a partial match, set strict=False on the '
+                      'LoadCheckpointHook in custom_hooks.')
         if lines and self.strict:
-            report = '\n'.join(lines)
-            raise RuntimeError(f'{report}\nThe checkpoint is of another model. If you want a partial match, set '
-                               'strict=False on the LoadCheckpointHook in custom_hooks.')
+            raise RuntimeError('\n'.join([*lines, remedy]))
         if contents.family is not None or self.channels is not None:
             lines = [*contents.remarks, *lines]
         if lines:

@@ -6,8 +6,13 @@ import numpy as np
 from mmengine.config import Config
 from PIL import Image
 
+from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.deployment.graphs import image_channels
+from mmlocalmamba.openmmlab.checkpoint_hook import other_classes, unfilled
+from mmlocalmamba.openmmlab.checks.findings import listed
+from mmlocalmamba.openmmlab.deployment import load_model
 from mmlocalmamba.predict import Found, Predictor, Result
+from mmlocalmamba.weights.loading import grouped, load_checkpoint, read, weights_for
 
 # default_scope -> module and class of its inferencer, and its argument for the checkpoint
 _INFERENCERS = {'mmpretrain': ('mmpretrain', 'ImageClassificationInferencer', 'pretrained'),
@@ -48,6 +53,23 @@ def _labels(found: Any, score: float) -> Result:
     return Result(labels=found.pred_sem_seg.data[0].cpu().numpy())
 
 
+def _refuse_another(cfg: Config, config: str, checkpoint: str) -> None:
+    """Refuse a checkpoint that does not fill the model: an inferencer would go on with random weights.
+
+    Raises:
+        RuntimeError: naming the weights and the remedy.
+    """
+    model, _ = load_model(cfg, None)
+    prefix, backbone = find_backbone(model)
+    contents = read(load_checkpoint(checkpoint), prefix=prefix)
+    weights = contents.weights if backbone is None else weights_for(contents, backbone, checkpoint)[1]
+    if missing := unfilled(model, weights):
+        raise RuntimeError(
+            f'{checkpoint} is not of the model of {config}: {len(missing)} of its weights are not in the file or have '
+            f'another shape: {listed(grouped(missing))}. '
+            + (other_classes(model, weights) or 'Name the configuration that it was trained with.'))
+
+
 def inferencer(config: str, checkpoint: str, device: str | None = None, score: float = 0.3) -> Predictor:
     """Return the model of a configuration, for pictures.
 
@@ -59,7 +81,7 @@ def inferencer(config: str, checkpoint: str, device: str | None = None, score: f
 
     Raises:
         ValueError: the configuration is of another package, or its boxes are turned.
-        RuntimeError: the package is not installed, or the checkpoint does not fit.
+        RuntimeError: the package is not installed, or the checkpoint does not fill the model.
     """
     cfg = Config.fromfile(config)
     scope = cfg.get('default_scope')
@@ -71,6 +93,7 @@ def inferencer(config: str, checkpoint: str, device: str | None = None, score: f
         make = getattr(import_module(module), kind)
     except ImportError as error:
         raise RuntimeError(f'{module} cannot be imported ({error}): models of {scope} need it') from error
+    _refuse_another(cfg, config, checkpoint)
     infer = make(config, device=device, **{argument: checkpoint})
     infer.show_progress = False
     meta = getattr(infer.model, 'dataset_meta', None) or getattr(infer.model, '_dataset_meta', None) or {}

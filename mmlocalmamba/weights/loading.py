@@ -213,8 +213,9 @@ def load_checkpoint(checkpoint: str, map_location: Any = 'cpu', key: str | None 
     if rest == checkpoint or rest in files.packaged_names():
         return files.load_checkpoint(checkpoint, map_location)
     if not os.path.isfile(os.path.expanduser(rest)):
-        raise FileNotFoundError(2, 'there are no weights and no file of this name; names are '
-                                f'{", ".join(sorted({*released.NAMED, *files.packaged_names()}))}', checkpoint)
+        known = sorted({*released.NAMED, *files.packaged_names()})
+        raise FileNotFoundError(2, f'{files.meant(rest, known)}there are no weights and no file of this name; names '
+                                f'are {", ".join(known)}', checkpoint)
     return _converted(files.load_checkpoint(rest, map_location), key, None)
 
 

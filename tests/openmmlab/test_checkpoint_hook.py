@@ -21,6 +21,7 @@ from torch import nn
 from mmlocalmamba import files
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.layers import resize_pos_embed
+from mmlocalmamba.openmmlab.checkpoint_hook import other_classes
 from mmlocalmamba.weights import to_official
 from mmlocalmamba.weights.released import NAMED, Weights
 
@@ -248,7 +249,7 @@ def test_nobody_resumes_from_weights_alone(tmp_path, name, meta):
         torch.save(dict(state_dict=weights, meta=meta), path)
     else:
         files.save_safetensors(path, weights, meta)
-    with pytest.raises(RuntimeError, match='weights alone.*: a training cannot resume from it, but start, with load_f'):
+    with pytest.raises(RuntimeError, match='holds only weights, .*: a training cannot resume from it. To start from'):
         load(build(tmp_path, load_from=path, resume=True))
 
 
@@ -282,8 +283,30 @@ def test_a_new_head_is_trained_and_not_tested(tmp_path):
     runner = build(tmp_path, load_from=str(tmp_path / 'x.pth'))
     load(runner)
     assert torch.equal(runner.model.backbone.pos_embed, weights['backbone.pos_embed'])
-    with pytest.raises(RuntimeError, match='2 more parameters of Classifier .* this is a test.*: head.fc'):
+    with pytest.raises(RuntimeError, match='2 more parameters of Classifier .* this is a test.*: head.fc') as error:
         build(tmp_path, load_from=str(tmp_path / 'x.pth')).load_or_resume()
+    assert 'the checkpoint has 7 classes, the configuration 3: set num_classes to 7' in str(error.value)
+    assert 'strict=False' not in str(error.value)
+
+
+class Heads(nn.Module):
+    """Layers with one row for each class, with boxes for each class, with a background."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.num_classes = classes
+        self.label, self.box = nn.Linear(4, classes + 1), nn.Linear(4, 4 * classes)
+        self.mask = nn.Conv2d(4, classes, 1)
+        self.other = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize('there, here', [(3, 4), (4, 3), (1, 3), (3, 1), (80, 10)])
+def test_numbers_of_classes(there, here):
+    weights = Heads(there).state_dict()
+    assert f'the checkpoint has {there} classes, the configuration {here}' in other_classes(Heads(here), weights)
+    assert not other_classes(Heads(there), weights)
+    assert not other_classes(Heads(here), {**weights, 'other.weight': torch.zeros(4, 5)})
+    assert not other_classes(Heads(here), {name: value for name, value in weights.items() if name != 'other.bias'})
 
 
 @pytest.mark.parametrize('loader', ['load_from', 'load_checkpoint', 'load_state_dict'])

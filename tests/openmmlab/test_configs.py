@@ -465,7 +465,7 @@ def test_ablations_differ_where_they_say(name, blocks, directions, scattn):
     ('mask-rcnn_localvmamba-t_ms-3x_coco', None, (800, 1067)),
     ('mask-rcnn_localvim-t-vitdet_lsj-100e_coco', (1024, 1024), (1024, 1024)),
     ('upernet_localvmamba-t_8xb2-160k_ade20k-512x512', None, (512, 683)),
-    ('localvmamba-nano_digits', (32, 32), (90, 120)),
+    ('localvmamba-nano_digits', (32, 32), (32, 32)),
     ('mask-rcnn_localvmamba-nano_digits', None, (96, 128)),
     ('upernet_localvmamba-nano_digits', None, (96, 128)),
 ])
@@ -477,6 +477,22 @@ def test_pipelines(name, train_size, test_size, files):
         sizes = [tuple(r['inputs'].shape[-2:]) for r in results if r is not None]
         assert sizes and (train_size is None or set(sizes) == {train_size})
         assert tuple(test(image_info(cfg, files))['inputs'].shape[-2:]) == test_size
+
+
+@pytest.mark.parametrize('name, size', [('localvim-nano_digits', 32), ('localvim-nano_fashion', 28)])
+@pytest.mark.parametrize('own', [(0, 0), (8, -3), (-12, 70)])
+def test_small_classifiers_take_pictures_of_any_size(name, size, own, tmp_path):
+    """Those of the model's size stay as they are."""
+    shape = size + own[0], size + own[1]
+    pixels = np.random.RandomState(0).randint(0, 255, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'x.png')
+    cfg = load(name)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        for pipeline in (cfg.train_pipeline, cfg.val_dataloader.dataset.pipeline, cfg.test_dataloader.dataset.pipeline):
+            sample = Compose(pipeline)(dict(img_path=str(tmp_path / 'x.png'), gt_label=1))
+            assert sample['inputs'].shape == (3, size, size)
+        if shape == (size, size):
+            assert np.array_equal(sample['inputs'].numpy()[::-1].transpose(1, 2, 0), pixels)
 
 
 @pytest.mark.parametrize('name', ['upernet_localvmamba-nano_digits', 'upernet_localvim-t_8xb2-160k_ade20k-512x512'])

@@ -197,4 +197,19 @@ def test_predict_by_name(name, tiny_digits, tmp_path, monkeypatch):
 
 def test_predict_wants_weights(image, monkeypatch):
     status = predict(monkeypatch, CONFIGS / 'localvmamba-nano_digits.py', image)
-    assert 'no weights come with' in status and 'name a checkpoint after it' in status and '\n' not in status
+    assert 'no weights come with' in status and 'Name a checkpoint after it' in status and '\n' not in status
+    assert 'did you mean' not in status  # the configuration is there
+
+
+def test_predict_refuses_the_checkpoint_of_another_model(image, tmp_path, monkeypatch, capsys):
+    """No wall of keys, no picture with a random head."""
+    _, segmentor, _ = prepare('upernet_localvmamba-nano_digits', image, tmp_path)
+    status = predict(monkeypatch, CONFIGS / 'localvmamba-nano_digits.py', segmentor, image, '--out', tmp_path / 'out')
+    assert 'checkpoint.pth is not of the model of ' in status and 'head.fc' in status and 'Name the config' in status
+    assert 'size mismatch' not in ''.join(capsys.readouterr()) and not (tmp_path / 'out').exists()
+
+
+def test_predict_refuses_another_number_of_classes(image, tmp_path, monkeypatch):
+    torch.save(dict(state_dict=create_model('localvmamba_nano', num_classes=3).state_dict()), tmp_path / 'three.pth')
+    status = predict(monkeypatch, CONFIGS / 'localvmamba-nano_digits.py', tmp_path / 'three.pth', image)
+    assert 'the checkpoint has 3 classes, the configuration 10' in status and '\n' not in status

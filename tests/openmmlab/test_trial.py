@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import picture
 
 from mmlocalmamba.backbones import LocalVMamba
 from mmlocalmamba.openmmlab.checks import trial
@@ -96,9 +97,9 @@ def search(**options):
     ({'default_hooks.checkpoint.save_best': 'accuracy/top7', 'default_hooks.checkpoint.rule': 'greater'},
      "CheckpointHook.save_best='accuracy/top7' is not a metric of val_evaluator, which has accuracy/top1"),
     ({'custom_hooks': [dict(type='EarlyStoppingHook', monitor='none', rule='less')]},
-     "EarlyStoppingHook.monitor='none' is no metric"),
+     "EarlyStoppingHook.monitor='none' is not a metric"),
     ({'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='none', rule='less')]},
-     "ReduceOnPlateauLR.monitor='none' is no metric"),
+     "ReduceOnPlateauLR.monitor='none' is not a metric"),
     ({'param_scheduler': [dict(type='CosinAnnealingLR', T_max=2)]}, 'param_scheduler: '),
     (dict(search(), custom_hooks=[dict(type='mmlocalmamba.ScanSearchHook', k=9)]),
      'ScanSearchHook: ValueError: k=9 directions cannot be chosen from 3'),
@@ -147,6 +148,21 @@ def test_a_configuration_that_only_tests(configuration, said, missing, tmp_path)
 def test_a_loss_that_is_no_number(configuration, said):
     assert 'NaN or Inf in loss' in said(configuration(
         'localvmamba-nano_digits', 'model = dict(head=dict(loss=dict(loss_weight=float("nan"))))'))
+
+
+@pytest.mark.parametrize('loader', ['train_dataloader', 'val_dataloader', 'test_dataloader'])
+def test_pictures_of_different_sizes(configuration, said, tmp_path, loader):
+    """The first batch has one size, a later one has several."""
+    for number in range(40):
+        picture(tmp_path / f'own/{number // 4}/{number}.png', 32, 32)
+    picture(tmp_path / 'own/9/x.png', 48, 40)
+    cfg = configuration('localvmamba-nano_digits')
+    cfg[loader].dataset.update(data_root=str(tmp_path), data_prefix='own', pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='PackInputs')])
+    output = said(cfg)
+    pipeline = loader.replace('val', 'test').replace('dataloader', 'pipeline')
+    for phrase in (f'{loader}.batch_size=2', '32x32', '48x40', 'own/9/x.png', f'to {pipeline}', "type='Resize'"):
+        assert phrase in output.split('problem ')[1], output
 
 
 def test_learning_rate_and_batch(configuration, said):

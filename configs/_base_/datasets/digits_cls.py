@@ -8,11 +8,16 @@ data_preprocessor = dict(
     num_classes=10, mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], to_rgb=True)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(32, 32)),  # for pictures of other sizes; the digits stay as they are
     dict(type='RandomCrop', crop_size=32, padding=3),
     dict(type='Rotate', magnitude_range=(0, 15), prob=0.5),
     dict(type='PackInputs'),
 ]
-test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(32, 32)),
+    dict(type='PackInputs'),
+]
 train_dataloader = dict(
     batch_size=64,
     num_workers=1,

@@ -103,6 +103,7 @@ def audit_data(datasets: dict[str, Any], evaluated: dict[str, list[Truth]] | Non
     found: list[tuple[str, Finding]] = []
     known: list[str] = []
     box_splits: dict[str, Split] = {}
+    places: list[tuple[Split, dict[str, str]]] = []
     for name, dataset in datasets.items():
         leaves = list(leaf_datasets(dataset))
         for number, leaf in enumerate(leaves, 1):
@@ -118,8 +119,16 @@ def audit_data(datasets: dict[str, Any], evaluated: dict[str, list[Truth]] | Non
                 found += [(part, finding) for finding in pixels.head_findings(split, head)]
             result.tallies.append(given.tally)
             known += given.paths
+            if split.kind != 'boxes':
+                places.append((split, pictures.locations(split.pictures)))
+            elif not split.partial:  # the file has pictures of the other part, too
+                places.append((split, pictures.locations(given.paths)))
             if split.kind == 'boxes':
                 box_splits.setdefault(split.folder, split)
+    trained = {place for split, own in places if split.trains for place in own}
+    for split, own in places:
+        if not split.trains:
+            found += [(split.name, finding) for finding in pictures.trained_findings(split, own, trained)]
     for split in box_splits.values():
         if rest := pictures.unlisted([*known, *_listed_by(others, split)], split.folder):
             found.append((split.name, Note(

@@ -1,6 +1,7 @@
 """Rules for the picture files of any data set: missing, unreadable, with more than 8 bits, with several frames."""
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 
 from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally
 from mmlocalmamba.openmmlab.checks.reader import (
@@ -113,6 +114,31 @@ def unlisted(paths: Iterable[str], root: str) -> list[str]:
     root = os.path.abspath(root or '.')
     places = {place for path in known if (place := os.path.dirname(path)) == root or place.startswith(root + os.sep)}
     return sorted(path for place in places for path in image_files(place, deep=False) if path not in known)
+
+
+def locations(paths: Iterable[str]) -> dict[str, str]:
+    """Return {path with no symbolic link among its folders: path as it is given}, of local files."""
+    folder = cache(os.path.realpath)
+    return {os.path.join(folder(os.path.dirname(path) or '.'), os.path.basename(path)): path
+            for path in paths if path and is_local(path)}
+
+
+def trained_findings(split: Split, own: dict[str, str], trained: Collection[str]) -> Iterator[Finding]:
+    """Yield how many pictures of a validation or test are pictures of the training as well.
+
+    Args:
+        own: locations of its pictures.
+        trained: locations of the training's pictures.
+    """
+    both = [path for place, path in own.items() if place in trained]
+    where, write = split.file or split.folder, f'Set another data_prefix or ann_file for the {split.name}'
+    # Pictures of an unknown data set may be asked for other things.
+    if both and len(both) == len(own) and split.kind != 'pictures':
+        yield Problem(where, f'all {len(own):,} pictures are training pictures as well, so it cannot show how the '
+                             'model does on new ones', write)
+    elif both:
+        yield Note(where, f'{len(both):,} of {len(own):,} pictures are training pictures as well', write,
+                   noun='picture', entries=both)
 
 
 def by_ending(paths: Iterable[str]) -> str:

@@ -21,6 +21,8 @@ from mmengine.runner import Runner
 
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab import checks
+from mmlocalmamba.openmmlab.checks.reader import is_local, read_headers
+from mmlocalmamba.openmmlab.engine.broken_files import Loader
 
 # Number of samples that are loaded.
 _LOADED = 3
@@ -61,6 +63,8 @@ def isolated(cfg: Config, folder: str) -> Config:
             cfg[key].update(num_workers=0, persistent_workers=False)
             for option in ('prefetch_factor', 'timeout', 'multiprocessing_context'):
                 cfg[key].pop(option, None)
+            if cfg.get('default_scope') == 'mmpretrain':  # as its train.py and test.py, and no other package's
+                cfg[key].setdefault('collate_fn', dict(type='default_collate'))
     for hook in cfg.get('custom_hooks') or ():
         if isinstance(hook, dict) and hook.get('held_out'):  # of a direction search
             hook['held_out'].update(num_workers=0, persistent_workers=False)
@@ -84,6 +88,41 @@ def _load_samples(report: _Report, name: str, dataset: Any) -> None:
             continue
         size = 'x'.join(map(str, sample['inputs'].shape)) if torch.is_tensor(sample.get('inputs')) else 'no tensor'
         report.line('', f'{what}: {size}')
+
+
+def _extremes(dataset: Any) -> list[int]:
+    """Return the samples whose pictures are the narrowest, widest, lowest and highest, without those of equal size."""
+    if not hasattr(dataset, 'get_data_info'):
+        return []
+    places = {dataset.get_data_info(index).get('img_path'): index for index in range(len(dataset))}
+    headers = read_headers(filter(is_local, places), Loader())
+    sizes = {(header.width, header.height): places[path] for path, header in headers.items() if header.width}
+    return [sizes[size] for size in dict.fromkeys(choose(sizes, key=lambda size: size[side]) for side in (0, 1)
+                                                  for choose in (min, max))] if sizes else []
+
+
+def _batch_of_extremes(report: _Report, name: str, loop: Any, model: torch.nn.Module) -> None:
+    """Collate samples of the most different sizes, as a batch of any order may hold them."""
+    loader, dataset = loop.dataloader, loop.dataloader.dataset
+    size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+    places = _extremes(dataset) if size > 1 else []
+    samples = {place: dataset[place] for place in places}
+    shapes = {place: sample['inputs'].shape for place, sample in samples.items()
+              if isinstance(sample, dict) and torch.is_tensor(sample.get('inputs'))}
+    pairs = [pair for pair in zip(shapes, list(shapes)[1:]) if shapes[pair[0]] != shapes[pair[1]]]
+    for pair in pairs[:1]:
+        try:
+            model.data_preprocessor(loader.collate_fn([samples[place] for place in pair]), name == 'training')
+        except Exception as error:  # of any collate function and preprocessor
+            key = dict(training='train', validation='val', test='test')[name]
+            shown = ' and '.join(f'{shapes[place][-1]}x{shapes[place][-2]} ({dataset.get_data_info(place)["img_path"]})'
+                                 for place in pair)
+            pipeline = 'train_pipeline' if key == 'train' else 'test_pipeline'
+            report.line('problem', f'{name} data: the pipeline gives pictures of different sizes (width x height), '
+                                   f'{shown}, which make no batch of {key}_dataloader.batch_size={size} '
+                                   f"({type(error).__name__}): add dict(type='Resize', scale=(WIDTH, HEIGHT)) to "
+                                   f'{pipeline} after the loading' + (
+                                       '' if key == 'train' else f', or set {key}_dataloader.batch_size=1'))
 
 
 def _audit(report: _Report, cfg: Config, loops: dict[str, Any], model: torch.nn.Module) -> list[str]:
@@ -293,19 +332,23 @@ def _check(report: _Report, cfg: Config) -> None:
         test_loop = report.attempt('test data', lambda: runner.test_loop, silent=True)
         if test_loop is not None:
             _audit(report, cfg, {'test': test_loop}, model)
+            report.attempt('a batch of the test', partial(_batch_of_extremes, report, 'test', test_loop, model))
             report.attempt('a step of the test', lambda: _evaluate(runner, test_loop, 'test_step'), silent=True)
     if loop is None:
         return
     train = loop.dataloader.dataset
     val, evaluator = (None, None) if val_loop is None else (val_loop.dataloader.dataset, val_loop.evaluator)
     loops = {name: part for name, part in (('training', loop), ('validation', val_loop)) if part is not None}
-    doubted = _audit(report, cfg, {**loops, **_other_test(report, runner, cfg)}, model)
+    loops.update(_other_test(report, runner, cfg))
+    doubted = _audit(report, cfg, loops, model)
     for problem in report.attempt('classes', lambda: [*checks.problems(model, train, val, evaluator, doubted),
                                                       *checks.batch_problems(model, loop.dataloader)]) or ():
         report.line('problem', problem)
     for name, dataset in (('training', train), ('validation', val)):
         if dataset is not None and len(dataset):
             _load_samples(report, name, dataset)
+    for name, part in loops.items() if not report.problems else ():
+        report.attempt(f'a batch of the {name}', partial(_batch_of_extremes, report, name, part, model))
     _prepare(report, runner)
     if not report.problems:
         report.attempt('a step of training', lambda: _step(report, runner, cfg))

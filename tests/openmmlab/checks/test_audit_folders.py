@@ -1,6 +1,6 @@
 """The audit of classification data: folders of classes, or a file with class numbers."""
 import pytest
-from small_data import clean, folder_dataset, picture, texts, write_folders
+from small_data import clean, coco_content, coco_dataset, folder_dataset, picture, texts, write_coco, write_folders
 
 from mmlocalmamba.openmmlab import checks
 
@@ -104,3 +104,41 @@ def test_no_samples_and_a_string_of_classes():
 
     assert "Set ('cat', )" in texts(checks.audit_data(dict(training=Dataset([1]))))[0]
     assert 'found no samples' in texts(checks.audit_data(dict(training=Dataset())))[0]
+
+
+# ---- training and validation ----
+
+def of_both(one, other):
+    return checks.audit_data(dict(training=one, validation=other))
+
+
+def test_a_validation_on_the_training_data(tmp_path):
+    write_folders(tmp_path / 'train', dict(cat=3, dog=4))
+    write_folders(tmp_path / 'val', dict(cat=3, dog=4))
+    clean(of_both(folder_dataset(tmp_path / 'train'), folder_dataset(tmp_path / 'val')))
+    problem, = of_both(folder_dataset(tmp_path / 'train'), folder_dataset(tmp_path / 'train')).problems
+    assert '7 pictures' in str(problem) and 'all 7 pictures are training pictures as well' in str(problem)
+    assert str(problem).startswith('validation data: ') and 'data_prefix or ann_file' in str(problem)
+
+
+def test_a_training_and_a_validation_by_indices(tmp_path):
+    write_folders(tmp_path, dict(cat=3, dog=4))
+    one, same, other, more = (folder_dataset(tmp_path, indices=indices) for indices in (
+        [0, 1, 3, 4], [1, 4], [2, 5, 6], [2, 3, 6]))
+    assert 'all 2 pictures' in texts(of_both(one, same))[0]
+    clean(of_both(one, other))
+    audit = of_both(one, more)
+    assert not audit.problems and '1 of 3 pictures' in str(audit.notes[0])
+
+
+def test_a_link_to_the_training_data(tmp_path):
+    write_folders(tmp_path / 'train', dict(cat=3, dog=4))
+    (tmp_path / 'val').symlink_to('train')
+    assert of_both(folder_dataset(tmp_path / 'train'), folder_dataset(tmp_path / 'val')).problems
+
+
+def test_one_annotation_file_for_both(tmp_path):
+    file = write_coco(tmp_path, coco_content())
+    assert 'all 6 pictures' in texts(of_both(coco_dataset(file), coco_dataset(file, test_mode=True)))[0]
+    halves = [coco_dataset(file, indices=indices) for indices in ([0, 1, 2], [3, 4, 5])]
+    assert not of_both(*halves).problems
