@@ -217,11 +217,22 @@ def test_notes(name, tmp_path):
 
 
 def test_accents_are_shown(tmp_path):
-    """A combining accent and a letter with accent look the same."""
+    """A combining accent and a letter with accent look the same, so one of them is shown by its number."""
     content = coco_content()
     content['categories'][0]['name'] = 'ce\u0301pe'
     found = texts(coco_audit(write_coco(tmp_path, content), classes=('c\u00e9pe', 'dog', 'cow')))[0]
-    assert "'ce\\u0301pe' for 'c\\xe9pe'" in found
+    assert "'ce\\u0301pe' for 'c\u00e9pe'" in found
+
+
+@pytest.mark.parametrize('right, wrong, shown', [
+    ('gr\u00fcner Kreis', 'gruener Kreis', "'gr\u00fcner Kreis' for 'gruener Kreis'"),
+    ('\ud55c\uad6d\uc5b4', '\ud55c\uad6d\uc5b4 ', "'\ud55c\uad6d\uc5b4' for '\ud55c\uad6d\uc5b4 '"),
+    ('cat\u200b', 'cat', "'cat\\u200b' for 'cat'")])
+def test_a_misspelt_name_is_shown_as_it_is_written(right, wrong, shown, tmp_path):
+    """Only characters that are not seen are escaped."""
+    content = coco_content()
+    content['categories'][0]['name'] = right
+    assert shown in texts(coco_audit(write_coco(tmp_path, content), classes=(wrong, 'dog', 'cow')))[0]
 
 
 def test_names_that_the_configuration_forgot(tmp_path):
