@@ -13,7 +13,8 @@ from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, liste
 ROUNDING = 2
 # Number of boxes that are compared with their polygons.
 _COMPARED = 2000
-NUMBER_FROM_1 = "Number the annotations from 1: for id in 1, 2, 3, ... set annotation['id'] = id"
+NUMBER_FROM_1 = ('Number the annotations from 1. python tools/dataset_converters/to_coco.py FILE NEW --images FOLDER '
+                 'does so')
 
 
 def is_number(value: Any) -> bool:
