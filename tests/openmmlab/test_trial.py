@@ -76,7 +76,7 @@ def test_pixels_of_no_class(configuration, said, tiny_digits, tmp_path):
     cfg = configuration('upernet_localvmamba-nano_digits')
     cfg.train_dataloader.dataset.update(data_root=str(tmp_path),
                                         data_prefix=dict(img_path='images', seg_map_path='labels'))
-    assert '1 label image' in (output := said(cfg)) and 'has the labels 40' in output
+    assert '1 label image' in (output := said(cfg)) and 'has the label 40' in output
 
 
 @pytest.mark.slow
@@ -96,9 +96,9 @@ def search(**options):
     ({'default_hooks.checkpoint.save_best': 'accuracy/top7', 'default_hooks.checkpoint.rule': 'greater'},
      "CheckpointHook.save_best='accuracy/top7' is not a metric of val_evaluator, which has accuracy/top1"),
     ({'custom_hooks': [dict(type='EarlyStoppingHook', monitor='none', rule='less')]},
-     "EarlyStoppingHook.monitor='none' is no metric"),
+     "EarlyStoppingHook.monitor='none' is not a metric"),
     ({'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='none', rule='less')]},
-     "ReduceOnPlateauLR.monitor='none' is no metric"),
+     "ReduceOnPlateauLR.monitor='none' is not a metric"),
     ({'param_scheduler': [dict(type='CosinAnnealingLR', T_max=2)]}, 'param_scheduler: '),
     (dict(search(), custom_hooks=[dict(type='mmlocalmamba.ScanSearchHook', k=9)]),
      'ScanSearchHook: ValueError: k=9 directions cannot be chosen from 3'),
@@ -110,7 +110,7 @@ def search(**options):
 def test_what_a_training_would_find_out(configuration, said, options, problem):
     output = said(configuration('localvmamba-nano_digits', **options))
     assert f'problem {problem}' in output, output
-    assert output.rstrip().endswith('1 problems found, see above.')
+    assert output.rstrip().endswith('\n1 problem found, see above.')
 
 
 def test_weights_of_another_model(configuration, said, tmp_path):
@@ -151,8 +151,14 @@ def test_a_loss_that_is_no_number(configuration, said):
 
 def test_learning_rate_and_batch(configuration, said):
     output = said(configuration('localvmamba-nano_digits', auto_scale_lr=dict(base_batch_size=8)))
-    assert 'the learning rate 0.002 is for 8 images a step, one process has 2: train on 4 GPUs, or set ' \
-           'optim_wrapper.optimizer.lr=0.0005' in output
+    assert 'the learning rate 0.002 is for 8 images a step, one process has 2: set ' \
+           'optim_wrapper.optimizer.lr=0.0005 or --auto-scale-lr, or train on 4 GPUs\n' in output
+
+
+def test_more_images_a_step_than_the_schedule_has(configuration, said):
+    """There is no half of a GPU."""
+    output = said(configuration('localvmamba-nano_digits', auto_scale_lr=dict(base_batch_size=1)))
+    assert 'set optim_wrapper.optimizer.lr=0.004 or --auto-scale-lr\n' in output
 
 
 def test_the_given_configuration_stays(configuration, said):

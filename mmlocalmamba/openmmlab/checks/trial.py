@@ -21,6 +21,7 @@ from mmengine.runner import Runner
 
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab import checks
+from mmlocalmamba.openmmlab.checks.findings import counted
 
 # Number of samples that are loaded.
 _LOADED = 3
@@ -191,8 +192,9 @@ def _step(report: _Report, runner: Runner, cfg: Config) -> None:
     if base and size * accumulated != base:
         rate = cfg.optim_wrapper.optimizer.lr
         report.line('note', f'the learning rate {rate:g} is for {base} images a step, one process has '
-                            f'{size * accumulated}: train on {base / size / accumulated:g} GPUs, or set '
-                            f'optim_wrapper.optimizer.lr={rate * size * accumulated / base:.3g} or --auto-scale-lr')
+                            f'{size * accumulated}: set optim_wrapper.optimizer.lr={rate * size * accumulated / base:.3g} '
+                            'or --auto-scale-lr' + (f', or train on {base // (size * accumulated)} GPUs'
+                                                    if base % (size * accumulated) == 0 else ''))
 
 
 def _evaluate(runner: Runner, loop: Any, step: str) -> dict[str, Any]:
@@ -251,7 +253,7 @@ def check(cfg: Config) -> bool:
             report.line('problem', problem)
         _check(report, isolated(cfg, folder))
         MMLogger.get_current_instance().handlers.clear()  # its log file is in the removed folder
-    print(f'\n{report.problems} problems found, see above.' if report.problems else '\nNo problems found.')
+    print(f'\n{counted(report.problems, "problem")} found, see above.' if report.problems else '\nNo problems found.')
     return not report.problems
 
 

@@ -198,7 +198,7 @@ NOTES = {
     'some beyond': (beyond, ['2 annotations (id 1, 2)', 'extends beyond its picture']),
     'other classes': (lambda content: (content['categories'].append(dict(id=9, name='owl')),
                                        one(category_id=9)(content)),
-                      ["does not have the classes 'owl': their 1 boxes are left out"]),
+                      ["does not have 'owl', so this is left out: 1 box. "]),
     'a class without boxes': (annotations(category_id=1), ['2 classes (dog, cow)', 'no box of this class']),
     'alike': (lambda content: content['categories'].append(dict(id=9, name='Cat')), ["'cat', 'Cat' look the same"]),
 }
