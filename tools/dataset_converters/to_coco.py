@@ -440,12 +440,13 @@ def convert(args, log):
 
 
 def summary(content, split):
-    """Return lines about a file: pictures, objects of each class."""
+    """Return a line about a file: pictures, objects of each class."""
     counts = Counter(row['category_id'] for row in content['annotations'])
     empty = len(content['images']) - len({row['image_id'] for row in content['annotations']})
     classes = ', '.join(f'{row["name"]}: {counts[row["id"]]}' for row in content['categories'])
-    return (f'{split + ": " if split else ""}{len(content["images"])} pictures, {empty} of them without objects; '
-            f'{len(content["annotations"])} objects ({classes})')
+    pictures, objects = (f'{number} {noun}{"s" * (number != 1)}' for number, noun in (
+        (len(content['images']), 'picture'), (len(content['annotations']), 'object')))
+    return f'{split + ": " if split else ""}{pictures}, {empty} of them without objects; {objects} ({classes})'
 
 
 def parse_args(args):
