@@ -43,12 +43,12 @@ def convert(tmp_path, capsys):
     def run(source, *options, out='out.json'):
         to_coco.main([str(tmp_path / source), str(tmp_path / out), *map(str, options)])
         said = capsys.readouterr().out
-        paths = [tmp_path / out] if out.endswith('.json') else sorted((tmp_path / out).glob('*.json'))
+        paths = sorted(tmp_path.glob(out.replace('.json', '*.json'))) if out.endswith('.json') else sorted((tmp_path / out).glob('*.json'))
         contents = {path.stem: json.loads(path.read_text()) for path in paths}
         for path, content in zip(paths, contents.values()):
             line = next(line for line in said.splitlines() if f'ann_file={str(path)!r}' in line)
             check(path, content, eval(f'dict({line.strip()})'))
-        return (contents['out'] if out == 'out.json' else contents), said
+        return (contents['out'] if [*contents] == ['out'] else contents), said
 
     return run
 
@@ -92,6 +92,59 @@ def refused(convert, said, *args, **options):
         convert(*args, **options)
     assert said in str(error.value), error.value
     return str(error.value)
+
+
+# ---- a part for the validation ----
+
+@pytest.fixture
+def twenty(tmp_path):
+    """Twenty pictures with an object each, in one folder."""
+    text(tmp_path / 'data/classes.txt', 'cat\nfire engine\n')
+    for number in range(20):
+        picture(tmp_path / f'data/{number}.png')
+        text(tmp_path / f'data/{number}.txt', f'{number % 2} 0.5 0.5 0.5 0.5\n')
+
+
+def names_of(content):
+    return [row['file_name'] for row in content['images']]
+
+
+def test_a_part_is_held_out(twenty, convert, tmp_path):
+    """Each picture is in one of the files, and the next run draws the same."""
+    whole, _ = convert('data', out='whole.json')
+    contents, said = convert('data', '--hold-out', '0.2', out='out.json')
+    train, val = contents['out'], contents['out_val']
+    assert len(names_of(val)) == 4 and len(names_of(train)) == 16
+    assert sorted(names_of(train) + names_of(val)) == sorted(names_of(whole['whole']))
+    assert train['categories'] == val['categories'] and len(val['annotations']) == 4
+    assert 'train: 16 pictures, 0 of them' in said and 'val: 4 pictures, 0 of them' in said
+    assert f"val_evaluator = dict(ann_file='{tmp_path}/out_val.json')" in said
+    assert f"test_evaluator = dict(ann_file='{tmp_path}/out_val.json')" in said
+    assert convert('data', '--hold-out', '0.2', '--overwrite')[0] == contents
+    folder, _ = convert('data', '--hold-out', '0.2', out='folder')
+    assert names_of(folder['val']) == names_of(val) and names_of(folder['train']) == names_of(train)
+
+
+@pytest.mark.parametrize('share, said', [('1', 'must be between 0 and 1, got 1'), ('0', 'got 0'),
+                                         ('0.99', 'leaves no picture of 20 for the training')])
+def test_shares_that_leave_nothing(share, said, twenty, convert, tmp_path):
+    refused(convert, said, 'data', '--hold-out', share)
+    assert not (tmp_path / 'out.json').exists()
+
+
+def test_a_part_of_data_with_splits(tmp_path, convert):
+    for split in ('train', 'val'):
+        picture(tmp_path / f'data/images/{split}/{split}.jpg')
+        text(tmp_path / f'data/labels/{split}/{split}.txt', '0 0.5 0.5 0.5 0.5')
+    text(tmp_path / 'data/classes.txt', 'cat')
+    refused(convert, "--hold-out divides one split, but there are 'train', 'val'", 'data', '--hold-out', '0.5', out='out')
+    _, said = convert('data', out='out')
+    assert f"val_evaluator = dict(ann_file='{tmp_path}/out/val.json')" in said
+
+
+def test_the_evaluator_of_a_single_file(twenty, convert, tmp_path):
+    _, said = convert('data')
+    assert f"val_evaluator = dict(ann_file='{tmp_path}/out.json')" in said and '--hold-out' in said
 
 
 # ---- YOLO ----
