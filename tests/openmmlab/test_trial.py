@@ -67,6 +67,48 @@ def test_class_names_that_no_object_has(configuration, said):
     assert 'problem training data: ' in said(cfg)
 
 
+def test_an_evaluator_that_is_inherited(configuration, said, tmp_path):
+    """Its file is that of the demo. A hook asks for the same loop again, which is no second problem."""
+    cfg = configuration('faster-rcnn_localvmamba-nano_digits')
+    cfg.val_evaluator.ann_file = str(tmp_path / 'none.json')
+    output = said(cfg)
+    own = f'{cfg.val_dataloader.dataset.data_root}/{cfg.val_dataloader.dataset.ann_file}'
+    assert f"val_evaluator.ann_file is '{tmp_path}/none.json' (CocoMetric), which does not exist" in output
+    assert f'write val_evaluator = dict(ann_file={own!r})' in output
+    assert output.endswith('\n1 problem found, see above.\n')
+
+
+def test_folders_of_classes_without_a_split(configuration, said, tmp_path):
+    for name in ('circle', 'square', 'star'):
+        (tmp_path / 'cls' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'cls' / name / 'a.png')
+    data = dict(_delete_=True, type='CustomDataset', data_root=str(tmp_path / 'cls'), pipeline=[])
+    output = said(configuration('localvmamba-nano_digits', **{
+        f'{key}_dataloader.dataset': dict(data, data_prefix=name) for key, name in (('train', 'train'), ('val', 'val'))}))
+    root = tmp_path / 'cls'
+    assert f'the folder {root}/train does not exist. Its parent {root} has 3 folders of pictures (circle, square, ' \
+           f'star): split the pictures into {root}/train and {root}/val' in output
+    assert f'problem validation data: FileNotFoundError: the folder {root}/val does not exist.' in output
+    assert '_list_dir_or_file' not in output and output.endswith('\n2 problems found, see above.\n')
+
+
+def test_pictures_of_another_ending(configuration, said, tmp_path):
+    """Both data sets say which endings there are."""
+    for number in range(3):
+        for folder, ending in (('images', 'jpg'), ('labels', 'png')):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new('L' if folder == 'labels' else 'RGB', (128, 128)).save(tmp_path / folder / f'{number}.{ending}')
+    cfg = configuration('upernet_localvmamba-nano_digits')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.update(data_root=str(tmp_path), data_prefix=dict(img_path='images', seg_map_path='labels'),
+                              img_suffix='.png')
+    output = said(cfg)
+    for name in ('training', 'validation'):
+        line = next((line for line in output.splitlines() if line.startswith(f'problem {name} data: ')), output)
+        assert f"no file of {tmp_path}/images ends in img_suffix='.png'; its pictures are 3 .jpg" in line
+        assert "Set img_suffix='.jpg' in each data set" in line
+
+
 @pytest.mark.slow
 def test_pixels_of_no_class(configuration, said, tiny_digits, tmp_path):
     (tmp_path / 'images').mkdir()

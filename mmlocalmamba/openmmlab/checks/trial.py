@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab import checks
 from mmlocalmamba.openmmlab.checks.findings import counted
+from mmlocalmamba.openmmlab.engine.data import naming_annotation_files
 
 # Number of samples that are loaded.
 _LOADED = 3
@@ -32,6 +33,7 @@ class _Report:
 
     def __init__(self) -> None:
         self.problems = 0
+        self.failures: set[str] = set()
 
     def line(self, word: str, text: str) -> None:
         self.problems += word == 'problem'
@@ -40,12 +42,17 @@ class _Report:
     def attempt(self, what: str, function: Callable[[], Any], silent: bool = False) -> Any:
         """Return the function's result; report a problem and return None if it fails. ``silent`` drops its output."""
         try:
-            with redirect_stdout(io.StringIO()) if silent else nullcontext():
+            with naming_annotation_files(), redirect_stdout(io.StringIO()) if silent else nullcontext():
                 return function()
         except Exception as error:  # configuration and data may raise any exception
+            said = f'{type(error).__name__}: {error or "(no message)"}'
+            if said in self.failures:  # as of the loop of the validation, which a hook asks for again
+                return None
+            self.failures.add(said)
             place = traceback.extract_tb(error.__traceback__)[-1]
-            self.line('problem', f'{what}: {type(error).__name__}: {error or "(no message)"} '
-                                 f'[{place.name}, {place.filename}:{place.lineno}]')
+            explained = place.name == naming_annotation_files.__name__
+            self.line('problem', f'{what}: {said}' + (
+                '' if explained else f' [{place.name}, {place.filename}:{place.lineno}]'))
             return None
 
 
