@@ -84,7 +84,7 @@ def test_folders_of_classes_without_a_split(configuration, said, tmp_path):
         Image.new('RGB', (32, 32)).save(tmp_path / 'cls' / name / 'a.png')
     data = dict(_delete_=True, type='CustomDataset', data_root=str(tmp_path / 'cls'), pipeline=[])
     output = said(configuration('localvmamba-nano_digits', **{
-        f'{key}_dataloader.dataset': dict(data, data_prefix=name) for key, name in (('train', 'train'), ('val', 'val'))}))
+        f'{key}_dataloader.dataset': dict(data, data_prefix=key) for key in ('train', 'val')}))
     root = tmp_path / 'cls'
     assert f'the folder {root}/train does not exist. Its parent {root} has 3 folders of pictures (circle, square, ' \
            f'star): split the pictures into {root}/train and {root}/val' in output
@@ -95,17 +95,17 @@ def test_folders_of_classes_without_a_split(configuration, said, tmp_path):
 def test_pictures_of_another_ending(configuration, said, tmp_path):
     """Both data sets say which endings there are."""
     for number in range(3):
-        for folder, ending in (('images', 'jpg'), ('labels', 'png')):
+        for folder in ('train', 'val'):
             (tmp_path / folder).mkdir(exist_ok=True)
-            Image.new('L' if folder == 'labels' else 'RGB', (128, 128)).save(tmp_path / folder / f'{number}.{ending}')
+            Image.new('RGB', (128, 128)).save(tmp_path / folder / f'{number}.jpg')
     cfg = configuration('upernet_localvmamba-nano_digits')
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        loader.dataset.update(data_root=str(tmp_path), data_prefix=dict(img_path='images', seg_map_path='labels'),
-                              img_suffix='.png')
+    for key in ('train', 'val'):
+        cfg[f'{key}_dataloader'].dataset.update(data_root=str(tmp_path), img_suffix='.png',
+                                                data_prefix=dict(img_path=key, seg_map_path='labels'))
     output = said(cfg)
-    for name in ('training', 'validation'):
-        line = next((line for line in output.splitlines() if line.startswith(f'problem {name} data: ')), output)
-        assert f"no file of {tmp_path}/images ends in img_suffix='.png'; its pictures are 3 .jpg" in line
+    for name, key in (('training', 'train'), ('validation', 'val')):
+        line, = (line for line in output.splitlines() if line.startswith(f'problem {name} data: '))
+        assert f"no file of {tmp_path}/{key} ends in img_suffix='.png'; its pictures are 3 .jpg" in line
         assert "Set img_suffix='.jpg' in each data set" in line
 
 

@@ -43,7 +43,8 @@ def convert(tmp_path, capsys):
     def run(source, *options, out='out.json'):
         to_coco.main([str(tmp_path / source), str(tmp_path / out), *map(str, options)])
         said = capsys.readouterr().out
-        paths = sorted(tmp_path.glob(out.replace('.json', '*.json'))) if out.endswith('.json') else sorted((tmp_path / out).glob('*.json'))
+        paths = sorted(tmp_path.glob(f'{out[:-5]}*.json')) if out.endswith('.json') else \
+            sorted((tmp_path / out).glob('*.json'))
         contents = {path.stem: json.loads(path.read_text()) for path in paths}
         for path, content in zip(paths, contents.values()):
             line = next(line for line in said.splitlines() if f'ann_file={str(path)!r}' in line)
@@ -137,7 +138,8 @@ def test_a_part_of_data_with_splits(tmp_path, convert):
         picture(tmp_path / f'data/images/{split}/{split}.jpg')
         text(tmp_path / f'data/labels/{split}/{split}.txt', '0 0.5 0.5 0.5 0.5')
     text(tmp_path / 'data/classes.txt', 'cat')
-    refused(convert, "--hold-out divides one split, but there are 'train', 'val'", 'data', '--hold-out', '0.5', out='out')
+    refused(convert, "--hold-out divides one split, but there are 'train', 'val'", 'data', '--hold-out', '0.5',
+            out='out')
     _, said = convert('data', out='out')
     assert f"val_evaluator = dict(ann_file='{tmp_path}/out/val.json')" in said
 
@@ -271,7 +273,8 @@ def test_lines_that_are_no_object_are_named(yolo, convert):
     for number, reason in ((1, '3 numbers'), (3, 'class 5 has no name; there are 0 to 1'), (4, 'not finite'),
                            (5, '--units pixels'), (6, 'confidence'), (9, 'class 0.5'), (13, 'could not convert')):
         assert f'b.txt:{number}: ' in said and reason in said, number
-    for line in ('objects that were there twice: 1 (', 'boxes outside of their picture: 1 (', 'boxes without an area: 1 (',
+    for line in ('objects that were there twice: 1 (', 'boxes outside of their picture: 1 (',
+                 'boxes without an area: 1 (',
                  'boxes cut at the border of the picture: 1 ('):
         assert line in said
 

@@ -449,8 +449,8 @@ def convert(args, log):
 def held_out(splits, share):
     """Return {'train': pictures, 'val': a share of them}, drawn with a fixed seed."""
     if len(splits) != 1:
-        raise SystemExit(f'--hold-out divides one split, but there are {", ".join(map(repr, sorted(splits))) or "none"}: '
-                         'leave it out, or choose one by --split')
+        found = ', '.join(map(repr, sorted(splits))) or 'none'
+        raise SystemExit(f'--hold-out divides one split, but there are {found}: leave it out, or choose one by --split')
     pictures, = splits.values()
     count = max(round(len(pictures) * share), 1)
     if count >= len(pictures):
@@ -479,8 +479,9 @@ def parse_args(args):
     parser.add_argument('--classes', help='class names in order, separated by commas, or a file with one a line; for '
                                           'YOLO in the order of their numbers, for other formats the ones to keep')
     parser.add_argument('--split', help='write only this split')
-    parser.add_argument('--hold-out', type=float, metavar='SHARE', help='write this share of the pictures, such as 0.2, '
-                        'into a second file for the validation: OUT_val.json beside OUT.json')
+    parser.add_argument('--hold-out', type=float, metavar='SHARE',
+                        help='write this share of the pictures, such as 0.2, into a second '
+                             'file for the validation: OUT_val.json beside OUT.json')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
     parser.add_argument('--strict', action='store_true', help='write nothing if anything would be left out')
     parser.add_argument('--examples', type=int, default=3, help='examples to print of each change (default: 3)')

@@ -181,7 +181,8 @@ def missing_folder(folder: str) -> str:
     if not os.path.isdir(parent or '.'):
         return f'the folder {folder} does not exist, nor does {parent}. Correct data_root or data_prefix'
     inside = sorted(entry.name for entry in os.scandir(parent or '.') if entry.is_dir())
-    classes = [entry for entry in inside if not entry.startswith('.') and reader.image_files(os.path.join(parent, entry))]
+    classes = [entry for entry in inside
+               if not entry.startswith('.') and reader.image_files(os.path.join(parent, entry))]
     splits = {'train', 'val', 'test', 'training', 'validation', 'valid'}
     if name in splits and classes and not splits & set(classes):
         return (f'the folder {folder} does not exist. Its parent {parent} has {counted(len(classes), "folder")} of '

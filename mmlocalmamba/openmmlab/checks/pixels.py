@@ -176,8 +176,8 @@ def _remedy(split: Split, total: dict[int, int], wrong: list[int]) -> str:
                'model as many classes'
     write = f'Write {named} at the end of metainfo.classes, and give the model {len(classes) + len(wrong)} classes'
     if not reduces and wrong == [first] and classes and not _BACKGROUND.search(str(classes[0])):
-        write += (f'. The first name, {classes[0]!r}, is that of label 0. Only if it is that of label 1, and label 0 is '
-                  f'no class, set {_SET_REDUCE.format(True)} instead')
+        write += (f'. The first name, {classes[0]!r}, is that of label 0. Only if it is that of label 1, and label 0 '
+                  f'is no class, set {_SET_REDUCE.format(True)} instead')
     return write
 
 

@@ -199,8 +199,9 @@ def _step(report: _Report, runner: Runner, cfg: Config) -> None:
     if base and size * accumulated != base:
         rate = cfg.optim_wrapper.optimizer.lr
         report.line('note', f'the learning rate {rate:g} is for {base} images a step, one process has '
-                            f'{size * accumulated}: set optim_wrapper.optimizer.lr={rate * size * accumulated / base:.3g} '
-                            'or --auto-scale-lr' + (f', or train on {base // (size * accumulated)} GPUs'
+                            f'{size * accumulated}: set optim_wrapper.optimizer.lr='
+                            f'{rate * size * accumulated / base:.3g} or --auto-scale-lr' + (
+                                f', or train on {base // (size * accumulated)} GPUs'
                                                     if base % (size * accumulated) == 0 else ''))
 
 
