@@ -202,7 +202,7 @@ def _step(report: _Report, runner: Runner, cfg: Config) -> None:
                             f'{size * accumulated}: set optim_wrapper.optimizer.lr='
                             f'{rate * size * accumulated / base:.3g} or --auto-scale-lr' + (
                                 f', or train on {base // (size * accumulated)} GPUs'
-                                                    if base % (size * accumulated) == 0 else ''))
+                                if base % (size * accumulated) == 0 else ''))
 
 
 def _evaluate(runner: Runner, loop: Any, step: str) -> dict[str, Any]:
