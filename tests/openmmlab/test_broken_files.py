@@ -190,11 +190,11 @@ def test_a_training_stops_or_skips(digits, task):
 @pytest.mark.slow
 def test_a_training_skips_no_more_than_it_may(digits):
     damage_half(digits, 'classification')
-    with pytest.raises(RuntimeError, match=r'1 files were skipped before.*BrokenFilesHook\(skip=...\)'):
+    with pytest.raises(RuntimeError, match=r'1 file was skipped before.*BrokenFilesHook\(skip=...\)'):
         runner(digits, 'classification', 'few', skip=1).train()
     assert len((digits.parent / 'few' / 'skipped_files.txt').read_text().splitlines()) == 1
     # A new training begins a new list.
-    with pytest.raises(RuntimeError, match=r'1 files were skipped before'):
+    with pytest.raises(RuntimeError, match=r'1 file was skipped before'):
         runner(digits, 'classification', 'few', skip=1).train()
 
 

@@ -68,6 +68,48 @@ def test_class_names_that_no_object_has(configuration, said):
     assert 'problem training data: ' in said(cfg)
 
 
+def test_an_evaluator_that_is_inherited(configuration, said, tmp_path):
+    """Its file is that of the demo. A hook asks for the same loop again, which is no second problem."""
+    cfg = configuration('faster-rcnn_localvmamba-nano_digits')
+    cfg.val_evaluator.ann_file = str(tmp_path / 'none.json')
+    output = said(cfg)
+    own = f'{cfg.val_dataloader.dataset.data_root}/{cfg.val_dataloader.dataset.ann_file}'
+    assert f"val_evaluator.ann_file is '{tmp_path}/none.json' (CocoMetric), which does not exist" in output
+    assert f'write val_evaluator = dict(ann_file={own!r})' in output
+    assert output.endswith('\n1 problem found, see above.\n')
+
+
+def test_folders_of_classes_without_a_split(configuration, said, tmp_path):
+    for name in ('circle', 'square', 'star'):
+        (tmp_path / 'cls' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'cls' / name / 'a.png')
+    data = dict(_delete_=True, type='CustomDataset', data_root=str(tmp_path / 'cls'), pipeline=[])
+    output = said(configuration('localvmamba-nano_digits', **{
+        f'{key}_dataloader.dataset': dict(data, data_prefix=key) for key in ('train', 'val')}))
+    root = tmp_path / 'cls'
+    assert f'the folder {root}/train does not exist. Its parent {root} has 3 folders of pictures (circle, square, ' \
+           f'star): split the pictures into {root}/train and {root}/val' in output
+    assert f'problem validation data: FileNotFoundError: the folder {root}/val does not exist.' in output
+    assert '_list_dir_or_file' not in output and output.endswith('\n2 problems found, see above.\n')
+
+
+def test_pictures_of_another_ending(configuration, said, tmp_path):
+    """Both data sets say which endings there are."""
+    for number in range(3):
+        for folder in ('train', 'val'):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new('RGB', (128, 128)).save(tmp_path / folder / f'{number}.jpg')
+    cfg = configuration('upernet_localvmamba-nano_digits')
+    for key in ('train', 'val'):
+        cfg[f'{key}_dataloader'].dataset.update(data_root=str(tmp_path), img_suffix='.png',
+                                                data_prefix=dict(img_path=key, seg_map_path='labels'))
+    output = said(cfg)
+    for name, key in (('training', 'train'), ('validation', 'val')):
+        line, = (line for line in output.splitlines() if line.startswith(f'problem {name} data: '))
+        assert f"no file of {tmp_path}/{key} ends in img_suffix='.png'; its pictures are 3 .jpg" in line
+        assert "Set img_suffix='.jpg' in each data set" in line
+
+
 @pytest.mark.slow
 def test_pixels_of_no_class(configuration, said, tiny_digits, tmp_path):
     (tmp_path / 'images').mkdir()
@@ -77,7 +119,7 @@ def test_pixels_of_no_class(configuration, said, tiny_digits, tmp_path):
     cfg = configuration('upernet_localvmamba-nano_digits')
     cfg.train_dataloader.dataset.update(data_root=str(tmp_path),
                                         data_prefix=dict(img_path='images', seg_map_path='labels'))
-    assert '1 label image' in (output := said(cfg)) and 'has the labels 40' in output
+    assert '1 label image' in (output := said(cfg)) and 'has the label 40' in output
 
 
 @pytest.mark.slow
@@ -111,7 +153,7 @@ def search(**options):
 def test_what_a_training_would_find_out(configuration, said, options, problem):
     output = said(configuration('localvmamba-nano_digits', **options))
     assert f'problem {problem}' in output, output
-    assert output.rstrip().endswith('1 problems found, see above.')
+    assert output.rstrip().endswith('\n1 problem found, see above.')
 
 
 def test_weights_of_another_model(configuration, said, tmp_path):
@@ -167,8 +209,14 @@ def test_pictures_of_different_sizes(configuration, said, tmp_path, loader):
 
 def test_learning_rate_and_batch(configuration, said):
     output = said(configuration('localvmamba-nano_digits', auto_scale_lr=dict(base_batch_size=8)))
-    assert 'the learning rate 0.002 is for 8 images a step, one process has 2: train on 4 GPUs, or set ' \
-           'optim_wrapper.optimizer.lr=0.0005' in output
+    assert 'the learning rate 0.002 is for 8 images a step, one process has 2: set ' \
+           'optim_wrapper.optimizer.lr=0.0005 or --auto-scale-lr, or train on 4 GPUs\n' in output
+
+
+def test_more_images_a_step_than_the_schedule_has(configuration, said):
+    """There is no half of a GPU."""
+    output = said(configuration('localvmamba-nano_digits', auto_scale_lr=dict(base_batch_size=1)))
+    assert 'set optim_wrapper.optimizer.lr=0.004 or --auto-scale-lr\n' in output
 
 
 def test_the_given_configuration_stays(configuration, said):

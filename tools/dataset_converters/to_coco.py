@@ -2,6 +2,7 @@
 
     python tools/dataset_converters/to_coco.py data/animals/data.yaml data/animals/coco
     python tools/dataset_converters/to_coco.py data/animals/labelme data/animals/train.json --images data/animals/photos
+    python tools/dataset_converters/to_coco.py data/animals/voc data/animals/train.json --hold-out 0.2
 
 SOURCE is a folder, a data.yaml or an annotation file. OUT is a JSON file, or a folder for a file of each split. The
 format is found by looking at the files, or named by --format:
@@ -12,6 +13,9 @@ format is found by looking at the files, or named by --format:
     coco     files of CVAT, Label Studio, Roboflow and others, which are repaired: ids from 0, ids that are text, a root
              category, missing fields, polygons in other forms, pictures that EXIF turns
 
+With --hold-out 0.2, a fifth of the pictures, drawn at random but always the same, goes to a second file for the
+validation: train_val.json beside train.json.
+
 Ids begin with 1. Boxes and polygons are cut at the border of the picture. Pictures without objects are kept. Everything
 that is changed or left out is counted and printed with examples; with --strict nothing is written if an object or a
 picture is left out. Where a file may mean two things, such as boxes that look like x1, y1, x2, y2, nothing is written
@@ -21,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -435,17 +440,34 @@ def convert(args, log):
         if rows is not None:
             converted[id(picture)] = rows
             splits.setdefault(picture.split, []).append(picture)
+    if args.hold_out:
+        splits = held_out(splits, args.hold_out)
     return {split: build(pictures, converted, categories, source.header, args, log)
             for split, pictures in sorted(splits.items())}
 
 
+def held_out(splits, share):
+    """Return {'train': pictures, 'val': a share of them}, drawn with a fixed seed."""
+    if len(splits) != 1:
+        found = ', '.join(map(repr, sorted(splits))) or 'none'
+        raise SystemExit(f'--hold-out divides one split, but there are {found}: leave it out, or choose one by --split')
+    pictures, = splits.values()
+    count = max(round(len(pictures) * share), 1)
+    if count >= len(pictures):
+        raise SystemExit(f'--hold-out {share} leaves no picture of {len(pictures)} for the training')
+    drawn = {*random.Random(0).sample(range(len(pictures)), count)}
+    return {'train': [picture for place, picture in enumerate(pictures) if place not in drawn],
+            'val': [picture for place, picture in enumerate(pictures) if place in drawn]}
+
+
 def summary(content, split):
-    """Return lines about a file: pictures, objects of each class."""
+    """Return a line about a file: pictures, objects of each class."""
     counts = Counter(row['category_id'] for row in content['annotations'])
     empty = len(content['images']) - len({row['image_id'] for row in content['annotations']})
     classes = ', '.join(f'{row["name"]}: {counts[row["id"]]}' for row in content['categories'])
-    return (f'{split + ": " if split else ""}{len(content["images"])} pictures, {empty} of them without objects; '
-            f'{len(content["annotations"])} objects ({classes})')
+    pictures, objects = (f'{number} {noun}{"s" * (number != 1)}' for number, noun in (
+        (len(content['images']), 'picture'), (len(content['annotations']), 'object')))
+    return f'{split + ": " if split else ""}{pictures}, {empty} of them without objects; {objects} ({classes})'
 
 
 def parse_args(args):
@@ -457,6 +479,9 @@ def parse_args(args):
     parser.add_argument('--classes', help='class names in order, separated by commas, or a file with one a line; for '
                                           'YOLO in the order of their numbers, for other formats the ones to keep')
     parser.add_argument('--split', help='write only this split')
+    parser.add_argument('--hold-out', type=float, metavar='SHARE',
+                        help='write this share of the pictures, such as 0.2, into a second '
+                             'file for the validation: OUT_val.json beside OUT.json')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
     parser.add_argument('--strict', action='store_true', help='write nothing if anything would be left out')
     parser.add_argument('--examples', type=int, default=3, help='examples to print of each change (default: 3)')
@@ -476,6 +501,8 @@ def parse_args(args):
     parser.add_argument('--extract', type=Path, metavar='FOLDER', help='write the pictures that LabelMe files hold')
     args = parser.parse_args(args)
     args.written, args.embedded = args.out, {}
+    if args.hold_out is not None and not 0 < args.hold_out < 1:
+        raise SystemExit(f'--hold-out must be between 0 and 1, got {args.hold_out:g}')
     if not args.source.exists():
         raise SystemExit(f'{args.source} does not exist')
     if args.images and not args.images.is_dir():
@@ -509,10 +536,11 @@ def main(args=None):
     print(f'{args.source}: {args.format}')
     files = convert(args, log)
     lists = args.out.suffix.lower() == '.json'
-    if lists and len(files) > 1:
+    if lists and len(files) > 1 and not args.hold_out:
         raise SystemExit(f'{args.source} has the splits {", ".join(map(repr, files))}: name a folder instead of '
                          f'{args.out}, or one of them by --split')
-    targets = {split: args.out if lists else args.out / f'{split or "annotations"}.json' for split in files}
+    targets = {split: args.out / f'{split or "annotations"}.json' if not lists else args.out.with_stem(
+        f'{args.out.stem}_val') if args.hold_out and split == 'val' else args.out for split in files}
     for line in log.lines():
         print(line)
     for split, (content, _) in files.items():
@@ -533,6 +561,12 @@ def main(args=None):
         names = tuple(row['name'] for row in content['categories'])
         print(f"  data_root='', ann_file={str(targets[split])!r}, data_prefix=dict(img={root.as_posix() + '/'!r}), "
               f'metainfo=dict(classes={names!r})')
+    for split, part in (('val', 'val'), ('test', 'test'), ('val', 'test')):
+        if split in files and (part == split or 'test' not in files):
+            print(f'  {part}_evaluator = dict(ann_file={str(targets[split])!r})')
+    if not {'val', 'test'} & set(files):
+        print(f'  if it is for the validation: val_evaluator = dict(ann_file={str(next(iter(targets.values())))!r}); '
+              'test_evaluator = val_evaluator. --hold-out 0.2 writes a part for it')
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from typing import Any
 from mmlocalmamba import __version__
 from mmlocalmamba.files import write_whole
 from mmlocalmamba.openmmlab.checks import boxes, folders, pictures, pixels, reader
-from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally
+from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally, counted, listed
 from mmlocalmamba.openmmlab.checks.splits import Split, describe, describe_names
 from mmlocalmamba.openmmlab.engine.data import leaf_datasets
 
@@ -166,6 +166,40 @@ def explain(dataset: Any) -> str:
     except Exception:  # the first error is the better one
         return ''
     return ''.join(f'\n  {finding}' for finding in found if finding.stops)
+
+
+def no_samples(dataset: Any) -> str:
+    """Return why a data set may have no samples, and the remedy."""
+    file, folder = getattr(dataset, 'ann_file', ''), (getattr(dataset, 'data_prefix', None) or {}).get('img_path')
+    suffix = getattr(dataset, 'img_suffix', None)
+    if suffix and isinstance(folder, str) and os.path.isdir(folder) and not file:
+        found = reader.image_files(folder)
+        if not found:
+            return f'{folder} has no pictures. Check data_root and data_prefix'
+        ending = os.path.splitext(found[0])[1]
+        return (f'no file of {folder} ends in img_suffix={suffix!r}; its pictures are {pictures.by_ending(found)}. Set '
+                f'img_suffix={ending!r} in each data set, if its pictures are these')
+    return (f'{file or getattr(dataset, "data_prefix", "")} has none of the classes '
+            f'{(getattr(dataset, "metainfo", None) or {}).get("classes")}. Check both')
+
+
+def missing_folder(folder: str) -> str:
+    """Return what is there instead of a folder that does not exist, and the remedy."""
+    folder = folder.rstrip('/')
+    parent, name = os.path.split(folder)
+    if not os.path.isdir(parent or '.'):
+        return f'the folder {folder} does not exist, nor does {parent}. Correct data_root or data_prefix'
+    inside = sorted(entry.name for entry in os.scandir(parent or '.') if entry.is_dir())
+    classes = [entry for entry in inside
+               if not entry.startswith('.') and reader.image_files(os.path.join(parent, entry))]
+    splits = {'train', 'val', 'test', 'training', 'validation', 'valid'}
+    if name in splits and classes and not splits & set(classes):
+        return (f'the folder {folder} does not exist. Its parent {parent} has {counted(len(classes), "folder")} of '
+                f'pictures ({listed(classes)}): split the pictures into {parent}/train and {parent}/val, each with '
+                'these folders (docs/data.md shows how)')
+    return (f'the folder {folder} does not exist. {parent or "The present folder"} has '
+            + (f'{counted(len(inside), "folder")} ({listed(inside)})' if inside else 'no folders')
+            + '. Correct data_root or data_prefix')
 
 
 def _listed_by(files: Iterable[str], split: Split) -> list[str]:

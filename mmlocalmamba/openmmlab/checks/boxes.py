@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmlocalmamba.openmmlab.checks.coco_file import NUMBER_FROM_1, ROUNDING, CocoFile, is_number, key_of, plain, shown
-from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally, absent_classes, listed
+from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally, absent_classes, counted, listed
 from mmlocalmamba.openmmlab.checks.pictures import loaded_size
 from mmlocalmamba.openmmlab.checks.reader import Header, is_local
 from mmlocalmamba.openmmlab.checks.splits import Split
@@ -61,9 +61,9 @@ def class_findings(split: Split, coco: CocoFile) -> Iterator[Finding]:
                           f'Set metainfo=dict(classes={tuple(order)!r}) in each data set', about='classes')
     unused = [name for name in others if boxes[name]]
     if unused and not missing:
-        yield Note(file, f'the configuration does not have the classes {listed(map(shown, unused))}: their '
-                         f'{sum(boxes[name] for name in unused):,} boxes are left out',
-                   'Add them to metainfo.classes if you want them')
+        yield Note(file, f'the configuration does not have {listed(map(shown, unused))}, so this is left out: '
+                         f'{counted(sum(boxes[name] for name in unused), "box")}',
+                   'Add what you want to metainfo.classes')
     alike: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
         alike[plain(name)].append(name)

@@ -13,7 +13,8 @@ from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, liste
 ROUNDING = 2
 # Number of boxes that are compared with their polygons.
 _COMPARED = 2000
-NUMBER_FROM_1 = "Number the annotations from 1: for id in 1, 2, 3, ... set annotation['id'] = id"
+NUMBER_FROM_1 = ('Number the annotations from 1. python tools/dataset_converters/to_coco.py FILE NEW --images FOLDER '
+                 'does so')
 
 
 def is_number(value: Any) -> bool:
@@ -25,10 +26,12 @@ def _repeated(values: Sequence[Any]) -> list[Any]:
 
 
 def shown(name: Any) -> str:
-    """Show a name, with escapes if it has characters that are not seen, or accents, which are written in two ways."""
+    """Show a name, with escapes for what is not seen: control characters, and accents that are characters of their own.
+
+    Without escapes, a composed accent and a separate one would look the same in a message that compares them.
+    """
     text = str(name)
-    seen = text.isprintable() and all(unicodedata.normalize(form, text) == text for form in ('NFD', 'NFC'))
-    return repr(text) if seen else ascii(text)
+    return repr(text) if unicodedata.is_normalized('NFC', text) else ascii(text)
 
 
 def plain(name: Any) -> str:

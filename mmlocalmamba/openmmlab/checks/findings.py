@@ -21,6 +21,12 @@ def listed(names: Iterable[Any], limit: int = LISTED) -> str:
     return ', '.join(names[:limit]) + (', ...' if len(names) > limit else '')
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, which is given in the singular."""
+    many = f'{noun[:-1]}ies' if noun.endswith('y') else f'{noun}es' if noun.endswith(('s', 'x')) else f'{noun}s'
+    return f'{count:,} {noun if count == 1 else many}'
+
+
 @dataclass(frozen=True)
 class Finding:
     """A fact about the data that the user should know.
@@ -56,10 +62,8 @@ class Finding:
     def __str__(self) -> str:
         parts = [f'{self.split} data' if self.split else '', self.file]
         if self.entries:
-            noun = self.noun if self.count == 1 else f'{self.noun[:-1]}ies' if self.noun.endswith('y') \
-                else f'{self.noun}es' if self.noun.endswith('s') else f'{self.noun}s'
             shown = ', '.join(map(str, self.entries)) + ', ...' * (self.count > len(self.entries))
-            parts.append(f'{self.count:,} {noun} ({self.key}{" " * bool(self.key)}{shown})')
+            parts.append(f'{counted(self.count, self.noun)} ({self.key}{" " * bool(self.key)}{shown})')
         return ': '.join([part for part in parts if part] + [self.text]) + (f'. {self.write}' if self.write else '')
 
 

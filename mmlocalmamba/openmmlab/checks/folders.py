@@ -79,8 +79,9 @@ def _labels(split: Split, tally: Tally, counts: dict[Any, int], classes: tuple[s
     where = split.file or split.folder
     wrong = sorted(label for label in counts if not 0 <= label < len(classes))
     if wrong:
-        yield Problem(where, f'has the class numbers {listed(wrong)}, but the {len(classes)} classes are 0 to '
-                             f'{len(classes) - 1}', 'Number the classes from 0, or correct metainfo.classes',
+        yield Problem(where, f'has the class number{"s" * (len(wrong) > 1)} {listed(wrong)}, but the {len(classes)} '
+                             f'classes are 0 to {len(classes) - 1}',
+                      'Number the classes from 0, or correct metainfo.classes',
                       about='classes')
         return
     many = any(isinstance(label, list) for label in split.labels)  # several classes for a picture

@@ -1,4 +1,5 @@
 """Rules for label images of semantic segmentation."""
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from mmlocalmamba.openmmlab.checks.splits import Split
 _IGNORED = 255
 _ONE_CHANNEL = ('1', 'L', 'P', 'I', 'I;16', 'I;16B', 'I;16L', 'I;16N')
 _SET_REDUCE = ('reduce_zero_label={} in each data set and in LoadAnnotations of both pipelines')
+# Names of what lies between the other classes: the label 0, if they are the first.
+_BACKGROUND = re.compile(r'\b(background|bg|other|rest|void|none|unlabell?ed)\b', re.IGNORECASE)
 # Share of pixels from which on the label 0 counts as a class.
 _SHARE = 0.01
 
@@ -74,8 +77,9 @@ def _files(split: Split, headers: dict[str, Header], labels: dict[str, Header], 
                if loader.known and not header.broken and header.mode not in _ONE_CHANNEL]
     if colours:
         yield Problem(where, f'its mode is {labels[colours[0]].mode}, but labels need one channel',
-                      "Write the number of the class as the value of each pixel: mode 'L' (or 'P') of Pillow. For "
-                      'masks in colours, look each colour up in the table of your annotation program',
+                      'Write the number of the class as the value of each pixel. python tools/dataset_converters/'
+                      'label_images.py MASKS LABELS --colors FILE does so; a line of FILE is name:R,G,B, such as '
+                      "sky:0,0,255, as in CVAT's labelmap.txt",
                       noun='label image', entries=colours)
     palettes = [path for path, header in labels.items() if header.mode == 'P']
     if palettes and loader.backend != 'pillow':
@@ -125,8 +129,9 @@ def _classes(split: Split, tally: Tally, pixels: dict[str, dict[int, int]]) -> I
     wrong = [value for value in raw if _meaning(split, value) != _IGNORED and _meaning(split, value) >= len(classes)]
     if wrong:
         paths = [path for path, values in pixels.items() if values.keys() & set(wrong)]
-        yield Problem(where, f'has the labels {listed(wrong)}, but the {len(classes)} classes are the labels '
-                             f'{_range(split)}', _remedy(split, total, wrong), noun='label image', entries=paths)
+        yield Problem(where, f'has the label{"s" * (len(wrong) > 1)} {listed(wrong)}, but the {len(classes)} classes '
+                             f'are the labels {_range(split)}', _remedy(split, total, wrong), noun='label image',
+                      entries=paths)
         return
     present = [number for number in range(len(classes)) if counts[number]]
     if len(present) <= 1 < len(classes):
@@ -161,13 +166,19 @@ def _span(raw: list[int]) -> str:
 
 
 def _remedy(split: Split, total: dict[int, int], wrong: list[int]) -> str:
-    count = len(split.classes or ())
-    if not split.options['reduce_zero_label'] and wrong == [count]:
-        if 0 not in total:
-            return f'The labels begin with 1: set {_SET_REDUCE.format(True)}'
-        return (f'If 0 is no class, set {_SET_REDUCE.format(True)}: it ignores 0 and subtracts 1. If it is one, add it '
-                'to the classes, at the first place')
-    return 'Correct the label images, or add the missing classes to metainfo.classes and the model'
+    classes, reduces = split.classes or (), split.options['reduce_zero_label']
+    if not reduces and wrong == [len(classes)] and 0 not in total:
+        return f'The labels begin with 1: set {_SET_REDUCE.format(True)}'
+    first = len(classes) + reduces  # the first label without a name
+    named = f'{"a name" if len(wrong) == 1 else "names"} for the label{"s" * (len(wrong) > 1)} {listed(wrong)}'
+    if wrong != list(range(first, first + len(wrong))):
+        return f'Correct the label images, or give metainfo.classes a name for each label up to {wrong[-1]}, and the ' \
+               'model as many classes'
+    write = f'Write {named} at the end of metainfo.classes, and give the model {len(classes) + len(wrong)} classes'
+    if not reduces and wrong == [first] and classes and not _BACKGROUND.search(str(classes[0])):
+        write += (f'. The first name, {classes[0]!r}, is that of label 0. Only if it is that of label 1, and label 0 '
+                  f'is no class, set {_SET_REDUCE.format(True)} instead')
+    return write
 
 
 def _lonely(split: Split, total: dict[int, int]) -> str:

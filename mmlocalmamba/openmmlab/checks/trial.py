@@ -21,8 +21,10 @@ from mmengine.runner import Runner
 
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab import checks
+from mmlocalmamba.openmmlab.checks.findings import counted
 from mmlocalmamba.openmmlab.checks.reader import is_local, read_headers
 from mmlocalmamba.openmmlab.engine.broken_files import Loader
+from mmlocalmamba.openmmlab.engine.data import naming_annotation_files
 
 # Number of samples that are loaded.
 _LOADED = 3
@@ -33,6 +35,7 @@ class _Report:
 
     def __init__(self) -> None:
         self.problems = 0
+        self.failures: set[str] = set()
 
     def line(self, word: str, text: str) -> None:
         self.problems += word == 'problem'
@@ -41,12 +44,17 @@ class _Report:
     def attempt(self, what: str, function: Callable[[], Any], silent: bool = False) -> Any:
         """Return the function's result; report a problem and return None if it fails. ``silent`` drops its output."""
         try:
-            with redirect_stdout(io.StringIO()) if silent else nullcontext():
+            with naming_annotation_files(), redirect_stdout(io.StringIO()) if silent else nullcontext():
                 return function()
         except Exception as error:  # configuration and data may raise any exception
+            said = f'{type(error).__name__}: {error or "(no message)"}'
+            if said in self.failures:  # as of the loop of the validation, which a hook asks for again
+                return None
+            self.failures.add(said)
             place = traceback.extract_tb(error.__traceback__)[-1]
-            self.line('problem', f'{what}: {type(error).__name__}: {error or "(no message)"} '
-                                 f'[{place.name}, {place.filename}:{place.lineno}]')
+            explained = place.name == naming_annotation_files.__name__
+            self.line('problem', f'{what}: {said}' + (
+                '' if explained else f' [{place.name}, {place.filename}:{place.lineno}]'))
             return None
 
 
@@ -230,8 +238,10 @@ def _step(report: _Report, runner: Runner, cfg: Config) -> None:
     if base and size * accumulated != base:
         rate = cfg.optim_wrapper.optimizer.lr
         report.line('note', f'the learning rate {rate:g} is for {base} images a step, one process has '
-                            f'{size * accumulated}: train on {base / size / accumulated:g} GPUs, or set '
-                            f'optim_wrapper.optimizer.lr={rate * size * accumulated / base:.3g} or --auto-scale-lr')
+                            f'{size * accumulated}: set optim_wrapper.optimizer.lr='
+                            f'{rate * size * accumulated / base:.3g} or --auto-scale-lr' + (
+                                f', or train on {base // (size * accumulated)} GPUs'
+                                if base % (size * accumulated) == 0 else ''))
 
 
 def _evaluate(runner: Runner, loop: Any, step: str) -> dict[str, Any]:
@@ -290,7 +300,7 @@ def check(cfg: Config) -> bool:
             report.line('problem', problem)
         _check(report, isolated(cfg, folder))
         MMLogger.get_current_instance().handlers.clear()  # its log file is in the removed folder
-    print(f'\n{report.problems} problems found, see above.' if report.problems else '\nNo problems found.')
+    print(f'\n{counted(report.problems, "problem")} found, see above.' if report.problems else '\nNo problems found.')
     return not report.problems
 
 

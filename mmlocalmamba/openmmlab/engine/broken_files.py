@@ -101,6 +101,10 @@ class SkippedFiles:
         return set(missing) <= set(self.names()[:limit]), bool(missing)
 
 
+def _skipped(count: int) -> str:
+    return f'{count} files were skipped' if count != 1 else '1 file was skipped'
+
+
 class _Reader:
     """Replacement of a dataset's ``prepare_data`` that names or skips broken files.
 
@@ -130,7 +134,7 @@ class _Reader:
                 raise RuntimeError(message) from error
             allowed, new = self.skipped.add(broken, self.limit)
             if not allowed:
-                raise RuntimeError(f'{message}. {len(self.skipped.names())} files were skipped before, see '
+                raise RuntimeError(f'{message}. {_skipped(len(self.skipped.names()))} before, see '
                                    f'{self.skipped.path}; BrokenFilesHook(skip=...) sets the limit') from error
             if new:
                 print_log(f'{message}. Another sample replaces it', logger='current', level=logging.WARNING)
@@ -200,5 +204,5 @@ class BrokenFilesHook(Hook):
         skipped = SkippedFiles(os.path.join(runner.work_dir, SKIPPED_FILE))
         if names := skipped.names():
             write_whole(skipped.path, ''.join(f'{name}\n' for name in names))  # without duplicates
-            print_log(f'{len(names)} files were skipped in the training, see {skipped.path}', logger='current',
+            print_log(f'{_skipped(len(names))} in the training, see {skipped.path}', logger='current',
                       level=logging.WARNING)

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine import dist
+from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
+from mmengine.runner import BaseLoop, TestLoop
 from torch.utils.data import DataLoader, IterableDataset
 
 from mmlocalmamba.openmmlab.engine.preemption import blocked_signals, shield_worker
@@ -56,32 +58,47 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def naming_annotation_files() -> Iterator[None]:
-    """Add the name of the annotation file to errors that are raised while datasets are built.
+    """Add the name of the annotation file to errors that are raised while datasets and evaluators are built.
 
     A JSON parser does not know the file, and for a dataset without samples NumPy only reports that it has nothing to
-    concatenate.
+    concatenate. Where a folder or an evaluator's file does not exist, the error says what there is, or what to write.
 
     Raises:
         RuntimeError: if an annotation file cannot be read, or a dataset has no samples.
+        FileNotFoundError: if the folder of a dataset, or an evaluator's annotation file, does not exist.
     """
     try:
         yield
     except Exception as error:
-        from mmlocalmamba.openmmlab.checks.audit import explain  # it looks at what the loops have built
+        # it looks at what the loops have built
+        from mmlocalmamba.openmmlab.checks.audit import explain, missing_folder, no_samples
+        loop = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
             dataset = frame.f_locals.get('self')
+            loop = dataset if isinstance(dataset, BaseLoop) else loop
+            if isinstance(error, FileNotFoundError) and isinstance(dataset, BaseMetric):
+                raise FileNotFoundError(_missing_truth(loop, dataset, error)) from error
             if (frame.f_code.co_name == '_serialize_data' and dataset is not None
                     and not getattr(dataset, 'data_list', True)):
-                source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_prefix', '')
-                raise RuntimeError(f'{type(dataset).__name__} has no samples: {source} has none of the classes '
-                                   f'{dataset.metainfo.get("classes")}, or no file name ends in img_suffix. Check '
-                                   f'both{explain(dataset)}') from error
+                raise RuntimeError(f'{type(dataset).__name__} has no samples: '
+                                   f'{no_samples(dataset)}{explain(dataset)}') from error
             if frame.f_code.co_name == 'load_data_list':
                 path, why = getattr(dataset, 'ann_file', None), explain(dataset)
+                if isinstance(error, FileNotFoundError) and not path and isinstance(error.filename, str):
+                    raise FileNotFoundError(missing_folder(error.filename)) from error
                 if path and (why or path not in str(error)):
                     raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
                                        f'{error}){why}') from error
         raise
+
+
+def _missing_truth(loop: Any, metric: Any, error: FileNotFoundError) -> str:
+    """Say which setting names an evaluator's file, and what to write."""
+    key = 'test_evaluator' if isinstance(loop, TestLoop) else 'val_evaluator'
+    dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    own = next((file for part in leaf_datasets(dataset) if (file := getattr(part, 'ann_file', None))), None)
+    return (f'{key}.ann_file is {error.filename!r} ({type(metric).__name__}), which does not exist. Name the file of '
+            f'{key.split("_")[0]}_dataloader: write {key} = dict(ann_file={own or "FILE"!r})')
 
 
 def leaf_datasets(dataset: Any) -> Iterator[Any]:

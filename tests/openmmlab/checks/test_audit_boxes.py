@@ -111,8 +111,8 @@ PROBLEMS = {
     'corners': (annotations(bbox=corners), ['[x1, y1, x2, y2]', '[x1, y1, x2 - x1, y2 - y1]']),
     'corners without area': (annotations(bbox=corners, area=1), ['[x1, y1, x2, y2]']),
     'negative': (one(bbox=[20, 20, -5, 6]), ['(id 1)', 'negative width or height']),
-    'outside': (annotations(bbox=[100, 100, 9, 9]), ['outside of its picture']),
-    'half outside': (annotations(bbox=[20, 20, 90, 5]), ['reaches out of its picture']),
+    'outside': (annotations(bbox=[100, 100, 9, 9]), ['outside its picture']),
+    'half outside': (annotations(bbox=[20, 20, 90, 5]), ['extends beyond its picture']),
     'no size': (annotations(bbox=[10, 10, 0, 0], area=4), ['narrower than a pixel']),
     'width 0': (one('images', width=0), ["'width' is missing, 0 or no number", '1 picture (id 1)', 'exif_transpose']),
     'all crowds': (annotations(iscrowd=1), ["'iscrowd' is 1 everywhere", "'iscrowd': 0"]),
@@ -194,11 +194,11 @@ NOTES = {
                                      annotations(image_id=lambda entry: f'{entry["image_id"]}')(content)),
                     ['ids are strings']),
     'one small': (one(bbox=[3, 3, 0.5, 4]), ['narrower than a pixel', '(id 1)']),
-    'one outside': (one(bbox=[50, 3, 5, 4]), ['outside of its picture and left out']),
-    'some beyond': (beyond, ['2 annotations (id 1, 2)', 'reaches out of its picture']),
+    'one outside': (one(bbox=[50, 3, 5, 4]), ['outside its picture and is left out']),
+    'some beyond': (beyond, ['2 annotations (id 1, 2)', 'extends beyond its picture']),
     'other classes': (lambda content: (content['categories'].append(dict(id=9, name='owl')),
                                        one(category_id=9)(content)),
-                      ["does not have the classes 'owl': their 1 boxes are left out"]),
+                      ["does not have 'owl', so this is left out: 1 box. "]),
     'a class without boxes': (annotations(category_id=1), ['2 classes (dog, cow)', 'no box of this class']),
     'alike': (lambda content: content['categories'].append(dict(id=9, name='Cat')), ["'cat', 'Cat' look the same"]),
 }
@@ -217,11 +217,22 @@ def test_notes(name, tmp_path):
 
 
 def test_accents_are_shown(tmp_path):
-    """A combining accent and a letter with accent look the same."""
+    """A combining accent and a letter with accent look the same, so one of them is shown by its number."""
     content = coco_content()
     content['categories'][0]['name'] = 'ce\u0301pe'
     found = texts(coco_audit(write_coco(tmp_path, content), classes=('c\u00e9pe', 'dog', 'cow')))[0]
-    assert "'ce\\u0301pe' for 'c\\xe9pe'" in found
+    assert "'ce\\u0301pe' for 'c\u00e9pe'" in found
+
+
+@pytest.mark.parametrize('right, wrong, shown', [
+    ('gr\u00fcner Kreis', 'gruener Kreis', "'gr\u00fcner Kreis' for 'gruener Kreis'"),
+    ('\ud55c\uad6d\uc5b4', '\ud55c\uad6d\uc5b4 ', "'\ud55c\uad6d\uc5b4' for '\ud55c\uad6d\uc5b4 '"),
+    ('cat\u200b', 'cat', "'cat\\u200b' for 'cat'")])
+def test_a_misspelt_name_is_shown_as_it_is_written(right, wrong, shown, tmp_path):
+    """Only characters that are not seen are escaped."""
+    content = coco_content()
+    content['categories'][0]['name'] = right
+    assert shown in texts(coco_audit(write_coco(tmp_path, content), classes=(wrong, 'dog', 'cow')))[0]
 
 
 def test_names_that_the_configuration_forgot(tmp_path):
@@ -294,7 +305,9 @@ def test_a_few_polygons_of_two_points(tmp_path):
 def test_evaluations(change, part, tmp_path):
     content = coco_content()
     change(content)
-    assert part in texts(coco_audit(write_coco(tmp_path, content), 'validation'))[0]
+    problems = texts(coco_audit(write_coco(tmp_path, content), 'validation'))[0]
+    assert part in problems
+    assert ('python tools/dataset_converters/to_coco.py FILE NEW' in problems) == ('id' in part)
 
 
 def test_iscrowd_is_missing(tmp_path):

@@ -79,7 +79,7 @@ def test_a_file_of_class_numbers(tmp_path):
 
     clean(written(0, 1, 2, 0))
     assert '1 class (c): no picture is of this class' in texts(written(0, 1, 1, 0))[1]
-    assert 'has the class numbers 3, but the 3 classes are 0 to 2' in texts(written(1, 2, 3, 1))[0]
+    assert 'has the class number 3, but the 3 classes are 0 to 2' in texts(written(1, 2, 3, 1))[0]
     assert 'all pictures are of one class (b)' in texts(written(1, 1, 1, 1))[0]
 
 

@@ -33,9 +33,12 @@ def test_right_data(values, classes, reduces, mode, tmp_path):
     ([0, 1], 2, True, ["'c0' alone has pixels", 'begin with 0: set reduce_zero_label=False']),
     ([0, 1, 2, 3], 4, True, ['the labels are 0 to 3 for 4 classes', 'set reduce_zero_label=False', 'LoadAnnotations']),
     ([0, 1, 2, 255], 3, True, ['the labels are 0 to 2 for 3 classes']),
-    ([1, 2, 3], 3, False, ['has the labels 3', 'begin with 1: set reduce_zero_label=True']),
-    ([0, 1, 2, 3], 3, False, ['has the labels 3', 'If 0 is no class', 'add it to the classes']),
-    ([0, 1, 77], 3, False, ['has the labels 77', 'the 3 classes are the labels 0 to 2']),
+    ([1, 2, 3], 3, False, ['has the label 3,', 'begin with 1: set reduce_zero_label=True']),
+    ([0, 1, 2, 3], 3, False, ['has the label 3,', 'Write a name for the label 3 at the end of metainfo.classes',
+                              'give the model 4 classes', "'c0', is that of label 0", 'set reduce_zero_label=True']),
+    ([0, 1, 2, 3, 4], 3, False, ['has the labels 3, 4,', 'names for the labels 3, 4 at the end']),
+    ([0, 1, 2, 3, 4], 3, True, ['has the label 4,', 'a name for the label 4 at the end']),
+    ([0, 1, 77], 3, False, ['has the label 77,', 'the 3 classes are the labels 0 to 2', 'each label up to 77']),
     ([0, 38, 75], 3, False, ['has the labels 38, 75']),
 ])
 def test_labels_of_other_classes(values, classes, reduces, parts, tmp_path):
@@ -43,9 +46,19 @@ def test_labels_of_other_classes(values, classes, reduces, parts, tmp_path):
     names = tuple(f'c{number}' for number in range(classes))
     for split in ('training', 'validation'):
         problems = texts(audited(tmp_path, names, split, reduce_zero_label=reduces))[0]
-        if split == 'training' or 'alone' in parts[0] or 'has the labels' in parts[0]:
+        if split == 'training' or 'alone' in parts[0] or 'has the label' in parts[0]:
             assert all(part in problems for part in parts), problems
             assert problems.startswith(f'{split} data: {tmp_path}')
+
+
+@pytest.mark.parametrize('values, names, asked', [
+    ([0, 1, 2, 3], ('background', 'sky', 'field'), False), ([0, 1, 2, 3], ('road', 'sky', 'field'), True),
+    ([0, 1, 2, 3, 4], ('road', 'sky', 'field'), False), ([0, 1, 77], ('road', 'sky', 'field'), False)])
+def test_label_0_is_doubted_only_if_it_can_be_the_cause(values, names, asked, tmp_path):
+    """A name at the first place would shift all others."""
+    write_labels(tmp_path, [stripes(*values)] * 3)
+    problems = texts(audited(tmp_path, names))[0]
+    assert ('reduce_zero_label' in problems) == asked and 'first place' not in problems
 
 
 def test_a_class_without_a_pixel(tmp_path):
@@ -68,6 +81,7 @@ def test_labels_of_several_channels(mode, tmp_path):
     write_labels(tmp_path, [stripes(0, 1)] * 3, mode)
     problems = texts(audited(tmp_path, ('a', 'b')))[0]
     assert '3 label images' in problems and f'its mode is {mode}, but labels need one channel' in problems
+    assert 'python tools/dataset_converters/label_images.py MASKS LABELS --colors FILE' in problems
 
 
 def test_labels_of_another_size(tmp_path):

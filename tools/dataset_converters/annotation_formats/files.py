@@ -42,7 +42,7 @@ class Log:
             for (own, what), count in self.counts.items():
                 if own == group:
                     places = self.places[group, what]
-                    yield f'{group:9} {count} {what}: {"; ".join(places)}{"; ..." * (count > len(places))}'
+                    yield f'{group:9} {what}: {count} ({"; ".join(places)}{"; ..." * (count > len(places))})'
 
 
 @dataclass
