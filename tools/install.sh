@@ -84,7 +84,7 @@ log=$(mktemp "${TMPDIR:-/tmp}/mmlocalmamba-install.XXXXXX")
 work=  # a folder for what is built
 progress=  # a process that tells how far the compiler is
 building=  # the process that builds this package
-built=  # its folder
+built=  # its log
 clean_up() {
     local status=$?
     [ -z "$progress" ] || kill "$progress" 2>/dev/null || true
@@ -370,11 +370,10 @@ verify() {
         "$python" -c 'import mmpretrain, mmdet, mmseg, mim'
 }
 
-# Build the editable wheel beside the other steps: the compiler works while pip downloads.
+# Install this package beside the other steps: the compiler works while pip downloads.
 start_building() {
-    built=$(mktemp -d "${TMPDIR:-/tmp}/mmlocalmamba-package.XXXXXX")
-    "$python" -c 'import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])' "$built" \
-        >"$built/log" 2>&1 &
+    built=$(mktemp "${TMPDIR:-/tmp}/mmlocalmamba-package.XXXXXX")
+    pip_install --no-deps --no-build-isolation --editable . >"$built" 2>&1 &
     building=$!
 }
 
@@ -382,8 +381,8 @@ finish_building() {
     local status=0
     wait "$building" || status=$?
     building=
-    cat "$built/log"
-    [ $status = 0 ] && pip_install --no-deps --force-reinstall "$built"/*.whl
+    cat "$built"
+    return $status
 }
 
 install_package() {
@@ -419,11 +418,14 @@ step build "$(digest requirements/build.txt)" \
     "build tools: setuptools, wheel, ninja, psutil" "5 s" \
     quietly "$network" pip_install -r requirements/build.txt
 # The build of this package depends on its metadata, its native sources and torch.
-mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.cu' -o -name '*.h' | sort)
+mapfile -t sources < <(find mmlocalmamba -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 # `make clean` may have removed the links that an editable install puts into the source tree.
 [ -e mmlocalmamba/.mim/configs ] || rm -f "$venv/.stamps/package"
-package_key="$root $(digest setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")"
-[ "$until" != package ] || done_before package "$package_key" || start_building
+package_sources=(setup.py pyproject.toml requirements/torch.txt mmlocalmamba/__init__.py "${sources[@]}")
+if [ "$until" = package ]; then  # the layers of an image have no sources before
+    package_key="$root $(digest "${package_sources[@]}")"
+    done_before package "$package_key" || start_building
+fi
 step mmcv "$mmcv_key" "$about" "$time" install_mmcv
 step stack "$(digest "${stack_files[@]}")" \
     "MMEngine, mmpretrain, mmdet, mmsegmentation, mim" "1 to 2 minutes" install_stack

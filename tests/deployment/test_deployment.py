@@ -406,7 +406,7 @@ def test_open_refuses(tmp_path):
     (tmp_path / 'file.pt2').write_text('no package')
     with pytest.raises(ValueError, match='neither an ONNX file'):
         runtimes.open_file(str(tmp_path / 'file.pt2'))
-    with pytest.raises(ValueError, match='not read by aoti'):
+    with pytest.raises(ValueError, match='aoti cannot read model.onnx'):
         runtimes.open_file('model.onnx', 'aoti')
 
 

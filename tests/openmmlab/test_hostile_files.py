@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(loader, tmp_path):
     other = LocalVMamba(dict(ARCH, embed_dims=[4, 8]), directions=['h'])
     torch.save(dict(state_dict={f'backbone.{name}': value for name, value in other.state_dict().items()},
                     meta=dict(epoch=0, iter=0), message_hub={}), tmp_path / 'other.pth')
-    with pytest.raises(RuntimeError, match='(?s)patch_embed.*not of this|of another model'):
+    with pytest.raises(RuntimeError, match='(?s)patch_embed.*belongs to another backbone|of another model'):
         LOADERS[loader](tmp_path / 'other.pth')
 
 

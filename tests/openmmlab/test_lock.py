@@ -170,6 +170,7 @@ def test_the_lock_ends_with_the_training(tmp_path):
         assert (tmp_path / LOCK_FILE).exists()
         raise OSError
 
+    handler = signal.getsignal(signal.SIGTERM)
     for options in (dict(), dict(interrupt=(3, fail)), dict(signal_at=4)):
         runner = job_task.build(tmp_path, epochs=1, **options)
         try:
@@ -177,4 +178,4 @@ def test_the_lock_ends_with_the_training(tmp_path):
         except (OSError, SystemExit):
             pass
         assert not (tmp_path / LOCK_FILE).exists(), options
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler

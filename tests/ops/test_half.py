@@ -15,8 +15,8 @@ from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.ops import directional_scan
 
 pytestmark = built
-TOKENS = {'linear': ('x', 'weight', 'bias'), 'conv': ('x', ), 'sum': ('y', 'z'), 'norm': ('x', ),
-          'scan': ('u', 'delta', 'B', 'C')}
+TOKENS = {'linear': ('x', 'weight', 'bias'), 'gelu': ('x', 'weight', 'bias'), 'grid': ('x', ), 'gate': ('y', 'z'),
+          'conv': ('x', ), 'sum': ('y', 'z'), 'norm': ('x', ), 'scan': ('u', 'delta', 'B', 'C')}
 # Relative error of a sum of several terms of equal size, each rounded to 16 bits.
 LIMIT = 1e-2
 
@@ -214,7 +214,7 @@ ARCHS = {
     LocalVim: dict(arch=dict(embed_dims=8, num_layers=2, d_state=4), patch_size=4, img_size=24),
 }
 OWN = {
-    LocalVMamba: {'directional_scan', 'scattn_sum'},
+    LocalVMamba: {'conv2d_silu', 'directional_scan', 'norm_gate', 'scattn_sum'},
     LocalVim: {'directional_scan', 'directional_conv', 'scattn_sum', 'add_rms_norm'},
 }
 

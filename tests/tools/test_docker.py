@@ -165,7 +165,7 @@ def test_layers_install_what_make_installs(stack, context, tmp_path):
     install(clone, '--no-dev')
     # The stand-in for mmcv's ops is built in a folder of a random name.
     asked, wanted = (re.sub(r'\S+(?=/stand-in)', 'TMP', Path(f'{folder}-pip').read_text()) for folder in (image, clone))
-    assert asked == wanted
+    assert sorted(asked.splitlines()) == sorted(wanted.splitlines())  # a clone builds the package beside other steps
     assert all(part in asked for part in ('TMP/stand-in', '--editable .', f'requirements/mim-{stack}.txt'))
     assert [len(re.findall(r'done in', output)) for output in outputs] == [4, 2, 1]
 
