@@ -30,6 +30,9 @@ OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export STACK PYTHON MMCV OMP_NUM_THREADS OMP_WAIT_POLICY
 
+# `install` and `stack` change the same environment, also under make -j.
+.NOTPARALLEL:
+
 .PHONY: help install stack demo test test-all coverage image-test slurm-test audit smoke docs web-demo web-demo-test lint \
 	wheels clean
 

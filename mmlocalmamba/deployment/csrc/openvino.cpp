@@ -10,37 +10,11 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "interface.h"
+#include "processor.h"
 
 namespace mmlocalmamba {
 namespace {
-
-const InstructionSet& instruction_set() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kPortable;
-}
-
-// Denormal states are zero, as in ops/csrc/host.h.
-class FlushDenormals {
-#if defined(__x86_64__)
- public:
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned int saved_;
-#endif
-};
 
 // Strides of a dense (B, K, rows, F), or of a (B, rows, F) that all directions share.
 Strides dense(const ov::Shape& shape) {
@@ -114,7 +88,7 @@ class DirectionalScan : public ov::op::Op {
     std::unique_ptr<float[]> last(new float[p.batch * p.directions * p.states * p.channels]);
     p.last = last.get();
 
-    static const InstructionSet& set = instruction_set();
+    static const InstructionSet& set = *supported().front();
     const auto& scan = set.f32.scan;
     const int64_t items = (p.channels + scan.channels - 1) / scan.channels;
     const size_t bytes = scan.scratch(p.states, p.dt_rank, false) + 64;

@@ -65,6 +65,20 @@ INLINE void conv2d_at(const Conv2dRows<S>& rows, const T* taps, int64_t D, int64
   }
 }
 
+// Calls f(w, d, lanes, count, sums) for all places of a row and all channels, with the convolution and `bias` (null: none).
+template <typename S, typename Function, typename T = Compute<S>>
+INLINE void conv2d_row(const Conv2dRows<S>& rows, const T* taps, const T* bias, int64_t width, int64_t D, Function f) {
+  for_places(width, [&](int64_t w, auto count) __attribute__((always_inline)) {
+    for_channels<T>(D, [&](int64_t d, int lanes) __attribute__((always_inline)) {
+      const V<T> first = bias ? load(bias + d, lanes) : V<T>{};
+      V<T> sums[count];
+      for (int t = 0; t < count; ++t) sums[t] = first;
+      conv2d_at<S, count>(rows, taps, D, w, d, lanes, sums);
+      f(w, d, lanes, count, sums);
+    });
+  });
+}
+
 template <typename S, typename T = Compute<S>>
 void conv2d_forward(const Conv2dProblem<S>& p, int64_t batch, int64_t row, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
@@ -72,16 +86,11 @@ void conv2d_forward(const Conv2dProblem<S>& p, int64_t batch, int64_t row, void*
   const Conv2dRows<S> rows(scratch, p.width, D);
   rows.open(p.x + batch * p.x_strides.batch, p.x_strides.row, p.height, D, row);
   S* y = p.y + (batch * p.height + row) * p.width * D;
-  for_places(p.width, [&](int64_t w, auto count) __attribute__((always_inline)) {
-    for_channels<T>(D, [&](int64_t d, int lanes) __attribute__((always_inline)) {
-      const V<T> bias = p.bias ? load(p.bias + d, lanes) : V<T>{};
-      V<T> sums[count];
-      for (int t = 0; t < count; ++t) sums[t] = bias;
-      conv2d_at<S, count>(rows, p.taps, D, w, d, lanes, sums);
-      silu<T, count>(sums, nullptr);
-      for (int t = 0; t < count; ++t) store(y + (w + t) * D + d, sums[t], lanes);
-    });
-  });
+  const auto finish = [&](int64_t w, int64_t d, int lanes, auto count, auto& sums) __attribute__((always_inline)) {
+    silu<T, count>(sums, nullptr);
+    for (int t = 0; t < count; ++t) store(y + (w + t) * D + d, sums[t], lanes);
+  };
+  conv2d_row<S>(rows, p.taps, p.bias, p.width, D, finish);
 }
 
 // The gradient before SiLU of a row, and the row's part of the gradients of taps and bias.
@@ -93,18 +102,14 @@ void conv2d_gradient(const Conv2dProblem<S>& p, int64_t batch, int64_t row, void
   rows.open(p.x + batch * p.x_strides.batch, p.x_strides.row, p.height, D, row);
   T* gradient = p.gradient + (batch * p.height + row) * p.width * D;
   const S* dy = p.dy + batch * p.dy_strides.batch + row * p.width * p.dy_strides.row;
-  for_places(p.width, [&](int64_t w, auto count) __attribute__((always_inline)) {
-    for_channels<T>(D, [&](int64_t d, int lanes) __attribute__((always_inline)) {
-      const V<T> bias = p.bias ? load(p.bias + d, lanes) : V<T>{};
-      V<T> sums[count], slopes[count];
-      for (int t = 0; t < count; ++t) sums[t] = bias;
-      conv2d_at<S, count>(rows, p.taps, D, w, d, lanes, sums);
-      silu<T, count>(sums, slopes);
-      for (int t = 0; t < count; ++t) {
-        store(gradient + (w + t) * D + d, load(dy + (w + t) * p.dy_strides.row + d, lanes) * slopes[t], lanes);
-      }
-    });
-  });
+  const auto finish = [&](int64_t w, int64_t d, int lanes, auto count, auto& sums) __attribute__((always_inline)) {
+    V<T> slopes[count];
+    silu<T, count>(sums, slopes);
+    for (int t = 0; t < count; ++t) {
+      store(gradient + (w + t) * D + d, load(dy + (w + t) * p.dy_strides.row + d, lanes) * slopes[t], lanes);
+    }
+  };
+  conv2d_row<S>(rows, p.taps, p.bias, p.width, D, finish);
   if (!p.parts) return;
   T* part = p.parts + (batch * p.height + row) * 10 * D;
   for_channels<T>(D, [&](int64_t d, int lanes) __attribute__((always_inline)) {
@@ -129,14 +134,10 @@ void conv2d_backward(const Conv2dProblem<S>& p, int64_t batch, int64_t row, void
   const Conv2dRows<T> rows(scratch, p.width, D);
   rows.open(p.gradient + batch * p.height * p.width * D, D, p.height, D, row);
   S* dx = p.dx + (batch * p.height + row) * p.width * D;
-  for_places(p.width, [&](int64_t w, auto count) __attribute__((always_inline)) {
-    for_channels<T>(D, [&](int64_t d, int lanes) __attribute__((always_inline)) {
-      V<T> sums[count];
-      for (int t = 0; t < count; ++t) sums[t] = V<T>{};
-      conv2d_at<T, count>(rows, p.taps, D, w, d, lanes, sums);
-      for (int t = 0; t < count; ++t) store(dx + (w + t) * D + d, sums[t], lanes);
-    });
-  });
+  const auto finish = [&](int64_t w, int64_t d, int lanes, auto count, auto& sums) __attribute__((always_inline)) {
+    for (int t = 0; t < count; ++t) store(dx + (w + t) * D + d, sums[t], lanes);
+  };
+  conv2d_row<T>(rows, p.taps, static_cast<const T*>(nullptr), p.width, D, finish);
 }
 
 }  // namespace

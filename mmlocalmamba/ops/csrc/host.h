@@ -21,11 +21,8 @@
 #include <optional>
 #include <type_traits>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "interface.h"
+#include "processor.h"
 
 namespace mmlocalmamba {
 
@@ -61,18 +58,6 @@ inline void check_tokens(const Tensor& x, const char* name) {
 inline at::ScalarType compute_type(at::ScalarType tokens) { return tokens == at::kBFloat16 ? at::kFloat : tokens; }
 inline at::ScalarType compute_type(const Tensor& tokens) { return compute_type(tokens.scalar_type()); }
 inline at::TensorOptions compute_options(const Tensor& tokens) { return tokens.options().dtype(compute_type(tokens)); }
-
-// Decaying states become denormal numbers, which are a hundred times slower on some processors: they are zero here.
-class FlushDenormals {
-#if defined(__x86_64__)
- public:
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned int saved_;
-#endif
-};
 
 // Calls run(i, scratch) for 0 <= i < count on all threads, with `bytes` of aligned memory for each thread.
 template <typename Function>

@@ -11,25 +11,6 @@
 #include "host.h"
 
 namespace mmlocalmamba {
-namespace {
-
-std::vector<const InstructionSet*> supported() {
-  std::vector<const InstructionSet*> sets;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    // On Intel's processors one unit alone can look up a table, while scaling costs one operation; on AMD's the table
-    // is quicker.
-    sets.assign({&kAvx512, &kAvx512Scaled});
-    if (__builtin_cpu_is("intel")) std::swap(sets[0], sets[1]);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kAvx2);
-#endif
-  sets.push_back(&kPortable);
-  return sets;
-}
-
-}  // namespace
 
 const InstructionSet& instruction_set() {
   // getenv is not safe while another thread calls setenv, so callers use it before they start the threads of a kernel.
