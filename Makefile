@@ -37,7 +37,7 @@ export STACK PYTHON MMCV OMP_NUM_THREADS OMP_WAIT_POLICY
 	wheels clean
 
 help:
-	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (8 to 10 minutes)"
+	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (about 11 minutes)"
 	@echo "make test      install, run the fast tests; PYTEST_ARGS='-k scans' passes arguments on,"
 	@echo "               WORKERS=2 sets how many run at once (default: one per core, at most 8)"
 	@echo "make test-all  run all tests (an hour on 2 cores); TEST_SHARE=0/3 takes a third of the slow ones"

@@ -396,7 +396,7 @@ install_package() {
 # ---- go --------------------------------------------------------------------
 
 if [ $use_venv = yes ]; then
-    say "Installing the $STACK stack into ${venv##*/}: 2 to 4 minutes in total"
+    say "Installing the $STACK stack into ${venv##*/}: 2 to 5 minutes in total"
     # The path is part of the key, because the scripts of a moved environment do not start.
     venv_key="$(digest) $venv"
     step venv "$venv_key" "virtual environment ${venv##*/} ($("$python" -V))" "5 s" make_venv
