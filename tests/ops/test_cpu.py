@@ -2,6 +2,7 @@
 import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,16 @@ def test_equals_reference(instruction_set, N, rank, dtype, y_rtol, rtol):
     ours = run(inputs, directional_scan, backend='cpu', tables=tables)
     assert_same(ours, exact, rtol)
     assert_same(dict(y=ours['y'], last=ours['last']), dict(y=exact['y'], last=exact['last']), y_rtol)
+
+
+@built
+@pytest.mark.skipif(not shutil.which('nm'), reason='needs nm')
+def test_a_program_without_python_can_load_it():
+    """Python's functions may stay unknown until they are called; its objects are needed when the file is loaded."""
+    symbols = subprocess.run(['nm', '-D', '--undefined-only', cpu._EXTENSION.__file__], capture_output=True, text=True,
+                             check=True).stdout.split()
+    assert 'PyModule_Create2' in symbols
+    assert [name for name in symbols if re.match(r'PyExc_|_Py_\w+Struct$|Py\w+_Type$', name)] == []
 
 
 @built

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -94,6 +95,8 @@ Tensor ordered_sum(const Tensor& x) {
 
 namespace {
 
+// A program without Python loads this file too (tools/deployment/classify.cpp). Python's functions are resolved when
+// they are called, its objects (Py_None, PyExc_ValueError) when the file is loaded: none may be named here.
 PyObject* instruction_sets(PyObject*, PyObject*) {
   const std::vector<std::string> names = mmlocalmamba::instruction_sets();
   PyObject* list = PyList_New(static_cast<Py_ssize_t>(names.size()));
@@ -105,21 +108,20 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 
 PyObject* set_library(PyObject*, PyObject* name) {
   using mmlocalmamba::Library;
-  const char* wanted = name == Py_None ? "" : PyUnicode_AsUTF8(name);
+  static const std::map<std::string, Library> libraries{
+      {"mkl", Library::kMKL}, {"onednn", Library::kOneDNN}, {"processor", Library::kByProcessor}};
+  const char* wanted = PyUnicode_AsUTF8(name);
   if (!wanted) return nullptr;
-  const std::string text = wanted;
-  if (text != "" && text != "mkl" && text != "onednn") {
-    return PyErr_Format(PyExc_ValueError, "the library of products must be 'mkl', 'onednn' or None, got '%s'", wanted);
-  }
-  mmlocalmamba::set_library(text.empty() ? Library::kByProcessor : text == "mkl" ? Library::kMKL : Library::kOneDNN);
-  Py_RETURN_NONE;
+  const auto found = libraries.find(wanted);
+  if (found != libraries.end()) mmlocalmamba::set_library(found->second);
+  return PyBool_FromLong(found != libraries.end());
 }
 
 PyMethodDef methods[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS,
      "Names of the instruction sets this machine can run, best first."},
     {"set_library", set_library, METH_O,
-     "Sets the library of products in float32, for tests: 'mkl', 'onednn', or None: by the processor."},
+     "Sets the library of products in float32, for tests: 'mkl', 'onednn' or 'processor'. Returns False for others."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
