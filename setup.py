@@ -44,11 +44,11 @@ def cpu_kernel():
     # OpenMP is what torch's own threads are on Linux; without it the kernel runs on one.
     openmp = ['-fopenmp'] if sys.platform == 'linux' else []
     # One file for each instruction set, chosen at run time: nothing here may depend
-    # on the machine that builds.
+    # on the machine that builds. operators.cpp includes all others.
+    sources = [f'{PACKAGE}/ops/csrc/{name}.cpp' for name in ('avx512', 'operators', 'avx2', 'portable')]
+    files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f'{PACKAGE}/ops/csrc/*'))
     kernel = CppExtension(
-        f'{PACKAGE}.ops._cpu',
-        sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f'{PACKAGE}/ops/csrc/*.cpp')),
-        depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f'{PACKAGE}/ops/csrc/*.h')),
+        f'{PACKAGE}.ops._cpu', sources, depends=[name for name in files if name not in sources],
         extra_compile_args=['-O3', '-g0', *openmp], extra_link_args=openmp, optional=True)
     return [kernel], {'build_ext': BuildKernel}
 
