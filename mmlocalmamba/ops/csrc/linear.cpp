@@ -96,8 +96,9 @@ std::tuple<Tensor, Tensor> linear_gelu(const Tensor& x, const Tensor& weight, co
     using S = decltype(element);
     const S* from = data<S>(product);
     S* to = memory<S>(out);
+    const auto gelu = kernels<S>().gelu.forward;
     for_each(ceil_div(product.numel(), kPiece), 0, [&](int64_t i, void*) {
-      kernels<S>().gelu.forward(from + i * kPiece, std::min(kPiece, product.numel() - i * kPiece), to + i * kPiece);
+      gelu(from + i * kPiece, std::min(kPiece, product.numel() - i * kPiece), to + i * kPiece);
     });
   });
   return {out, save ? product : nothing(x)};
@@ -114,9 +115,10 @@ Tensor linear_gelu_backward(const Tensor& dout_, const Tensor& product_) {
     using S = decltype(element);
     const S *slope = data<S>(dout), *from = data<S>(product);
     S* to = memory<S>(dx);
+    const auto gelu = kernels<S>().gelu.backward;
     for_each(ceil_div(product.numel(), kPiece), 0, [&](int64_t i, void*) {
       const int64_t first = i * kPiece;
-      kernels<S>().gelu.backward(slope + first, from + first, std::min(kPiece, product.numel() - first), to + first);
+      gelu(slope + first, from + first, std::min(kPiece, product.numel() - first), to + first);
     });
   });
   return dx;
