@@ -37,7 +37,7 @@ export STACK PYTHON MMCV OMP_NUM_THREADS OMP_WAIT_POLICY
 	wheels clean
 
 help:
-	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (about 11 minutes)"
+	@echo "make demo      install, write the demo data, train a detector, evaluate, draw (about 9 minutes)"
 	@echo "make test      install, run the fast tests; PYTEST_ARGS='-k scans' passes arguments on,"
 	@echo "               WORKERS=2 sets how many run at once (default: one per core, at most 8)"
 	@echo "make test-all  run all tests (an hour on 2 cores); TEST_SHARE=0/3 takes a third of the slow ones"
@@ -69,7 +69,7 @@ $(DEMO_DATA): | stack
 # 5 epochs of the configuration's 12, for the time, in smaller batches, which make more of them. With --resume an interrupted training continues and a finished one is
 # not repeated.
 demo: stack | $(DEMO_DATA)
-	@echo "Training into $(DEMO_DIR): 4 to 6 minutes on 2 cores; remove the folder to start again"
+	@echo "Training into $(DEMO_DIR): about 5 minutes on 2 cores; remove the folder to start again"
 	@PATH="$(BIN):$$PATH" mim train $(MIM_DET) $(DEMO_CONFIG) --work-dir $(DEMO_DIR) --resume \
 		--cfg-options train_cfg.max_epochs=5 train_cfg.val_interval=5 train_dataloader.batch_size=4
 	@$(BIN)/python tools/demo.py $(DEMO_CONFIG) $(DEMO_DIR)

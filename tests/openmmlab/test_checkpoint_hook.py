@@ -100,6 +100,27 @@ def test_mim_test_takes_the_authors_files(classifier, tmp_path, run, config, key
     torch.testing.assert_close(found, scores, atol=1e-4, rtol=1e-3)
 
 
+def test_mim_test_takes_a_released_name(classifier, tmp_path, monkeypatch):
+    configs, weights, scores = classifier
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('http_proxy', raising=False)
+    with serving({'local_vim.ckpt': saved(dict(model=to_official(weights)[0]))}) as (address, asked):
+        monkeypatch.setitem(NAMED, 'localvim_tiny.test', Weights('localvim-t_test', f'{address}/local_vim.ckpt'))
+        by_its_script(configs['average'], f'{files.SCHEME}localvim_tiny.test', tmp_path)
+    assert set(asked) == {'local_vim.ckpt'}
+    found = torch.stack([sample['pred_score'] for sample in pickle.loads((tmp_path / 'scores.pkl').read_bytes())])
+    torch.testing.assert_close(found, scores, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_mim_test_takes_a_packaged_name(configuration, tmp_path):
+    configuration('localvim-nano_digits').dump(tmp_path / 'digits.py')
+    by_mim(tmp_path / 'digits.py', f'{files.SCHEME}localvim-nano_digits', tmp_path)
+    samples = pickle.loads((tmp_path / 'scores.pkl').read_bytes())
+    right = [bool(sample['pred_label'] == sample['gt_label']) for sample in samples]
+    assert len(right) > 10 and sum(right) > 0.8 * len(right)
+
+
 @pytest.mark.parametrize('lost, message', [
     (r'layers\.1\.mixer\.A_log_\d', '1 missing in the file: layers.1.mixer.ssm.A_log'),
     ('head.weight', '1 more parameters of ImageClassifier are not in .* this is a test, .*: head.fc.weight')])
