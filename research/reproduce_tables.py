@@ -35,8 +35,8 @@ class Row(NamedTuple):
     note: str = ''
 
 
-MISPRINT = ("VMamba's README says 384. Its numbers of this backbone in UperNet, of the classifier and of the other Mask "
-            'R-CNNs are within 0.2 % of ours, so we take it for a misprint.')
+MISPRINT = ("VMamba's README says 384. Its numbers of this backbone in UperNet, of the classifier and of the other "
+            'Mask R-CNNs are within 0.2 % of ours, so we take it for a misprint.')
 
 
 class Table(NamedTuple):
