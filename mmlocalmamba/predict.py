@@ -7,7 +7,10 @@ import colorsys
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,7 +153,13 @@ def read_picture(path: Path, channels: int) -> Image.Image:
 # ---- drawing ----
 
 
+@cache
 def _font(size: int) -> Any:
+    """Return matplotlib's font, if it is installed: Pillow's own has few letters besides ASCII."""
+    spec = find_spec('matplotlib')
+    if spec is not None and spec.origin:
+        with suppress(OSError, ImportError):  # other files, or a Pillow without FreeType
+            return ImageFont.truetype(str(Path(spec.origin).parent / 'mpl-data/fonts/ttf/DejaVuSans.ttf'), size)
     try:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1

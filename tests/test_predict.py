@@ -9,7 +9,17 @@ import torch
 from processes import ROOT
 
 from mmlocalmamba import __main__, create_model
-from mmlocalmamba.predict import Found, Predictor, Result, _place, draw, find_pictures, predict_files, read_picture
+from mmlocalmamba.predict import (
+    Found,
+    Predictor,
+    Result,
+    _font,
+    _place,
+    draw,
+    find_pictures,
+    predict_files,
+    read_picture,
+)
 
 Image = pytest.importorskip('PIL.Image')
 DIGITS = 'localvim_nano.digits'
@@ -47,6 +57,14 @@ def predict(*arguments):
 @pytest.fixture(autouse=True)
 def arguments(monkeypatch):
     monkeypatch.setattr(sys, 'argv', [])
+
+
+def test_letters_besides_ascii():
+    """Each has a form of its own; a font without it draws the same box for all."""
+    pytest.importorskip('matplotlib')
+    font = _font(20)
+    drawn = {bytes(font.getmask(letter)) for letter in 'ßäöéłжα'}
+    assert len(drawn) == 7 and bytes(font.getmask('\uffff')) not in drawn
 
 
 def test_a_folder(folder, tmp_path, capsys):
@@ -108,6 +126,7 @@ def test_what_is_wrong_is_one_line(arguments, message, tmp_path):
     assert re.search(message, status), status
 
 
+@pytest.mark.slow
 def test_without_openmmlab(tmp_path):
     """Also by the command, in a process of its own."""
     from test_models import BLOCK

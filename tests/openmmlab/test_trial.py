@@ -79,6 +79,17 @@ def test_an_evaluator_that_is_inherited(configuration, said, tmp_path):
     assert output.endswith('\n1 problem found, see above.\n')
 
 
+def test_an_annotation_file_that_is_missing(configuration, said, tmp_path):
+    cfg = configuration('faster-rcnn_localvmamba-nano_digits')
+    cfg.train_dataloader.dataset.ann_file = 'annotations/nope.json'
+    output = said(cfg)
+    file = f'{cfg.train_dataloader.dataset.data_root}/annotations/nope.json'
+    assert f'problem training data: FileNotFoundError: the annotation file {file} does not exist. ' \
+           'Its folder has instances_train.json, instances_val.json. Correct data_root or ann_file\n' in output
+    cfg.train_dataloader.dataset.ann_file = 'nowhere/nope.json'
+    assert 'does not exist, nor does its folder. Correct data_root or ann_file\n' in said(cfg)
+
+
 def test_folders_of_classes_without_a_split(configuration, said, tmp_path):
     for name in ('circle', 'square', 'star'):
         (tmp_path / 'cls' / name).mkdir(parents=True)

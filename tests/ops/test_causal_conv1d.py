@@ -85,7 +85,8 @@ def test_convolution(itype, width, activation, has_bias, has_states, return_stat
 
 
 @each_itype
-@pytest.mark.parametrize('length', [8, 16, 32, 64, 128, 129, 130, 151, 256, 372, 512, 784, 1024, 1134, 2048, 4096])
+@pytest.mark.parametrize('length', [8, 16, 32, 64, 128, 129, 130, 151, 256, 372, 512, 784, 1024, 1134,
+                                    *(pytest.param(length, marks=pytest.mark.slow) for length in (2048, 4096))])
 def test_lengths(itype, length):
     leaves = inputs(itype, length, 4, True, False, True, dim=65)
     ours = causal_conv1d_fn(**leaves, activation='silu')

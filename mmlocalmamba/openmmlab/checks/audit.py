@@ -183,6 +183,17 @@ def no_samples(dataset: Any) -> str:
             f'{(getattr(dataset, "metainfo", None) or {}).get("classes")}. Check both')
 
 
+def missing_file(file: str) -> str:
+    """Return what is there instead of an annotation file that does not exist, and the remedy."""
+    folder, name = os.path.split(file)
+    if not os.path.isdir(folder or '.'):
+        return f'the annotation file {file} does not exist, nor does its folder. Correct data_root or ann_file'
+    ending = os.path.splitext(name)[1]
+    inside = sorted(entry for entry in os.listdir(folder or '.') if entry.endswith(ending))
+    return (f'the annotation file {file} does not exist. Its folder has '
+            f'{listed(inside) if inside else f"no {ending} files"}. Correct data_root or ann_file')
+
+
 def missing_folder(folder: str) -> str:
     """Return what is there instead of a folder that does not exist, and the remedy."""
     folder = folder.rstrip('/')

@@ -12,6 +12,7 @@ from mmlocalmamba.openmmlab.checks.findings import listed
 _OTHER_CLASSES = ('RPNHead', 'CascadeRPNHead', 'FusedSemanticHead', 'STDCHead', 'VGG')
 # Number of samples whose labels are read if there are no class names.
 _SAMPLES = 100_000
+_DATALOADERS = 'train_dataloader', 'val_dataloader', 'test_dataloader'
 # Options of a dataloader that torch refuses without workers.
 _OF_WORKERS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
 
@@ -63,7 +64,8 @@ def class_problems(model: nn.Module, dataset: Any, trained: bool = False) -> lis
         return [f'{what}A test needs the classes of the training, in the same order. With a folder for each class, '
                 'make an empty folder for a class that has no pictures']
     return [f"{what}In a configuration with _base_, set model = __import__('mmlocalmamba').with_classes(_base_.model, "
-            f'{len(classes)}); set data_preprocessor and evaluators separately']
+            f'{len(classes)}), without a later model = dict(...), which replaces it; set data_preprocessor and '
+            'evaluators separately']
 
 
 def metric_problems(evaluator: Any, count: int) -> list[str]:
@@ -116,14 +118,19 @@ def problems(model: nn.Module, train: Any, val: Any = None, evaluator: Any = Non
 
 
 def configuration_problems(cfg: Any) -> list[str]:
-    """Return a problem for each setting that is no longer read, and for each dataloader that torch refuses."""
+    """Return problems of settings that are no longer read, and of dataloaders that torch or the models refuse."""
     found = []
+    packages = dict(mmdet='mmdet', mmseg='mmsegmentation')
+    if (package := packages.get(cfg.get('default_scope'))) and any(
+            (cfg.get(key) or {}).get('collate_fn') == dict(type='default_collate') for key in _DATALOADERS):
+        found.append("mmpretrain's script runs this configuration and sets collate_fn=default_collate, which "
+                     f'{package} does not take: write mim train {package} or mim test {package}')
     if cfg.get('pretrained') is not None:
         found.append(
             f'pretrained={cfg["pretrained"]!r} at the top of the configuration is no longer read: set model = '
             f"dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint={cfg['pretrained']!r}))), or "
             f'--cfg-options model.backbone.init_cfg.checkpoint={cfg["pretrained"]}')
-    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+    for key in _DATALOADERS:
         loader = cfg.get(key)
         if isinstance(loader, dict) and not loader.get('num_workers'):
             found += [f'{key} has {option}={loader[option]!r} and num_workers=0, which torch refuses: set '

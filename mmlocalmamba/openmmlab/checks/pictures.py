@@ -1,5 +1,6 @@
 """Rules for the picture files of any data set: missing, unreadable, with more than 8 bits, with several frames."""
 import os
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 
@@ -74,12 +75,16 @@ def _width(values: tuple[float, float]) -> float:
 
 
 def _similar(path: str) -> str:
-    """Name a file that differs by capital letters or ending alone."""
+    """Name a file that differs by the form of its accents, capital letters or ending alone."""
     folder, name = os.path.split(path)
     try:
         names = os.listdir(folder or '.')
     except OSError:
         return f', nor does the folder {folder}'
+    for other in names:
+        if unicodedata.normalize('NFC', other) == unicodedata.normalize('NFC', name):
+            return (f', but {ascii(other)} does: its accents have another Unicode form than {ascii(name)} (to_coco.py '
+                    'FILE NEW --images FOLDER writes the names that the files have)')
     stem = os.path.splitext(name)[0].lower()
     found = [other for other in names if other.lower() == name.lower()] or [
         other for other in names if os.path.splitext(other)[0].lower() == stem]

@@ -61,17 +61,17 @@ def naming_annotation_files() -> Iterator[None]:
     """Add the name of the annotation file to errors that are raised while datasets and evaluators are built.
 
     A JSON parser does not know the file, and for a dataset without samples NumPy only reports that it has nothing to
-    concatenate. Where a folder or an evaluator's file does not exist, the error says what there is, or what to write.
+    concatenate. Where a folder or a file does not exist, the error says what there is, or what to write.
 
     Raises:
         RuntimeError: if an annotation file cannot be read, or a dataset has no samples.
-        FileNotFoundError: if the folder of a dataset, or an evaluator's annotation file, does not exist.
+        FileNotFoundError: if the folder or the annotation file of a dataset, or that of an evaluator, does not exist.
     """
     try:
         yield
     except Exception as error:
         # it looks at what the loops have built
-        from mmlocalmamba.openmmlab.checks.audit import explain, missing_folder, no_samples
+        from mmlocalmamba.openmmlab.checks.audit import explain, missing_file, missing_folder, no_samples
         loop = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
             dataset = frame.f_locals.get('self')
@@ -86,6 +86,8 @@ def naming_annotation_files() -> Iterator[None]:
                 path, why = getattr(dataset, 'ann_file', None), explain(dataset)
                 if isinstance(error, FileNotFoundError) and not path and isinstance(error.filename, str):
                     raise FileNotFoundError(missing_folder(error.filename)) from error
+                if isinstance(error, FileNotFoundError) and isinstance(path, str) and error.filename == path:
+                    raise FileNotFoundError(missing_file(path)) from error
                 if path and (why or path not in str(error)):
                     raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
                                        f'{error}){why}') from error

@@ -413,6 +413,16 @@ def test_one_of_many_is_missing(tmp_path):
     assert '33.jpg): the file does not exist, but 33.JPG does' in str(problem)
 
 
+def test_names_in_another_unicode_form(tmp_path):
+    """macOS writes an accent as a character of its own; both names look the same."""
+    file = write_coco(tmp_path, coco_content(3) | dict(images=[
+        dict(image, file_name=f'\u00e9{image["file_name"]}') for image in coco_content(3)['images']]))
+    for number in (1, 2, 3):
+        (tmp_path / f'images/\u00e9{number}.jpg').rename(tmp_path / f'images/e\u0301{number}.jpg')
+    problem, *_ = coco_audit(file).problems
+    assert r"but 'e\u03011.jpg' does: its accents have another Unicode form than '\xe91.jpg'" in str(problem)
+
+
 def test_pictures_that_no_file_lists(tmp_path):
     """Training and validation share a folder."""
     files = []

@@ -244,6 +244,15 @@ def test_a_start_from_weights_takes_any_classes(trained, tiny_digits, tmp_path):
 # ---- dataloaders and BatchNorm ----
 
 
+@pytest.mark.parametrize('scope, package', [('mmseg', 'mmsegmentation'), ('mmdet', 'mmdet'), ('mmpretrain', None)])
+def test_the_script_of_another_package(scope, package):
+    """mmpretrain's train.py gives every loader a collate_fn, which stops in the first step of a segmentor."""
+    loader = dict(collate_fn=dict(type='default_collate'), num_workers=1)
+    found = checks.configuration_problems(dict(default_scope=scope, train_dataloader=loader, val_dataloader=loader))
+    assert len(found) == bool(package) and (not found or f'write mim train {package} or' in found[0])
+    assert not checks.configuration_problems(dict(default_scope=scope, train_dataloader=dict(num_workers=1)))
+
+
 @pytest.mark.parametrize('key, option', [('train', dict(persistent_workers=True)), ('val', dict(prefetch_factor=2)),
                                          ('test', dict(multiprocessing_context='fork'))])
 def test_options_of_workers_without_workers(key, option):
