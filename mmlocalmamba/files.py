@@ -16,7 +16,7 @@ import threading
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -327,6 +327,16 @@ def allow_checkpoints() -> Iterator[None]:
                 _allowing.close()
 
 
+def _missing(file: str) -> FileNotFoundError:
+    """Return the error for a file that does not exist. It names the folder's files of the same kind."""
+    beside = ''
+    with suppress(OSError):
+        ending = os.path.splitext(file)[1]
+        names = sorted(name for name in os.listdir(os.path.dirname(file) or '.') if ending and name.endswith(ending))
+        beside = f'; its folder has {", ".join(names[:8])}' if names else ''
+    return FileNotFoundError(errno.ENOENT, f'No such file or directory{beside}', file)
+
+
 def load_checkpoint(path: str, map_location: Any = 'cpu', least: int = 0) -> Any:
     """Load a checkpoint from a file, an http(s) URL or ``mmlocalmamba://NAME``. No code in it is executed.
 
@@ -348,6 +358,8 @@ def load_checkpoint(path: str, map_location: Any = 'cpu', least: int = 0) -> Any
         raise RuntimeError(f'{path} was not loaded: addresses begin with {", ".join(_ADDRESSES)} or {SCHEME}. For '
                            "weights of MMEngine's model zoo, download the file and name it")
     file = path if path.startswith(SCHEME) else fetch(path, least) if '://' in path else os.path.expanduser(path)
+    if not file.startswith(SCHEME) and not os.path.exists(file):
+        raise _missing(file)
     if file.startswith(SCHEME) or file.endswith(SUFFIX):
         return load_safetensors(file, map_location)
     try:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmlocalmamba.backbones import LocalVim, LocalVMamba
 from mmlocalmamba.layers import resize_pos_embed, resized_rotary_tables, rotary_tables
-from mmlocalmamba.weights import from_official
+from mmlocalmamba.weights import from_official, load_checkpoint
 
 VMAMBA = ['h', 'v', 'h_flip', 'v_flip']
 VMAMBA_ARCH = dict(embed_dims=[8, 16], depths=[1, 2], d_state=3)
@@ -569,3 +569,10 @@ def test_a_choice_is_left_to_the_user(tmp_path):
     with pytest.raises(ValueError, match="others are taken with key='net'"):
         load(vim(), tmp_path, dict(net=own, optimizer={}))
     assert torch.equal(load(vim(), tmp_path, dict(net=own), key='net').pos_embed, own['pos_embed'])
+
+
+def test_a_missing_file_names_those_that_are_there(tmp_path):
+    for name in ('epoch_3.pth', 'best_accuracy_epoch_2.pth', 'my.py'):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"its folder has best_accuracy_epoch_2\.pth, epoch_3\.pth: '.*/epoch_2.pth'"):
+        load_checkpoint(str(tmp_path / 'epoch_2.pth'))
