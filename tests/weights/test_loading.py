@@ -574,5 +574,5 @@ def test_a_choice_is_left_to_the_user(tmp_path):
 def test_a_missing_file_names_those_that_are_there(tmp_path):
     for name in ('epoch_3.pth', 'best_accuracy_epoch_2.pth', 'my.py'):
         (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, match=r"its folder has best_accuracy_epoch_2\.pth, epoch_3\.pth: '.*/epoch_2.pth'"):
+    with pytest.raises(FileNotFoundError, match=r"has best_accuracy_epoch_2\.pth, epoch_3\.pth: '.*/epoch_2.pth'"):
         load_checkpoint(str(tmp_path / 'epoch_2.pth'))
