@@ -154,10 +154,11 @@ def sizes(tally: Tally, headers: dict[str, Header]) -> None:
     """Add the sizes of the pictures and what was read to a table."""
     read = [header for header in headers.values() if not header.broken]
     if read:
-        (width, height), (most_width, most_height) = (
-            (choose(header.width for header in read), choose(header.height for header in read))
-            for choose in (min, max))
+        width, height = (_span(getattr(header, side) for header in read) for side in ('width', 'height'))
         modes = sorted({f'{header.mode} {header.bits} bit' for header in read})
-        tally.remarks.append(f'sizes: {width}x{height}' + (
-            '' if (width, height) == (most_width, most_height) else f' to {most_width}x{most_height}')
-            + f' pixels (width x height); {", ".join(modes)}; {len(read):,} headers read')
+        tally.remarks.append(f'width {width}, height {height} pixels; {", ".join(modes)}; {len(read):,} headers read')
+
+
+def _span(values: Iterable[int]) -> str:
+    numbers = set(values)
+    return f'{min(numbers)} to {max(numbers)}' if len(numbers) > 1 else f'{min(numbers)}'

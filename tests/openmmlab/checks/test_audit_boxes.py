@@ -400,6 +400,12 @@ def test_other_sizes(size, part, tmp_path):
     assert part in problems and f'{size[0]}x{size[1]} when it is loaded' in problems and '6 pictures' in problems
 
 
+def test_sides_of_the_pictures(tmp_path):
+    picture(tmp_path / 'images/1.jpg', 41, 30)
+    tally, = coco_audit(write_coco(tmp_path, coco_content())).tallies
+    assert 'width 40 to 41, height 30 pixels; RGB 8 bit; 6 headers read' in str(tally)
+
+
 def test_a_size_that_is_off_by_one(tmp_path):
     picture(tmp_path / 'images/1.jpg', 41, 30)
     problems, notes = texts(coco_audit(write_coco(tmp_path, coco_content())))
