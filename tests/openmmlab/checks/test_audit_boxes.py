@@ -19,7 +19,7 @@ def test_right_data(tmp_path):
     audit = clean(coco_audit(write_coco(tmp_path, coco_content()), masks=True))
     table = str(audit.tallies[0])
     assert audit.tallies[0].pictures == (6, 6) and audit.tallies[0].classes == {name: [4, 4] for name in CLASSES}
-    assert '40x30 pixels' in table and 'cow' in table
+    assert 'width 40, height 30 pixels' in table and 'cow' in table
     clean(coco_audit(write_coco(tmp_path, coco_content(), 'val.json'), 'validation', metric=['bbox', 'segm']))
 
 
