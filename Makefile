@@ -66,8 +66,8 @@ $(DEMO_DATA): | stack
 	@echo "Writing the demo data into $(DEMO_DATA)"
 	@$(BIN)/python tools/dataset_converters/digits.py $(DEMO_DATA)
 
-# 5 epochs of the configuration's 12, for the time, in smaller batches, which make more of them. With --resume an interrupted training continues and a finished one is
-# not repeated.
+# 5 epochs of the configuration's 12, for the time, in batches of half the size. With --resume an interrupted training
+# continues and a finished one is not repeated.
 demo: stack | $(DEMO_DATA)
 	@echo "Training into $(DEMO_DIR): about 5 minutes on 2 cores; remove the folder to start again"
 	@PATH="$(BIN):$$PATH" mim train $(MIM_DET) $(DEMO_CONFIG) --work-dir $(DEMO_DIR) --resume \

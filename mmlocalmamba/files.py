@@ -16,7 +16,7 @@ import threading
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -327,14 +327,13 @@ def allow_checkpoints() -> Iterator[None]:
                 _allowing.close()
 
 
-def _missing(file: str) -> FileNotFoundError:
-    """Return the error for a file that does not exist. It names the folder's files of the same kind."""
-    beside = ''
-    with suppress(OSError):
-        ending = os.path.splitext(file)[1]
-        names = sorted(name for name in os.listdir(os.path.dirname(file) or '.') if ending and name.endswith(ending))
-        beside = f'; its folder has {", ".join(names[:8])}' if names else ''
-    return FileNotFoundError(errno.ENOENT, f'No such file or directory{beside}', file)
+def of_the_same_ending(file: str) -> list[str]:
+    """Return the names of the folder's files that end as a file does, which need not exist."""
+    ending = os.path.splitext(file)[1]
+    try:
+        return sorted(name for name in os.listdir(os.path.dirname(file) or '.') if ending and name.endswith(ending))
+    except OSError:
+        return []
 
 
 def load_checkpoint(path: str, map_location: Any = 'cpu', least: int = 0) -> Any:
@@ -359,7 +358,9 @@ def load_checkpoint(path: str, map_location: Any = 'cpu', least: int = 0) -> Any
                            "weights of MMEngine's model zoo, download the file and name it")
     file = path if path.startswith(SCHEME) else fetch(path, least) if '://' in path else os.path.expanduser(path)
     if not file.startswith(SCHEME) and not os.path.exists(file):
-        raise _missing(file)
+        names = of_the_same_ending(file)
+        beside = f'; its folder has {", ".join(names[:8])}' if names else ''
+        raise FileNotFoundError(errno.ENOENT, f'No such file or directory{beside}', file)
     if file.startswith(SCHEME) or file.endswith(SUFFIX):
         return load_safetensors(file, map_location)
     try:

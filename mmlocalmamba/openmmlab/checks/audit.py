@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlocalmamba import __version__
-from mmlocalmamba.files import write_whole
+from mmlocalmamba.files import of_the_same_ending, write_whole
 from mmlocalmamba.openmmlab.checks import boxes, folders, pictures, pixels, reader
 from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally, counted, listed
 from mmlocalmamba.openmmlab.checks.splits import Split, describe, describe_names
@@ -185,13 +185,11 @@ def no_samples(dataset: Any) -> str:
 
 def missing_file(file: str) -> str:
     """Return what is there instead of an annotation file that does not exist, and the remedy."""
-    folder, name = os.path.split(file)
-    if not os.path.isdir(folder or '.'):
+    if not os.path.isdir(os.path.dirname(file) or '.'):
         return f'the annotation file {file} does not exist, nor does its folder. Correct data_root or ann_file'
-    ending = os.path.splitext(name)[1]
-    inside = sorted(entry for entry in os.listdir(folder or '.') if entry.endswith(ending))
+    inside = of_the_same_ending(file)
     return (f'the annotation file {file} does not exist. Its folder has '
-            f'{listed(inside) if inside else f"no {ending} files"}. Correct data_root or ann_file')
+            f'{listed(inside) if inside else "no such files"}. Correct data_root or ann_file')
 
 
 def missing_folder(folder: str) -> str:

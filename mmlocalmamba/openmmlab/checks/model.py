@@ -12,7 +12,7 @@ from mmlocalmamba.openmmlab.checks.findings import listed
 _OTHER_CLASSES = ('RPNHead', 'CascadeRPNHead', 'FusedSemanticHead', 'STDCHead', 'VGG')
 # Number of samples whose labels are read if there are no class names.
 _SAMPLES = 100_000
-_DATALOADERS = 'train_dataloader', 'val_dataloader', 'test_dataloader'
+DATALOADERS = 'train_dataloader', 'val_dataloader', 'test_dataloader'
 # Options of a dataloader that torch refuses without workers.
 _OF_WORKERS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
 
@@ -120,9 +120,9 @@ def problems(model: nn.Module, train: Any, val: Any = None, evaluator: Any = Non
 def configuration_problems(cfg: Any) -> list[str]:
     """Return problems of settings that are no longer read, and of dataloaders that torch or the models refuse."""
     found = []
-    packages = dict(mmdet='mmdet', mmseg='mmsegmentation')
-    if (package := packages.get(cfg.get('default_scope'))) and any(
-            (cfg.get(key) or {}).get('collate_fn') == dict(type='default_collate') for key in _DATALOADERS):
+    loaders = {key: cfg[key] for key in DATALOADERS if isinstance(cfg.get(key), dict)}
+    package = dict(mmdet='mmdet', mmseg='mmsegmentation').get(cfg.get('default_scope'))
+    if package and any(loader.get('collate_fn') == dict(type='default_collate') for loader in loaders.values()):
         found.append("mmpretrain's script runs this configuration and sets collate_fn=default_collate, which "
                      f'{package} does not take: write mim train {package} or mim test {package}')
     if cfg.get('pretrained') is not None:
@@ -130,9 +130,8 @@ def configuration_problems(cfg: Any) -> list[str]:
             f'pretrained={cfg["pretrained"]!r} at the top of the configuration is no longer read: set model = '
             f"dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint={cfg['pretrained']!r}))), or "
             f'--cfg-options model.backbone.init_cfg.checkpoint={cfg["pretrained"]}')
-    for key in _DATALOADERS:
-        loader = cfg.get(key)
-        if isinstance(loader, dict) and not loader.get('num_workers'):
+    for key, loader in loaders.items():
+        if not loader.get('num_workers'):
             found += [f'{key} has {option}={loader[option]!r} and num_workers=0, which torch refuses: set '
                       f'{key}.{option}={False if option == "persistent_workers" else None}, or num_workers=1'
                       for option in _OF_WORKERS if loader.get(option)]

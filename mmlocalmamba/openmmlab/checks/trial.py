@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from mmlocalmamba.backbones.base import find_backbone
 from mmlocalmamba.openmmlab import checks
 from mmlocalmamba.openmmlab.checks.findings import counted
+from mmlocalmamba.openmmlab.checks.model import DATALOADERS
 from mmlocalmamba.openmmlab.checks.reader import is_local, read_headers
 from mmlocalmamba.openmmlab.engine.broken_files import Loader
 from mmlocalmamba.openmmlab.engine.data import naming_annotation_files
@@ -66,7 +67,7 @@ def isolated(cfg: Config, folder: str) -> Config:
                              vis_backends=[dict(type='LocalVisBackend')]))
     if 'visualizer' in cfg:
         cfg.visualizer.update(vis_backends=cfg.vis_backends, name=cfg.experiment_name)
-    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+    for key in DATALOADERS:
         if cfg.get(key):
             cfg[key].update(num_workers=0, persistent_workers=False)
             for option in ('prefetch_factor', 'timeout', 'multiprocessing_context'):

@@ -84,10 +84,10 @@ def naming_annotation_files() -> Iterator[None]:
                                    f'{no_samples(dataset)}{explain(dataset)}') from error
             if frame.f_code.co_name == 'load_data_list':
                 path, why = getattr(dataset, 'ann_file', None), explain(dataset)
-                if isinstance(error, FileNotFoundError) and not path and isinstance(error.filename, str):
-                    raise FileNotFoundError(missing_folder(error.filename)) from error
-                if isinstance(error, FileNotFoundError) and isinstance(path, str) and error.filename == path:
-                    raise FileNotFoundError(missing_file(path)) from error
+                if (isinstance(error, FileNotFoundError) and isinstance(error.filename, str)
+                        and (not path or path == error.filename)):
+                    explained = missing_file if path else missing_folder
+                    raise FileNotFoundError(explained(error.filename)) from error
                 if path and (why or path not in str(error)):
                     raise RuntimeError(f'{path} cannot be read as annotations ({type(error).__name__}: '
                                        f'{error}){why}') from error

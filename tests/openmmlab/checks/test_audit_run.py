@@ -251,6 +251,8 @@ def test_the_script_of_another_package(scope, package):
     found = checks.configuration_problems(dict(default_scope=scope, train_dataloader=loader, val_dataloader=loader))
     assert len(found) == bool(package) and (not found or f'write mim train {package} or' in found[0])
     assert not checks.configuration_problems(dict(default_scope=scope, train_dataloader=dict(num_workers=1)))
+    built = torch.utils.data.DataLoader([1])  # as a runner takes it, too
+    assert not checks.configuration_problems(dict(default_scope=scope, train_dataloader=built))
 
 
 @pytest.mark.parametrize('key, option', [('train', dict(persistent_workers=True)), ('val', dict(prefetch_factor=2)),
