@@ -3,6 +3,7 @@ import logging
 import os
 import re
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from mmlocalmamba.weights import load_checkpoint, released
 BEFORE_MIM = "The error is above this line. What follows is mim's traceback, which only says that its command failed."
 # A scheme of MMEngine's checkpoint loader: what follows is loaded by load_checkpoint.
 WEIGHTS_ONLY = 'weights_only:'
+
+
+def mim_package(scope: str) -> str:
+    """Return the name that mim gives to the package of a scope: 'mmsegmentation' for 'mmseg'."""
+    if scope == 'mmdet' and [*distributions(name='onedl-mmdetection')]:
+        return 'mmdetection'
+    return 'mmsegmentation' if scope == 'mmseg' else scope
 
 
 # ---- messages of the core ----

@@ -470,6 +470,29 @@ def summary(content, split):
     return f'{split + ": " if split else ""}{pictures}, {empty} of them without objects; {objects} ({classes})'
 
 
+def configuration(files, targets):
+    """Yield the lines of a configuration that reads the files.
+
+    Args:
+        files: {split: (content, folder of the pictures)}.
+        targets: {split: path of its file}.
+    """
+    content, _ = next(iter(files.values()))
+    yield f'classes = {tuple(row["name"] for row in content["categories"])!r}'
+    yield "model = __import__('mmlocalmamba').with_classes(_base_.model, len(classes))"
+    parts = {split: next((part for part in ('val', 'test') if part in split), 'train') for split in files}
+    for split, part in parts.items():
+        target = str(targets[split])
+        yield f'{part}_dataloader = dict(dataset=dict(' + f'  # {split}' * (split not in ('', part))
+        yield f"    data_root='', ann_file={target!r}, data_prefix=dict(img={files[split][1].as_posix() + '/'!r}),"
+        yield '    metainfo=dict(classes=classes)))'
+        if part != 'train':
+            yield f'{part}_evaluator = dict(ann_file={target!r})'
+    if 'val' in parts.values() and 'test' not in parts.values():
+        yield 'test_dataloader = val_dataloader'
+        yield 'test_evaluator = val_evaluator'
+
+
 def parse_args(args):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path, help='folder, data.yaml or annotation file')
@@ -556,17 +579,11 @@ def main(args=None):
         write_whole(str(path), data)
     for split, (content, _) in files.items():
         write_whole(str(targets[split]), json.dumps(content))
-    print('for the configuration:')
-    for split, (content, root) in files.items():
-        names = tuple(row['name'] for row in content['categories'])
-        print(f"  data_root='', ann_file={str(targets[split])!r}, data_prefix=dict(img={root.as_posix() + '/'!r}), "
-              f'metainfo=dict(classes={names!r})')
-    for split, part in (('val', 'val'), ('test', 'test'), ('val', 'test')):
-        if split in files and (part == split or 'test' not in files):
-            print(f'  {part}_evaluator = dict(ann_file={str(targets[split])!r})')
-    if not {'val', 'test'} & set(files):
-        print(f'  if it is for the validation: val_evaluator = dict(ann_file={str(next(iter(targets.values())))!r}); '
-              'test_evaluator = val_evaluator. --hold-out 0.2 writes a part for it')
+    print('\nlines for the configuration, after the line of _base_:\n')
+    print('\n'.join(configuration(files, targets)))
+    if len(files) == 1 and '' in files:
+        print('# For the validation instead: the same with val_dataloader, and '
+              f'val_evaluator = dict(ann_file={str(targets[""])!r}). --hold-out 0.2 writes a part for it.')
 
 
 if __name__ == '__main__':

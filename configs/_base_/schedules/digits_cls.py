@@ -20,3 +20,4 @@ default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'),
     visualization=dict(type='VisualizationHook', enable=False))
 randomness = dict(seed=0)
+auto_scale_lr = dict(enable=False, base_batch_size=64)

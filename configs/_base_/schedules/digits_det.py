@@ -21,3 +21,4 @@ default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP'),
     visualization=dict(type='DetVisualizationHook'))
 randomness = dict(seed=0)
+auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -23,4 +23,5 @@ default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=interval, max_keep_ckpts=1, save_best='mIoU'),
     visualization=dict(type='SegVisualizationHook'))
 randomness = dict(seed=0)
+auto_scale_lr = dict(enable=False, base_batch_size=8)
 del max_iters, interval

@@ -13,8 +13,7 @@ from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, liste
 ROUNDING = 2
 # Number of boxes that are compared with their polygons.
 _COMPARED = 2000
-NUMBER_FROM_1 = ('Number the annotations from 1. python tools/dataset_converters/to_coco.py FILE NEW --images FOLDER '
-                 'does so')
+NUMBER_FROM_1 = 'Number the annotations from 1. mim run mmlocalmamba to_coco FILE NEW --images FOLDER does so'
 
 
 def is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmlocalmamba.openmmlab.checks.findings import listed
+from mmlocalmamba.openmmlab.compat import mim_package
 
 # Modules whose num_classes may differ from that of the data: proposals have one class, semantic branches and borders
 # have their own.
@@ -121,8 +122,10 @@ def configuration_problems(cfg: Any) -> list[str]:
     """Return problems of settings that are no longer read, and of dataloaders that torch or the models refuse."""
     found = []
     loaders = {key: cfg[key] for key in DATALOADERS if isinstance(cfg.get(key), dict)}
-    package = dict(mmdet='mmdet', mmseg='mmsegmentation').get(cfg.get('default_scope'))
-    if package and any(loader.get('collate_fn') == dict(type='default_collate') for loader in loaders.values()):
+    scope = cfg.get('default_scope')
+    if scope in ('mmdet', 'mmseg') and any(
+            loader.get('collate_fn') == dict(type='default_collate') for loader in loaders.values()):
+        package = mim_package(scope)
         found.append("mmpretrain's script runs this configuration and sets collate_fn=default_collate, which "
                      f'{package} does not take: write mim train {package} or mim test {package}')
     if cfg.get('pretrained') is not None:

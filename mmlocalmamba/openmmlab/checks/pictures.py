@@ -83,8 +83,8 @@ def _similar(path: str) -> str:
         return f', nor does the folder {folder}'
     for other in names:
         if unicodedata.normalize('NFC', other) == unicodedata.normalize('NFC', name):
-            return (f', but {ascii(other)} does: its accents have another Unicode form than {ascii(name)} (to_coco.py '
-                    'FILE NEW --images FOLDER writes the names that the files have)')
+            return (f', but {ascii(other)} does: its accents have another Unicode form than {ascii(name)} (mim run '
+                    'mmlocalmamba to_coco FILE NEW --images FOLDER writes the names that the files have)')
     stem = os.path.splitext(name)[0].lower()
     found = [other for other in names if other.lower() == name.lower()] or [
         other for other in names if os.path.splitext(other)[0].lower() == stem]

@@ -77,8 +77,8 @@ def _files(split: Split, headers: dict[str, Header], labels: dict[str, Header], 
                if loader.known and not header.broken and header.mode not in _ONE_CHANNEL]
     if colours:
         yield Problem(where, f'its mode is {labels[colours[0]].mode}, but labels need one channel',
-                      'Write the number of the class as the value of each pixel. python tools/dataset_converters/'
-                      'label_images.py MASKS LABELS --colors FILE does so; a line of FILE is name:R,G,B, such as '
+                      'Write the number of the class as the value of each pixel. mim run mmlocalmamba '
+                      'label_images MASKS LABELS --colors FILE does so; a line of FILE is name:R,G,B, such as '
                       "sky:0,0,255, as in CVAT's labelmap.txt",
                       noun='label image', entries=colours)
     palettes = [path for path, header in labels.items() if header.mode == 'P']

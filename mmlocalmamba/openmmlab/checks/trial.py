@@ -240,7 +240,8 @@ def _step(report: _Report, runner: Runner, cfg: Config) -> None:
         rate = cfg.optim_wrapper.optimizer.lr
         report.line('note', f'the learning rate {rate:g} is for {base} images a step, one process has '
                             f'{size * accumulated}: set optim_wrapper.optimizer.lr='
-                            f'{rate * size * accumulated / base:.3g} or --auto-scale-lr' + (
+                            f'{rate * size * accumulated / base:.3g} or --auto-scale-lr'
+                            + ' (mim train mmlocalmamba)' * (runner.default_scope.scope_name == 'mmseg') + (
                                 f', or train on {base // (size * accumulated)} GPUs'
                                 if base % (size * accumulated) == 0 else ''))
 

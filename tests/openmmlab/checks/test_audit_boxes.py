@@ -307,7 +307,7 @@ def test_evaluations(change, part, tmp_path):
     change(content)
     problems = texts(coco_audit(write_coco(tmp_path, content), 'validation'))[0]
     assert part in problems
-    assert ('python tools/dataset_converters/to_coco.py FILE NEW' in problems) == ('id' in part)
+    assert ('mim run mmlocalmamba to_coco FILE NEW' in problems) == ('id' in part)
 
 
 def test_iscrowd_is_missing(tmp_path):

@@ -81,7 +81,7 @@ def test_labels_of_several_channels(mode, tmp_path):
     write_labels(tmp_path, [stripes(0, 1)] * 3, mode)
     problems = texts(audited(tmp_path, ('a', 'b')))[0]
     assert '3 label images' in problems and f'its mode is {mode}, but labels need one channel' in problems
-    assert 'python tools/dataset_converters/label_images.py MASKS LABELS --colors FILE' in problems
+    assert 'mim run mmlocalmamba label_images MASKS LABELS --colors FILE' in problems
 
 
 def test_labels_of_another_size(tmp_path):

@@ -244,9 +244,12 @@ def test_a_start_from_weights_takes_any_classes(trained, tiny_digits, tmp_path):
 # ---- dataloaders and BatchNorm ----
 
 
-@pytest.mark.parametrize('scope, package', [('mmseg', 'mmsegmentation'), ('mmdet', 'mmdet'), ('mmpretrain', None)])
-def test_the_script_of_another_package(scope, package):
+@pytest.mark.parametrize('scope, onedl, package', [
+    ('mmseg', False, 'mmsegmentation'), ('mmdet', False, 'mmdet'), ('mmdet', True, 'mmdetection'),
+    ('mmpretrain', False, None)])
+def test_the_script_of_another_package(scope, onedl, package, monkeypatch):
     """mmpretrain's train.py gives every loader a collate_fn, which stops in the first step of a segmentor."""
+    monkeypatch.setattr('mmlocalmamba.openmmlab.compat.distributions', lambda name: [name] * onedl)
     loader = dict(collate_fn=dict(type='default_collate'), num_workers=1)
     found = checks.configuration_problems(dict(default_scope=scope, train_dataloader=loader, val_dataloader=loader))
     assert len(found) == bool(package) and (not found or f'write mim train {package} or' in found[0])
