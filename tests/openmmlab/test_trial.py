@@ -62,6 +62,16 @@ def test_an_image_that_is_not_there(configuration, said, tiny_digits, tmp_path):
     assert 'nobody.png' in said(cfg).split('problem ', 1)[1]
 
 
+def test_a_folder_that_is_not_there(configuration, said):
+    """The message names the folders that exist. The samples are not loaded, which would say the same again."""
+    cfg = configuration('faster-rcnn_localvmamba-nano_digits')
+    cfg.train_dataloader.dataset.data_prefix.img = 'trian/'
+    output, root = said(cfg), cfg.train_dataloader.dataset.data_root.rstrip('/')
+    assert f'nor does the folder {root}/trian; {root} has the folders annotations, train, val. Correct' in output
+    assert f'{root}/trian/: ' in output and f'{root}/trian/0' not in output  # names are relative to it
+    assert output.endswith('\n1 problem found, see above.\n')
+
+
 def test_class_names_that_no_object_has(configuration, said):
     cfg = configuration('faster-rcnn_localvmamba-nano_digits')
     cfg.train_dataloader.dataset.metainfo = dict(classes=tuple('abcdefghij'))

@@ -39,7 +39,7 @@ PAGES = {
     'inference': ['found/digits/*.jpg', 'found/objects/*.jpg', 'found/labels/*_labels.png', 'found_classes/*.png',
                   'found/boxes/vis/*.png', 'found/pixels/vis/*.png', 'attention.png'],
     'weights': ['localvim-t.pth', 'under_their_names.ckpt'],
-    'deployment': ['digits.onnx', 'detector.onnx', 'digits.pt2'],
+    'deployment': ['digits.onnx', 'detector.onnx', 'labels.png', 'digits.pt2'],
 }
 # Things that a test does not have.
 NEEDS = ('ImageNet', 'COCO', 'ADE20K', 'GPU', 'network', 'machines', 'Slurm', 'compiling', 'own pictures')

@@ -57,7 +57,9 @@ class Finding:
     def __post_init__(self) -> None:
         if self.count < 0:
             object.__setattr__(self, 'count', len(self.entries))
-        object.__setattr__(self, 'entries', tuple(self.entries[:LISTED]))
+        folder = f'{self.file.rstrip("/")}/'  # stands before the entries
+        object.__setattr__(self, 'entries', tuple(
+            entry.removeprefix(folder) if isinstance(entry, str) else entry for entry in self.entries[:LISTED]))
 
     def __str__(self) -> str:
         parts = [f'{self.split} data' if self.split else '', self.file]

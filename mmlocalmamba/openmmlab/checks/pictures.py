@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 
-from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally
+from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, Tally, listed
 from mmlocalmamba.openmmlab.checks.reader import (
     _TURNED,
     Header,
@@ -80,7 +80,9 @@ def _similar(path: str) -> str:
     try:
         names = os.listdir(folder or '.')
     except OSError:
-        return f', nor does the folder {folder}'
+        parent = os.path.dirname(folder)
+        others = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir()) if os.path.isdir(parent) else []
+        return f', nor does the folder {folder}' + (f'; {parent} has the folders {listed(others)}' if others else '')
     for other in names:
         if unicodedata.normalize('NFC', other) == unicodedata.normalize('NFC', name):
             return (f', but {ascii(other)} does: its accents have another Unicode form than {ascii(name)} (mim run '

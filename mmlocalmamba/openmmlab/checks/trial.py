@@ -1,6 +1,7 @@
 """Try a training without keeping anything: prepare it as a training does, make two steps (``check CONFIG``)."""
 import argparse
 import io
+import os
 import random
 import sys
 import tempfile
@@ -88,7 +89,10 @@ def _load_samples(report: _Report, name: str, dataset: Any) -> None:
     count = len(dataset)
     for index in dict.fromkeys([0, *(random.randrange(count) for _ in range(_LOADED - 1))]):
         info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
-        what = f'{name}: sample {index}, {info.get("img_path")}'
+        path = info.get('img_path')
+        if report.problems and path and is_local(path) and not os.path.exists(path):
+            continue  # the audit has named it
+        what = f'{name}: sample {index}, {path}'
         # The data set itself loads another sample where the pipeline gives none.
         sample = report.attempt(what, partial(getattr(dataset, 'prepare_data', dataset.__getitem__), index))
         if sample is None:
