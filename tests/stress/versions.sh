@@ -52,7 +52,7 @@ core() {
     mkdir -p "$folder"
     (cd "$FOLDER/source/tests" && PYTHONPATH=helpers "$FOLDER/venv/bin/python" -c 'from test_models import USE; print(USE)') \
         >"$folder/use.py" 2>>"$log"
-    echo 'from mmlocalmamba import ops; print("native kernel:", ops.available_backends(torch.zeros(1, 8, 16))["cpu"])' \
+    echo 'import torch; from mmlocalmamba import ops; print("native kernel:", ops.available_backends(torch.zeros(1, 8, 16))["cpu"])' \
         >>"$folder/use.py"
     (cd "$folder" && "$FOLDER/venv/bin/python" -W ignore use.py "$folder") >"$folder/output" 2>&1
     cat "$folder/output" >>"$log"
