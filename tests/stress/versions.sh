@@ -52,7 +52,7 @@ core() {
     mkdir -p "$folder"
     (cd "$FOLDER/source/tests" && PYTHONPATH=helpers "$FOLDER/venv/bin/python" -c 'from test_models import USE; print(USE)') \
         >"$folder/use.py" 2>>"$log"
-    echo 'import torch; from mmlocalmamba import ops; print("native kernel:", ops.available_backends(torch.zeros(1, 8, 16))["cpu"])' \
+    echo 'from mmlocalmamba import ops; print("native kernel:", ops.available_backends(torch.zeros(1, 8, 16))["cpu"])' \
         >>"$folder/use.py"
     (cd "$folder" && "$FOLDER/venv/bin/python" -W ignore use.py "$folder") >"$folder/output" 2>&1
     cat "$folder/output" >>"$log"
@@ -76,7 +76,7 @@ row() {
     mkdir -p "$FOLDER"
     "$interpreter" -m venv "$FOLDER/venv" || return
     local pip="$FOLDER/venv/bin/python -m pip --disable-pip-version-check --quiet"
-    if ! $pip install "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja pytest pytest-xdist hypothesis \
+    if ! $pip install "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja psutil pytest pytest-xdist hypothesis \
         numpy >"$log" 2>&1; then
         echo "| $python | $torch, $torchvision | cannot be installed: $(grep -m 1 ERROR "$log" | cut -c 1-100) | | | |"
         return
