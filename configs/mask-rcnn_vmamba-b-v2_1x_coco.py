@@ -1,12 +1,10 @@
 """Mask R-CNN with VMamba-B, version 2 (s2l15), on COCO, 12 epochs. Total batch 16: 8 GPUs x 2 images."""
 _base_ = './mask-rcnn_localvmamba-t_1x_coco.py'
 
-# the authors' weights of ImageNet; a file, another URL or None (from scratch)
+# the authors' weights of ImageNet; another name, an address, a file or None (from scratch)
 model = dict(
     backbone=dict(
-        init_cfg=dict(
-            checkpoint='https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/'
-            'vssm_base_0229_ckpt_epoch_237.pth'),
+        init_cfg=dict(checkpoint='mmlocalmamba://vmamba_base_v2'),
         arch='base_v2',
         directions=['h', 'v', 'h_flip', 'v_flip'],
         scattn=False,

@@ -9,7 +9,7 @@ _base_ = [
     '_base_/schedules/160k.py',
 ]
 
-# the authors' weights of ImageNet; a file, another URL or None (from scratch)
+# the authors' weights of ImageNet; another name, an address, a file or None (from scratch)
 model = dict(
     backbone=dict(
         type='mmlocalmamba.LocalVim',
@@ -20,6 +20,6 @@ model = dict(
         drop_path_rate=0.1,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt')),
+            checkpoint='mmlocalmamba://localvim_tiny')),
     decode_head=dict(in_channels=[192, 192, 192, 192]),
     auxiliary_head=dict(in_channels=192, in_index=3))

@@ -19,6 +19,8 @@ from mmengine.registry import (
 from PIL import Image
 from torch import nn
 
+from mmlocalmamba.weights.released import NAMED as RELEASED
+
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 SCOPES = {'in1k': 'mmpretrain', 'coco': 'mmdet', 'ade20k-512x512': 'mmseg'}
 
@@ -160,8 +162,9 @@ def test_loads(name):
     released = cfg.model.backbone.init_cfg.get('checkpoint')
     expected = dict(type='Pretrained', checkpoint=released)
     assert cfg.model.backbone.init_cfg == dict(expected, **dict(allow=['stride']) if 'plus' in name else {})
-    authors = ('https://github.com/hunto/LocalMamba/releases/', 'https://github.com/MzeroMiko/VMamba/releases/')
-    assert released is None or released.startswith(authors)
+    if released is not None:
+        weights = RELEASED[released.removeprefix('mmlocalmamba://')]
+        assert not weights.packaged and weights.task == 'classification'
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator',
                 'test_evaluator', 'train_cfg', 'val_cfg', 'test_cfg', 'param_scheduler'):
         assert key in cfg
