@@ -1,10 +1,13 @@
 """Mask R-CNN with VMamba-T, version 2 (s2l5), on COCO, 12 epochs. Total batch 16: 8 GPUs x 2 images."""
 _base_ = './mask-rcnn_localvmamba-t_1x_coco.py'
 
-# the authors' weights of ImageNet; another name, an address, a file or None (from scratch)
+# the authors' weights of ImageNet; another address, a name, a file or None (from scratch). An address takes the
+# weights without their average, as the authors' training does; a name takes the average.
 model = dict(
     backbone=dict(
-        init_cfg=dict(checkpoint='mmlocalmamba://vmamba_tiny_v2_s2l5'),
+        init_cfg=dict(
+            checkpoint='https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/'
+            'vssm_tiny_0230_ckpt_epoch_262.pth'),
         arch='tiny_v2_s2l5',
         directions=['h', 'v', 'h_flip', 'v_flip'],
         scattn=False))

@@ -1,10 +1,13 @@
 """Mask R-CNN with VMamba-T, version 2 (s1l8), on COCO, 36 epochs, multi-scale. Total batch 16: 8 GPUs x 2 images."""
 _base_ = './mask-rcnn_localvmamba-t_ms-3x_coco.py'
 
-# the authors' weights of ImageNet; another name, an address, a file or None (from scratch)
+# the authors' weights of ImageNet; another address, a name, a file or None (from scratch). An address takes the
+# weights without their average, as the authors' training does; a name takes the average.
 model = dict(
     backbone=dict(
-        init_cfg=dict(checkpoint='mmlocalmamba://vmamba_tiny_v2'),
+        init_cfg=dict(
+            checkpoint='https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/'
+            'vssm1_tiny_0230s_ckpt_epoch_264.pth'),
         arch='tiny_v2',
         directions=['h', 'v', 'h_flip', 'v_flip'],
         scattn=False))
