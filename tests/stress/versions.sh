@@ -75,7 +75,8 @@ row() {
     rm -rf "$FOLDER"
     mkdir -p "$FOLDER"
     "$interpreter" -m venv "$FOLDER/venv" || return
-    local pip="$FOLDER/venv/bin/python -m pip --disable-pip-version-check --quiet" install="$pip install --no-compile"
+    local pip="$FOLDER/venv/bin/python -m pip --disable-pip-version-check --quiet"
+    local install="$pip install --no-compile"
     # uv unpacks CUDA's libraries once for all rows with the same torch.
     ! command -v uv >/dev/null || install="uv pip install --quiet --python $FOLDER/venv/bin/python"
     if ! $install "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja psutil pytest pytest-xdist hypothesis \
