@@ -196,7 +196,9 @@ def _with_lines(canvas: Image.Image, lines: Sequence[tuple[str, tuple[int, int, 
                 ) -> Image.Image:
     """Put lines of text, each behind a square of its colour, below a picture."""
     height = round(1.4 * font.size) if hasattr(font, 'size') else 16
-    whole = Image.new('RGB', (canvas.width, canvas.height + height * len(lines) + 6), 'white')
+    pen = ImageDraw.Draw(canvas)
+    width = max([canvas.width, *(round(pen.textlength(line, font=font)) + height + 14 for line, _ in lines)])
+    whole = Image.new('RGB', (width, canvas.height + height * len(lines) + 6), 'white')
     whole.paste(canvas)
     pen = ImageDraw.Draw(whole)
     for row, (line, color) in enumerate(lines):
@@ -297,6 +299,7 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> bool
     pictures, others = find_pictures(paths, out)
     broken: list[str] = []
     taken: set[Path] = set()
+    objects = None
     for picture in _tracked(pictures):
         try:
             pixels = read_picture(picture.path, predictor.channels)
@@ -304,6 +307,8 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> bool
             broken.append(str(error))
             continue
         result = predictor.run(pixels)
+        if result.objects is not None:
+            objects = (objects or 0) + len(result.objects)
         stem = out / _stem(picture.name, taken)
         content = dict(picture=str(picture.path), width=pixels.width, height=pixels.height,
                        **as_json(result, predictor))
@@ -314,7 +319,10 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> bool
         _save(stem.with_name(f'{stem.name}.jpg'), draw(pixels, result, predictor), 'JPEG', quality=92, subsampling=0)
         write_whole(str(stem.with_name(f'{stem.name}.json')), json.dumps(content, indent=1) + '\n')
     done = len(pictures) - len(broken)
-    print(f'{done} picture{"s" * (done != 1)} predicted: {out}')
+    found = '' if objects is None else f', {objects} object{"s" * (objects != 1)} found'
+    print(f'{done} picture{"s" * (done != 1)} predicted{found}: {out}')
+    if objects == 0:
+        print('--score 0.05 also finds objects of which the model is less sure')
     for title, lines in (('left out', others), ('not read', broken)):
         if lines:
             print(f'{len(lines)} {title}:', *lines[:10], *(['...'] if len(lines) > 10 else []), sep='\n  ')

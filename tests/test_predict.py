@@ -186,6 +186,22 @@ def test_boxes_and_masks_are_drawn_where_they_are():
     assert (drawn[76:99, 100:160] == red).all(-1).mean() > 0.3  # the label, above its box
 
 
+def test_captions_are_wider_than_a_narrow_picture():
+    predictor = Predictor(lambda _: None, ['a name that is longer than this picture is wide'])
+    drawn = draw(Image.new('RGB', (20, 384)), Result(classes=[(0, 0.5)]), predictor)
+    dark = np.asarray(drawn.convert('L'))[388:] < 128
+    assert dark[:, 200:].any() and not dark[:, -8:].any()
+
+
+@pytest.mark.parametrize('count', [0, 1, 2])
+def test_objects_are_counted(count, tmp_path, capsys):
+    predictor = Predictor(lambda _: Result(objects=[Found(0, 0.9, [1, 1, 9, 9])] * count), ['cat'])
+    assert predict_files(predictor, [str(picture(tmp_path / 'a.png'))], tmp_path / 'out')
+    printed = capsys.readouterr().out
+    assert f'1 picture predicted, {count} object{"s" * (count != 1)} found: ' in printed
+    assert ('--score' in printed) == (count == 0)
+
+
 def test_labels_do_not_cover_each_other():
     box, taken, size = (40, 40, 60, 60), [], (100, 100)
     places = []

@@ -42,6 +42,21 @@ def load_model(cfg: Config, checkpoint: str | None) -> tuple[nn.Module, Sequence
     return model.eval(), {**metainfo, **(meta.get('dataset_meta') or {})}.get('classes')
 
 
+def tested_size(cfg: Config) -> tuple[int, int]:
+    """Return (height, width) of the images that a configuration tests with.
+
+    If they differ: 224x224 for classifiers, 800x1344 for detectors and 512x512 for segmentors.
+    """
+    size = None
+    for step in (cfg.get('test_dataloader') or {}).get('dataset', {}).get('pipeline') or ():
+        kind = str(step.get('type')).rpartition('.')[2]
+        given = step.get('crop_size' if kind == 'CenterCrop' else 'scale') if kind in ('CenterCrop', 'Resize') else None
+        if given is not None:
+            width, height = (given, given) if isinstance(given, int) else given[:2]
+            size = None if step.get('keep_ratio') and width != height else (height, width)
+    return size or {'mmdet': (800, 1344), 'mmseg': (512, 512)}.get(cfg.get('default_scope'), (224, 224))
+
+
 def metadata(cfg: Config, graph: graphs.Graph, shape: tuple[int, int], classes: Sequence[str] | None) -> dict[str, Any]:
     """Return :func:`mmlocalmamba.deployment.graphs.metadata` with the preprocessing of a configuration."""
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}

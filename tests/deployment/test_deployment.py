@@ -402,6 +402,21 @@ def test_an_operator_without_counterpart(classifier, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize('name, size', [
+    ('localvim-nano_digits', (32, 32)), ('localvim-nano_fashion', (28, 28)), ('localvmamba-t_8xb128_in1k', (224, 224)),
+    ('mask-rcnn_localvmamba-nano_digits', (128, 128)), ('mask-rcnn_localvmamba-t_1x_coco', (800, 1344)),
+    ('upernet_localvim-nano_digits', (128, 128)), ('upernet_localvim-t_8xb2-160k_ade20k-512x512', (512, 512))])
+def test_the_size_is_that_of_the_test(name, size):
+    assert deployment.tested_size(Config.fromfile(ROOT / f'configs/{name}.py')) == size
+
+
+def test_height_and_width_of_the_test():
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='mmpretrain.Resize', scale=(96, 64)), dict(type='PackInputs')]
+    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=dict(dataset=dict(pipeline=pipeline))))
+    assert deployment.tested_size(cfg) == (64, 96)
+    assert deployment.tested_size(Config(dict(default_scope='mmseg'))) == (512, 512)
+
+
 def test_open_refuses(tmp_path):
     (tmp_path / 'file.pt2').write_text('no package')
     with pytest.raises(ValueError, match='neither an ONNX file'):
@@ -531,8 +546,7 @@ def overlap(a, b):
 def test_the_detector_of_the_page(tiny_digits, tmp_path, monkeypatch, capsys):
     """The page's few lines of ONNX Runtime find the digits on photographs of any shape, in their pixels."""
     name = 'mask-rcnn_localvmamba-nano_digits'
-    run(monkeypatch, f'{ROOT}/configs/{name}.py', f'mmlocalmamba://{name}', tmp_path / 'detector.onnx',
-        '--shape', 128, 128)
+    run(monkeypatch, f'{ROOT}/configs/{name}.py', f'mmlocalmamba://{name}', tmp_path / 'detector.onnx')
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs/deployment.md').read_text(), flags=re.S)
     code, = (block for block in blocks if 'detector.onnx' in block)
     assert len([line for line in code.splitlines() if line and 'import' not in line]) <= 12

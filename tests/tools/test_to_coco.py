@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -817,6 +818,13 @@ def test_label_images(tmp_path, capsys):
         with pytest.raises(SystemExit, match=said):
             label_images.main([str(tmp_path / arguments[0]), str(tmp_path / arguments[1]), *arguments[2:]])
         assert not (tmp_path / 'x').exists()
+    label_images.main([str(tmp_path / 'grey'), str(tmp_path / 'one'), '--values', '0,255', '--overwrite'])
+    assert (labels('one/a.png') == expected).all()
+    with pytest.raises(SystemExit, match='was not written by this tool'):
+        label_images.main([str(tmp_path / 'grey'), str(tmp_path / 'rgb'), '--values', '0,255', '--overwrite'])
+    with pytest.raises(SystemExit, match=re.escape('not listed ((250, 0, 7): 12)')):
+        text(tmp_path / 'colors.txt', '0 0 0 background\n')
+        label_images.main([str(tmp_path / 'masks'), str(tmp_path / 'x'), '--colors', str(tmp_path / 'colors.txt')])
     text(tmp_path / 'colors.txt', 'cat 1 2 3\n')
     with pytest.raises(SystemExit, match=r"colors.txt:1: 'cat 1 2 3' is neither"):
         label_images.main([str(tmp_path / 'masks'), str(tmp_path / 'x'), '--colors', str(tmp_path / 'colors.txt')])

@@ -8,7 +8,7 @@ number of the line, from 0. --values lists the values of pictures of one channel
 of the labels. A colour or value that is not listed is an error, or ignored (255) with --others ignore. Palette PNGs
 whose indices are 0 to N - 1 need no conversion.
 
-OUT has the folders of SOURCE, and is written whole or not at all.
+OUT has the folders of SOURCE and a SOURCES.md, and is written whole or not at all.
 """
 import argparse
 import re
@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from annotation_formats.files import is_picture, read_text, walk
-from digits import stop_as_ctrl_c, write_whole_folder
+from digits import MARKER, stop_as_ctrl_c, write_whole_folder
 
 IGNORED = 255
 
@@ -102,6 +102,7 @@ def convert(source, out, values, colors, ignore):
     total = sum(map(is_picture, files))
     if not total:
         raise SystemExit(f'{source} has no pictures')
+    (out / MARKER).write_text(f'label_images.py made these labels from {source}.\n', encoding='utf-8')
     lines = [f'{total} pictures; {len(files) - total} other files were left out']
     if others:
         named = (f'{named_value(value, colors)}: {number} pixels' for value, number in others.most_common(8))
@@ -110,18 +111,20 @@ def convert(source, out, values, colors, ignore):
 
 
 def named_value(value, colors):
+    value = int(value)
     return str((value >> 16, value >> 8 & 255, value & 255)) if colors else str(value)
 
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path, help='folder of label pictures')
-    parser.add_argument('out', type=Path, help='folder to write; must not exist')
+    parser.add_argument('out', type=Path, help='folder to write')
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument('--colors', type=Path, metavar='FILE', help='classes with their colours')
     kind.add_argument('--values', help='values of one channel, in the order of the labels: 0,255 or 1-150')
     parser.add_argument('--others', choices=['stop', 'ignore'], default='stop',
                         help='what to do with values that are not listed (default: stop)')
+    parser.add_argument('--overwrite', action='store_true', help='replace a folder that this script wrote')
     args = parser.parse_args(args)
     if not args.source.is_dir():
         raise SystemExit(f'{args.source} is not a folder')
@@ -134,7 +137,7 @@ def main(args=None):
         raise SystemExit(f'there are {len(values)} values, {len(set(values))} of them different: a PNG of labels has 1 '
                          'to 255, each once')
     stop_as_ctrl_c()
-    lines, counts = write_whole_folder(args.out, False, lambda folder: convert(
+    lines, counts = write_whole_folder(args.out, args.overwrite, lambda folder: convert(
         args.source, folder, values, bool(args.colors), args.others == 'ignore'))
     print('\n'.join(lines))
     for label, name in enumerate(names):

@@ -35,7 +35,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from annotation_formats import READERS, formats_of
-from annotation_formats.files import Log, clean_name, frame_size, is_below, names_in
+from annotation_formats.files import Log, clean_name, frame_size, is_below, key, names_in
 
 from mmlocalmamba.files import write_whole
 
@@ -411,7 +411,9 @@ def build(pictures, converted, categories, header, args, log):
     for picture in pictures:
         name = Path(os.path.relpath(picture.path, root)).as_posix()
         if picture.entry.get('file_name', name) != name:
-            log.changed(f'file names that are relative to {root}', f'{picture.entry["file_name"]} -> {name}')
+            before = picture.entry['file_name']
+            written = ascii if key(before) == key(name) else str  # the two forms of an accent look alike
+            log.changed(f'file names that are relative to {root}', f'{written(before)} -> {written(name)}')
         width, height = picture.shown
         images.append(dict(picture.entry, file_name=name, width=width, height=height))
     numbered(images, 'image', log)

@@ -18,10 +18,9 @@ import torch
 from mmengine.config import Config, DictAction
 
 from mmlocalmamba.deployment import exporting, graphs, runtimes
-from mmlocalmamba.openmmlab.deployment import load_model
+from mmlocalmamba.openmmlab.deployment import load_model, tested_size
 from mmlocalmamba.openmmlab.deployment import metadata as make_metadata
 
-SHAPES = {'mmpretrain': (224, 224), 'mmdet': (800, 1344), 'mmseg': (512, 512)}
 # The largest allowed error, relative to the largest value.
 TOLERANCES = {'float32': 1e-4, 'float16': 1e-2, 'int8': 0.3}
 
@@ -32,7 +31,8 @@ def parse_args():
     parser.add_argument('checkpoint', help="file or URL, ours or the authors'; 'none' for random weights")
     parser.add_argument('out', help='file to write: .onnx or .pt2')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'),
-                        help='image size (default: 224 224, detectors 800 1344, segmentors 512 512)')
+                        help='image size (default: that of the test; if its images differ, 800 1344 for detectors, 512 '
+                             '512 for segmentors)')
     parser.add_argument('--batch', choices=['1', 'dynamic'], default='1', help='number of images')
     parser.add_argument('--features', action='store_true', help='export only the backbone and the neck')
     parser.add_argument('--aoti', action='store_true', help='.pt2: compile for this processor with AOTInductor')
@@ -85,7 +85,7 @@ def main():
 
 
 def export(args, cfg):
-    shape = tuple(args.shape or SHAPES.get(cfg.get('default_scope'), (224, 224)))
+    shape = tuple(args.shape or tested_size(cfg))
     model, classes = load_model(cfg, None if args.checkpoint == 'none' else args.checkpoint)
     graph = graphs.graph_of(model, shape, args.features)
     metadata = make_metadata(cfg, graph, shape, classes)
@@ -101,7 +101,7 @@ def export(args, cfg):
             nodes = exporting.to_aoti(graph, shape, path, metadata, any_batch, args.plain)
         else:
             nodes = exporting.to_pt2(graph, shape, path, metadata, any_batch, args.plain)
-        print(f'{nodes} nodes, {os.path.getsize(path) / 1e6:.1f} MB (weights: '
+        print(f'images of {shape[0]}x{shape[1]}, {nodes} nodes, {os.path.getsize(path) / 1e6:.1f} MB (weights: '
               f'{4e-6 * sum(value.numel() for value in model.parameters()):.1f} MB in float32), '
               f'{time.perf_counter() - start:.0f} s')
 

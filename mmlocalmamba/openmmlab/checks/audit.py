@@ -183,12 +183,17 @@ def no_samples(dataset: Any) -> str:
             f'{(getattr(dataset, "metainfo", None) or {}).get("classes")}. Check both')
 
 
+def _absent(path: str) -> str:
+    """Say that a path does not exist, and of a relative one in which folder."""
+    return f'{path} does not exist' + ('' if os.path.isabs(path) else f' below {os.getcwd()}')
+
+
 def missing_file(file: str) -> str:
     """Return what is there instead of an annotation file that does not exist, and the remedy."""
     if not os.path.isdir(os.path.dirname(file) or '.'):
-        return f'the annotation file {file} does not exist, nor does its folder. Correct data_root or ann_file'
+        return f'the annotation file {_absent(file)}, nor does its folder. Correct data_root or ann_file'
     inside = of_the_same_ending(file)
-    return (f'the annotation file {file} does not exist. Its folder has '
+    return (f'the annotation file {_absent(file)}. Its folder has '
             f'{listed(inside) if inside else "no such files"}. Correct data_root or ann_file')
 
 
@@ -197,16 +202,16 @@ def missing_folder(folder: str) -> str:
     folder = folder.rstrip('/')
     parent, name = os.path.split(folder)
     if not os.path.isdir(parent or '.'):
-        return f'the folder {folder} does not exist, nor does {parent}. Correct data_root or data_prefix'
+        return f'the folder {_absent(folder)}, nor does {parent}. Correct data_root or data_prefix'
     inside = sorted(entry.name for entry in os.scandir(parent or '.') if entry.is_dir())
     classes = [entry for entry in inside
                if not entry.startswith('.') and reader.image_files(os.path.join(parent, entry))]
     splits = {'train', 'val', 'test', 'training', 'validation', 'valid'}
     if name in splits and classes and not splits & set(classes):
-        return (f'the folder {folder} does not exist. Its parent {parent} has {counted(len(classes), "folder")} of '
+        return (f'the folder {_absent(folder)}. Its parent {parent} has {counted(len(classes), "folder")} of '
                 f'pictures ({listed(classes)}): split the pictures into {parent}/train and {parent}/val, each with '
                 'these folders (docs/data.md shows how)')
-    return (f'the folder {folder} does not exist. {parent or "The present folder"} has '
+    return (f'the folder {_absent(folder)}. {parent or "The present folder"} has '
             + (f'{counted(len(inside), "folder")} ({listed(inside)})' if inside else 'no folders')
             + '. Correct data_root or data_prefix')
 

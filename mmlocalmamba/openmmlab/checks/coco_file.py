@@ -13,7 +13,8 @@ from mmlocalmamba.openmmlab.checks.findings import Finding, Note, Problem, liste
 ROUNDING = 2
 # Number of boxes that are compared with their polygons.
 _COMPARED = 2000
-NUMBER_FROM_1 = 'Number the annotations from 1. mim run mmlocalmamba to_coco FILE NEW --images FOLDER does so'
+CONVERTS = 'mim run mmlocalmamba to_coco FILE NEW --images FOLDER does so'
+NUMBER_FROM_1 = f'Number the annotations from 1. {CONVERTS}'
 
 
 def is_number(value: Any) -> bool:
@@ -115,8 +116,7 @@ class CocoFile:
         annotations = self.annotations
         self._require('annotation', annotations, ('id', 'image_id', 'category_id', 'bbox', 'area'),
                       "Write 'id', 'image_id', 'category_id', 'bbox' ([x, y, width, height]) and 'area' (without a "
-                      "mask: "
-                      'width * height)')
+                      f"mask: width * height). {CONVERTS}")
         self.ids = [annotation.get('id') for annotation in annotations]
         if repeated := _repeated([identity for identity in self.ids if _hashable(identity) and identity is not None]):
             self._problem('several annotations have this id', NUMBER_FROM_1, 'id', repeated, key='')
