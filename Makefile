@@ -147,8 +147,8 @@ wheels: install
 	@PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 		--wheel-dir dist dist/*-linux_*.whl
 	@rm dist/*-linux_*.whl
-	@$(BIN)/python -m build --wheel --outdir dist
-	@ls -l dist
+	@$(BIN)/python -m build --wheel --outdir dist/pure
+	@ls -l dist dist/pure
 
 clean:
 	rm -rf .venv .venv-onedl .venv-docs .venv-audit build dist docs/_build $(WEB)/_build $(WEB)/node_modules \
