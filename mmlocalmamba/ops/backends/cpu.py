@@ -27,7 +27,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     torch's C++ interface changes with its minor version, so only that is compared: nightly and vendors' builds add
     suffixes to it. A first call detects other incompatibilities of such a build.
     """
-    again = 'install the package again'
+    again = 'install the package again, from its sources and with --no-build-isolation'
     try:
         extension = import_module('mmlocalmamba.ops._cpu')
     except ModuleNotFoundError:
