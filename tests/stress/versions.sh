@@ -81,7 +81,7 @@ row() {
     ! command -v uv >/dev/null || install="uv pip install --quiet --python $FOLDER/venv/bin/python"
     if ! $install "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja psutil pytest pytest-xdist hypothesis \
         numpy >"$log" 2>&1; then
-        echo "| $python | $torch, $torchvision | cannot be installed: $(grep -m 1 ERROR "$log" | cut -c 1-100) | | | |"
+        echo "| $python | $torch, $torchvision | cannot be installed: $(tr -s "\n │" " " <"$log" | grep -oE "(ERROR|Because).*" | cut -c 1-120) | | | |"
         return
     fi
     git archive HEAD | tar -x -C "$FOLDER" --one-top-level=source
