@@ -231,13 +231,21 @@ def test_pictures_of_different_sizes(configuration, said, tmp_path, loader):
 def test_learning_rate_and_batch(configuration, said):
     output = said(configuration('localvmamba-nano_digits', auto_scale_lr=dict(base_batch_size=8)))
     assert 'the learning rate 0.002 is for 8 images a step, one process has 2: set ' \
-           'optim_wrapper.optimizer.lr=0.0005 or --auto-scale-lr, or train on 4 GPUs\n' in output
+           'optim_wrapper.optimizer.lr=0.0005 and auto_scale_lr.base_batch_size=2, or --auto-scale-lr, or train on ' \
+           '4 GPUs\n' in output
+
+
+def test_the_remedy_ends_the_note(configuration, said):
+    settings = {'optim_wrapper.optimizer.lr': 0.0005, 'auto_scale_lr.base_batch_size': 2}
+    assert 'images a step' not in said(configuration('localvmamba-nano_digits', **settings))
+    output = said(configuration('upernet_localvim-nano_digits'))
+    assert 'the learning rate 0.003 is for 8 images' in output and '--auto-scale-lr (mim train mmlocalmamba)' in output
 
 
 def test_more_images_a_step_than_the_schedule_has(configuration, said):
     """There is no half of a GPU."""
     output = said(configuration('localvmamba-nano_digits', auto_scale_lr=dict(base_batch_size=1)))
-    assert 'set optim_wrapper.optimizer.lr=0.004 or --auto-scale-lr\n' in output
+    assert 'set optim_wrapper.optimizer.lr=0.004 and auto_scale_lr.base_batch_size=2, or --auto-scale-lr\n' in output
 
 
 def test_the_given_configuration_stays(configuration, said):

@@ -174,11 +174,13 @@ def _remedy(split: Split, total: dict[int, int], wrong: list[int]) -> str:
     if wrong != list(range(first, first + len(wrong))):
         return f'Correct the label images, or give metainfo.classes a name for each label up to {wrong[-1]}, and the ' \
                'model as many classes'
-    write = f'Write {named} at the end of metainfo.classes, and give the model {len(classes) + len(wrong)} classes'
     if not reduces and wrong == [first] and classes and not _BACKGROUND.search(str(classes[0])):
-        write += (f'. The first name, {classes[0]!r}, is that of label 0. Only if it is that of label 1, and label 0 '
-                  f'is no class, set {_SET_REDUCE.format(True)} instead')
-    return write
+        # The name that is missing may be the first one, which shifts all others.
+        return ('The name of a class is missing in metainfo.classes, whose first name, '
+                f"{classes[0]!r}, is that of label 0. If label 0 is the background, write 'background' first; if label "
+                f'{first} is another class, write its name last; and give the model {first + 1} classes. If label 0 is '
+                f'no class, set {_SET_REDUCE.format(True)} instead')
+    return f'Write {named} at the end of metainfo.classes, and give the model {len(classes) + len(wrong)} classes'
 
 
 def _lonely(split: Split, total: dict[int, int]) -> str:

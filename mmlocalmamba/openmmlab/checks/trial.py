@@ -241,13 +241,12 @@ def _step(report: _Report, runner: Runner, cfg: Config) -> None:
     base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
     accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
     if base and size * accumulated != base:
-        rate = cfg.optim_wrapper.optimizer.lr
-        report.line('note', f'the learning rate {rate:g} is for {base} images a step, one process has '
-                            f'{size * accumulated}: set optim_wrapper.optimizer.lr='
-                            f'{rate * size * accumulated / base:.3g} or --auto-scale-lr'
-                            + ' (mim train mmlocalmamba)' * (runner.default_scope.scope_name == 'mmseg') + (
-                                f', or train on {base // (size * accumulated)} GPUs'
-                                if base % (size * accumulated) == 0 else ''))
+        rate, count = cfg.optim_wrapper.optimizer.lr, size * accumulated
+        report.line('note', f'the learning rate {rate:g} is for {base} images a step, one process has {count}: set '
+                            f'optim_wrapper.optimizer.lr={rate * count / base:.3g} and '
+                            f'auto_scale_lr.base_batch_size={count}, or --auto-scale-lr'
+                            + ' (mim train mmlocalmamba)' * (runner.default_scope.scope_name == 'mmseg')
+                            + (f', or train on {base // count} GPUs' if base % count == 0 else ''))
 
 
 def _evaluate(runner: Runner, loop: Any, step: str) -> dict[str, Any]:

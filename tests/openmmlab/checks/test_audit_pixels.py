@@ -34,7 +34,7 @@ def test_right_data(values, classes, reduces, mode, tmp_path):
     ([0, 1, 2, 3], 4, True, ['the labels are 0 to 3 for 4 classes', 'set reduce_zero_label=False', 'LoadAnnotations']),
     ([0, 1, 2, 255], 3, True, ['the labels are 0 to 2 for 3 classes']),
     ([1, 2, 3], 3, False, ['has the label 3,', 'begin with 1: set reduce_zero_label=True']),
-    ([0, 1, 2, 3], 3, False, ['has the label 3,', 'Write a name for the label 3 at the end of metainfo.classes',
+    ([0, 1, 2, 3], 3, False, ['has the label 3,', "write 'background' first", 'if label 3 is another class, write its',
                               'give the model 4 classes', "'c0', is that of label 0", 'set reduce_zero_label=True']),
     ([0, 1, 2, 3, 4], 3, False, ['has the labels 3, 4,', 'names for the labels 3, 4 at the end']),
     ([0, 1, 2, 3, 4], 3, True, ['has the label 4,', 'a name for the label 4 at the end']),
@@ -55,10 +55,10 @@ def test_labels_of_other_classes(values, classes, reduces, parts, tmp_path):
     ([0, 1, 2, 3], ('background', 'sky', 'field'), False), ([0, 1, 2, 3], ('road', 'sky', 'field'), True),
     ([0, 1, 2, 3, 4], ('road', 'sky', 'field'), False), ([0, 1, 77], ('road', 'sky', 'field'), False)])
 def test_label_0_is_doubted_only_if_it_can_be_the_cause(values, names, asked, tmp_path):
-    """A name at the first place would shift all others."""
+    """The name that is missing may be the first one; all others are shifted then."""
     write_labels(tmp_path, [stripes(*values)] * 3)
     problems = texts(audited(tmp_path, names))[0]
-    assert ('reduce_zero_label' in problems) == asked and 'first place' not in problems
+    assert ('reduce_zero_label' in problems) == asked == ("write 'background' first" in problems)
 
 
 def test_a_class_without_a_pixel(tmp_path):
