@@ -87,10 +87,10 @@ def test_released_weights_are_named_where_they_fit():
     """There are none for LocalVMamba-T and LocalVim-S, and ImageNet trainings start from scratch."""
     for path in CONFIGS.glob('*.py'):
         cfg = Config.fromfile(path)
-        fits = next((file for part, file in (('localvim-t-vitdet', 'local_vim_tiny.ckpt'),
-                                             ('upernet_localvim-t', 'local_vim_tiny.ckpt'),
-                                             ('rcnn_localvmamba-s', 'local_vssm_small.ckpt'),
-                                             ('upernet_localvmamba-s', 'local_vssm_small.ckpt'))
+        fits = next((name for part, name in (('localvim-t-vitdet', 'localvim_tiny'),
+                                             ('upernet_localvim-t', 'localvim_tiny'),
+                                             ('rcnn_localvmamba-s', 'localvmamba_small'),
+                                             ('upernet_localvmamba-s', 'localvmamba_small'))
                      if part in path.stem), None)
         version_2 = re.search(r'(?:rcnn|upernet)_(vmamba-[tsb]-v2(?:-s2l5)?)_', path.stem)
         if version_2:
