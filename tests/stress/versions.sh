@@ -79,9 +79,11 @@ row() {
     local install="$pip install --no-compile"
     # uv unpacks CUDA's libraries once for all rows with the same torch.
     ! command -v uv >/dev/null || install="uv pip install --quiet --python $FOLDER/venv/bin/python"
-    if ! $install "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja psutil pytest pytest-xdist hypothesis \
-        numpy >"$log" 2>&1; then
-        echo "| $python | $torch, $torchvision | cannot be installed: $(tr -s "\n │" " " <"$log" | grep -oE "(ERROR|Because).*" | cut -c 1-120) | | | |"
+    if ! $install "torch==$torch" "torchvision==$torchvision" "setuptools==80.9.0" wheel ninja numpy psutil pytest \
+        pytest-xdist hypothesis >"$log" 2>&1; then
+        local reason
+        reason=$(tr -s '\n │' ' ' <"$log" | grep -oE '(ERROR|Because).*' | cut -c 1-120)
+        echo "| $python | $torch, $torchvision | cannot be installed: $reason | | | |"
         return
     fi
     git archive HEAD | tar -x -C "$FOLDER" --one-top-level=source

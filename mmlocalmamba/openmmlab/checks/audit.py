@@ -203,7 +203,7 @@ def missing_folder(folder: str) -> str:
     parent, name = os.path.split(folder)
     if not os.path.isdir(parent or '.'):
         return f'the folder {_absent(folder)}, nor does {parent}. Correct data_root or data_prefix'
-    inside = sorted(entry.name for entry in os.scandir(parent or '.') if entry.is_dir())
+    inside = reader.folders_in(parent)
     classes = [entry for entry in inside
                if not entry.startswith('.') and reader.image_files(os.path.join(parent, entry))]
     splits = {'train', 'val', 'test', 'training', 'validation', 'valid'}

@@ -9,6 +9,7 @@ from mmlocalmamba.openmmlab.checks.reader import (
     _TURNED,
     Header,
     endings,
+    folders_in,
     image_files,
     is_local,
     loaded_range,
@@ -81,7 +82,7 @@ def _similar(path: str) -> str:
         names = os.listdir(folder or '.')
     except OSError:
         parent = os.path.dirname(folder)
-        others = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir()) if os.path.isdir(parent) else []
+        others = folders_in(parent)
         return f', nor does the folder {folder}' + (f'; {parent} has the folders {listed(others)}' if others else '')
     for other in names:
         if unicodedata.normalize('NFC', other) == unicodedata.normalize('NFC', name):

@@ -140,6 +140,14 @@ def existing(paths: Iterable[str]) -> set[str]:
     return found
 
 
+def folders_in(folder: str) -> list[str]:
+    """Return the names of the folders in a folder; none if it does not exist."""
+    try:
+        return sorted(entry.name for entry in os.scandir(folder or '.') if entry.is_dir())
+    except OSError:
+        return []
+
+
 def image_files(folder: str, deep: bool = True) -> list[str]:
     """Return the paths of all files in a folder, and with ``deep`` of those in it, whose ending is an image's."""
     Image.init()
